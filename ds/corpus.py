@@ -1,0 +1,191 @@
+"""Files and folders -> documents as bytes. Owns which files are read, how they are cut, which documents are held out.
+
+Knows nothing of tokens: a document is bytes, valid UTF-8 or not, and is never changed here.
+"""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+from glob import has_magic, iglob
+from hashlib import sha256
+from pathlib import Path
+from typing import IO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
+PARQUET_BATCH_ROWS = 1024
+
+
+def corpus_files(corpus: tuple[str, ...], exclude: tuple[str, ...]) -> list[Path]:
+    """The files of all entries, sorted, each once. An entry is a file, a folder (read recursively) or a glob (`**` too).
+
+    Below a folder or the fixed part of a glob, hidden names are left out, and so is every path of which one part matches
+    a pattern of `exclude` (as in fnmatch). A file that is named itself is never left out.
+
+    Raises:
+        ValueError: an entry is not there, or no file of it is left.
+    """
+    found: dict[Path, Path] = {}
+    for entry in corpus:
+        for path in sorted(_entry_files(entry, exclude)):
+            found.setdefault(path.resolve(), path)
+    return sorted(found.values())
+
+
+def corpus_digest(files: Iterable[Path]) -> str:
+    """sha256 (hex) over the names, as given, and the sizes in bytes: cheap, the contents are not read."""
+    digest = sha256()
+    for path in files:
+        digest.update(json.dumps([path.as_posix(), path.stat().st_size]).encode())
+    return digest.hexdigest()
+
+
+def documents(files: Iterable[Path], text_field: str) -> Iterator[bytes]:
+    """Every document that is not empty, in the order of the files.
+
+    Raises:
+        ValueError: see `file_documents`; or there is no document at all.
+    """
+    num_documents = 0
+    for path in files:
+        for document in file_documents(path, text_field):
+            num_documents += 1
+            yield document
+    if not num_documents:
+        raise ValueError("corpus holds no text: every file is empty; add files with text to corpus")
+
+
+def file_documents(path: Path, text_field: str) -> Iterator[bytes]:
+    """The documents of one file that are not empty: a line of .jsonl or .ndjson, a row of .parquet, else the whole file.
+
+    The text is the string in `text_field`. Files that end in .gz, .bz2, .xz or .zst are decompressed first. Bytes that are
+    not UTF-8 are kept.
+
+    Raises:
+        ValueError: the file cannot be read, is not what its name says, or a line or column is not text; names file and line.
+    """
+    try:
+        yield from filter(None, _reader(path)(path, text_field))
+    except UNREADABLE as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be read ({reason}); repair it, or leave it out by corpus_exclude") from error
+
+
+def is_held_out(document: bytes, fraction: float) -> bool:
+    """Whether the document is for validation; its own bytes alone decide, so it stays where it is when the corpus grows."""
+    return int.from_bytes(sha256(document).digest()[:8], "big") / 2**64 < fraction
+
+
+def _entry_files(entry: str, exclude: tuple[str, ...]) -> list[Path]:
+    path = Path(entry)
+    if path.is_file():
+        return [path]
+    if not path.is_dir() and not has_magic(entry):
+        raise ValueError(f"corpus: {entry!r} is not there; name a file, folder or glob that exists")
+    root = path if path.is_dir() else _fixed_part(path)
+    files = _files_below(path) if path.is_dir() else [Path(name) for name in iglob(entry, recursive=True)]
+    files = [file for file in files if file.is_file()]
+    kept = [file for file in files if not _is_excluded(file.relative_to(root), exclude)]
+    if not kept:
+        excluded = f"corpus_exclude leaves out all {len(files)}" if files else "nothing is there"
+        raise ValueError(f"corpus: {entry!r} matches no file ({excluded}); name a file, folder or glob that holds text")
+    return kept
+
+
+def _fixed_part(pattern: Path) -> Path:
+    fixed = []
+    for part in pattern.parts:
+        if has_magic(part):
+            break
+        fixed.append(part)
+    return Path(*fixed)
+
+
+def _files_below(root: Path) -> list[Path]:
+    files = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        files += [Path(folder, name) for name in names if not name.startswith(".")]
+    return files
+
+
+def _is_excluded(path: Path, exclude: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(part, pattern) for part in path.parts for pattern in exclude)
+
+
+def _reader(path: Path):
+    name = path.with_suffix("") if path.suffix.lower() in OPENERS else path
+    return {".jsonl": _json_lines, ".ndjson": _json_lines, ".parquet": _parquet}.get(name.suffix.lower(), _whole_file)
+
+
+def _whole_file(path: Path, text_field: str) -> Iterator[bytes]:
+    with _open(path) as file:
+        yield file.read()
+
+
+def _json_lines(path: Path, text_field: str) -> Iterator[bytes]:
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield _json_text(line, text_field, f"{path}, line {number}")
+
+
+def _json_text(line: bytes, text_field: str, place: str) -> bytes:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: not JSON ({error}); write one JSON object a line") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{place}: a JSON {type(value).__name__}, not an object; write one JSON object a line")
+    if text_field not in value:
+        raise ValueError(f"{place}: no field {text_field!r}, there is {_names(value)}; set text_field to one of these")
+    if not isinstance(value[text_field], str):
+        kind = type(value[text_field]).__name__
+        raise ValueError(f"{place}: field {text_field!r} is of type {kind}, not a string; set text_field to a field of strings")
+    return value[text_field].encode("utf-8", "surrogatepass")
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names)) or "none"
+
+
+def _parquet(path: Path, text_field: str) -> Iterator[bytes]:
+    with pq.ParquetFile(path) as file:
+        schema = file.schema_arrow
+        if text_field not in schema.names:
+            raise ValueError(
+                f"{path}: no column {text_field!r}, there is {_names(schema.names)}; set text_field to one of these"
+            )
+        _check_column(path, text_field, schema.field(text_field).type)
+        for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=[text_field]):
+            # As binary: pyarrow does not look whether its strings are UTF-8, and a Python string would refuse them.
+            yield from (text for text in batch.column(0).cast(pa.large_binary()).to_pylist() if text is not None)
+
+
+def _check_column(path: Path, text_field: str, kind: pa.DataType) -> None:
+    value_kind = kind.value_type if isinstance(kind, pa.DictionaryType) else kind
+    if not (pa.types.is_string(value_kind) or pa.types.is_large_string(value_kind)):
+        raise ValueError(
+            f"{path}: column {text_field!r} is of type {kind}, not a string; set text_field to a column of strings"
+        )
+
+
+def _open(path: Path) -> IO[bytes]:
+    opener = OPENERS.get(path.suffix.lower(), open)
+    return opener(path, "rb")
+
+
+def _open_zstd(path: Path, mode: str) -> IO[bytes]:
+    # pyarrow: zstandard's own reader takes a truncated file for a complete one.
+    return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))  # type: ignore[arg-type]
+
+
+OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstd}

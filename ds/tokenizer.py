@@ -1,0 +1,249 @@
+"""Byte-level BPE: train, load, fingerprint, encode, decode. Gives back every byte string that it was given.
+
+Owns the vocabulary and the end-of-text id. Knows nothing of files other than tokenizer.json, nor of shards.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from hashlib import sha256
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+END_OF_TEXT = "<|endoftext|>"
+ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "<|im_end|>", "</s>")
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PIECE_CHARACTERS = 2**16
+BATCH_CHARACTERS = 2**21
+INVALID_BYTES = re.compile("([\udc80-\udcff]+)")
+# No pre-token of QWEN2_PATTERN holds a line end and what stands after it, so here a text can be cut without a trace.
+LAST_LINE_END = re.compile(r"(?s:.*)\n(?=\S)")
+
+
+def raw_bytes() -> Tokenizer:
+    """The tokenizer without merges: id = byte value, and 256 is the end of text."""
+    return _finished(models.BPE(vocab={symbol: byte for byte, symbol in enumerate(_SYMBOLS)}, merges=[]))
+
+
+def train(documents: Iterable[bytes], vocab_size: int) -> Tokenizer:
+    """A BPE of exactly `vocab_size` ids, the 256 bytes among them; the last id is the end of text. Deterministic.
+
+    Raises:
+        ValueError: the documents do not yield that many tokens.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = _qwen2_pre_tokenizer()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=_SYMBOLS, special_tokens=[], show_progress=False)
+    texts = (piece for document in documents for piece in _pieces(document) if isinstance(piece, str))
+    tokenizer.train_from_iterator(texts, trainer)
+    nearest = tokenizer.get_vocab_size() + 1
+    if nearest != vocab_size:
+        raise ValueError(f"vocab_size={vocab_size}: the corpus yields only {nearest} tokens; nearest is {nearest}")
+    return _finished(tokenizer.model)
+
+
+def load(path: str | Path) -> Tokenizer:
+    """The tokenizer in a tokenizer.json, or in the folder that holds one.
+
+    Raises:
+        ValueError: it is not there, `tokenizers` cannot read it, or it is not a lossless byte-level BPE with an end of text.
+    """
+    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise ValueError(f"{file} is not there; name a tokenizer.json or a folder that holds one")
+    try:
+        tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except Exception as error:  # tokenizers raises no narrower class
+        raise ValueError(f"{file} cannot be read as a tokenizer ({_one_line(error)}); name another tokenizer.json") from error
+    return _checked(tokenizer, file)
+
+
+def vocab_size(tokenizer: Tokenizer) -> int:
+    """The number of ids, added tokens and holes included: the greatest id + 1."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def end_of_text_id(tokenizer: Tokenizer) -> int:
+    """The id of the first of `ENDS_OF_TEXT` that is a special token.
+
+    Raises:
+        ValueError: there is none.
+    """
+    special = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    for token in ENDS_OF_TEXT:
+        if token in special:
+            return special[token]
+    raise ValueError(f"tokenizer has no end-of-text token; add one of {', '.join(ENDS_OF_TEXT)} as a special token")
+
+
+def encode(tokenizer: Tokenizer, document: bytes) -> np.ndarray:
+    """Bytes -> (T,) uint32. A special token spelled out in the document is ordinary text; no end of text is appended."""
+    return next(encode_documents(tokenizer, [document]))
+
+
+def encode_documents(tokenizer: Tokenizer, documents: Iterable[bytes]) -> Iterator[np.ndarray]:
+    """`encode` of each document, on all cores; long documents are cut at line ends, which no token crosses."""
+    assert tokenizer.encode_special_tokens, "a tokenizer that this module did not make"
+    pieces_of = _pieces if tokenizer.get_vocab_size() > 257 else _one_piece
+    numbered = ((number, piece) for number, document in enumerate(documents) for piece in pieces_of(document))
+    for _, pieces in groupby(_encode_pieces(tokenizer, numbered), key=itemgetter(0)):
+        yield np.concatenate([ids for _, ids in pieces])
+
+
+def decode(tokenizer: Tokenizer, ids: Iterable[int] | np.ndarray) -> bytes:
+    """(T,) integers -> the bytes of the tokens; special tokens have none."""
+    distinct, places = np.unique(np.asarray(ids, dtype=np.int64), return_inverse=True)
+    tokens = _bytes_of(tokenizer, distinct.tolist())
+    return b"".join(tokens[place] for place in places.tolist())
+
+
+def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
+    """The bytes of every id; b"" for special tokens and holes."""
+    return _bytes_of(tokenizer, range(vocab_size(tokenizer)))
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """sha256 (hex) of all that decides how text becomes ids: vocabulary, merges, added tokens, pre-tokenizer."""
+    state = json.loads(tokenizer.to_str())
+    decisive = {
+        "vocabulary": tokenizer.get_vocab(with_added_tokens=True),
+        "merges": state["model"]["merges"],
+        "ignore_merges": state["model"].get("ignore_merges"),
+        "added_tokens": [[token["id"], token["content"], token["special"]] for token in state["added_tokens"]],
+        "pre_tokenizer": state["pre_tokenizer"],
+    }
+    return sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def to_json(tokenizer: Tokenizer) -> str:
+    """What stands in tokenizer.json; the same tokenizer gives the same text."""
+    return tokenizer.to_str(pretty=True)
+
+
+def _byte_symbols() -> list[str]:
+    """The character that stands for each byte, by byte; source: bytes_to_unicode in GPT-2's encoder.py."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    codes = {byte: byte for byte in printable} | {byte: 256 + number for number, byte in enumerate(others)}
+    return [chr(codes[byte]) for byte in range(256)]
+
+
+_SYMBOLS = _byte_symbols()
+_BYTES = {symbol: byte for byte, symbol in enumerate(_SYMBOLS)}
+
+
+def _qwen2_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+    split = pre_tokenizers.Split(Regex(QWEN2_PATTERN), "isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _finished(model: models.Model) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = _qwen2_pre_tokenizer()
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _checked(tokenizer: Tokenizer, file: Path) -> Tokenizer:
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    remedy = "name the tokenizer.json of a byte-level BPE, such as Qwen3's, Llama 3's or SmolLM's"
+    if tokenizer.normalizer is not None:
+        raise ValueError(f"{file} has a normalizer, which changes the text; {remedy}")
+    if not isinstance(tokenizer.model, models.BPE) or tokenizer.model.dropout:
+        raise ValueError(f"{file} is not a BPE without dropout; {remedy}")
+    missing = [byte for byte, symbol in enumerate(_SYMBOLS) if tokenizer.token_to_id(symbol) is None]
+    if missing:
+        raise ValueError(f"{file} has no token for {len(missing)} of the 256 bytes, the first is 0x{missing[0]:02x}; {remedy}")
+    try:
+        end_of_text_id(tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    if any(decode(tokenizer, encode(tokenizer, probe)) != probe for probe in _probes(tokenizer)):
+        raise ValueError(f"{file} does not give back the text that it is given; {remedy}")
+    return tokenizer
+
+
+def _probes(tokenizer: Tokenizer) -> list[bytes]:
+    added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    return [
+        b"a",
+        bytes(range(256)),
+        "a  b\t\r\n\n ß 漢 🂡 e\u0301 \u2028 It's 123 x_y;  ".encode(),
+        "  ".join(["", *added, ""]).encode(),
+    ]
+
+
+def _one_piece(document: bytes) -> Iterator[bytes]:
+    yield document
+
+
+def _pieces(document: bytes) -> Iterator[str | bytes]:
+    """Text that is valid as strings, bytes that are not UTF-8 as bytes; at least one piece."""
+    for part in INVALID_BYTES.split(document.decode("utf-8", "surrogateescape")):
+        if part and INVALID_BYTES.match(part):
+            yield part.encode("utf-8", "surrogateescape")
+        else:
+            yield from _cut(part)
+
+
+def _cut(text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS:
+        end = start + PIECE_CHARACTERS
+        line_end = LAST_LINE_END.match(text, start, end)
+        yield text[start : line_end.end() if line_end else end]
+        start = line_end.end() if line_end else end
+    yield text[start:]
+
+
+def _encode_pieces(tokenizer: Tokenizer, numbered: Iterable[tuple[int, str | bytes]]) -> Iterator[tuple[int, np.ndarray]]:
+    byte_ids = np.array([tokenizer.token_to_id(symbol) for symbol in _SYMBOLS], dtype=np.uint32)
+    for batch in _batches(numbered):
+        texts = [piece for _, piece in batch if isinstance(piece, str)]
+        encodings = iter(tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        for number, piece in batch:
+            if isinstance(piece, str):
+                yield number, np.array(next(encodings).ids, dtype=np.uint32)
+            else:
+                yield number, byte_ids[np.frombuffer(piece, dtype=np.uint8)]
+
+
+def _batches(numbered: Iterable[tuple[int, str | bytes]]) -> Iterator[list[tuple[int, str | bytes]]]:
+    batch, size = [], 0
+    for number, piece in numbered:
+        batch.append((number, piece))
+        size += len(piece)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _bytes_of(tokenizer: Tokenizer, ids: Iterable[int]) -> list[bytes]:
+    added = tokenizer.get_added_tokens_decoder()
+    return [
+        _added_bytes(added[number]) if number in added else _ordinary_bytes(tokenizer.id_to_token(number)) for number in ids
+    ]
+
+
+def _added_bytes(token: AddedToken) -> bytes:
+    return b"" if token.special else token.content.encode()
+
+
+def _ordinary_bytes(token: str | None) -> bytes:
+    return bytes(_BYTES[symbol] for symbol in token or "" if symbol in _BYTES)

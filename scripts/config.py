@@ -1,0 +1,364 @@
+"""Every number: TrainingConfig, its laws, the presets and the DeepSpeed dict. Nothing else in the project holds a default.
+
+To change a run, edit PRETRAIN below. There are no command-line flags.
+"""
+
+import math
+import os
+import re
+import sys
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from glob import has_magic
+from pathlib import Path
+
+import torch
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SCHEDULES = ("cosine", "wsd")
+ACTIVATION_CHECKPOINTING = ("none", "block")
+STANDARD_LIBRARY = sysconfig.get_path("stdlib") + "/**/*.py"
+AT_LEAST = {
+    "tokens_per_shard": 1, "tokenizer_sample_bytes": 1, "vocab_size": 257, "context_length": 1, "hidden_size": 1,
+    "num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "head_size": 2, "mlp_size": 1, "tokens_per_step": 1,
+    "micro_batch_rows": 1, "num_steps": 1, "warmup_steps": 0, "decay_steps": 1, "loss_chunk_rows": 1,
+    "log_every_steps": 1, "eval_every_steps": 1, "eval_tokens": 1, "sample_every_steps": 1, "sample_tokens": 1,
+    "sample_top_k": 1, "save_every_steps": 1, "keep_checkpoints": 1, "rank_timeout_minutes": 1,
+    "seed": 0,
+}  # fmt: skip
+ABOVE_ZERO = ("rope_theta", "norm_eps", "init_std", "logits_init_std", "learning_rate", "adam_eps", "max_grad_norm")
+NOT_NEGATIVE = ("validation_fraction", "min_learning_rate", "weight_decay", "sample_temperature")
+BELOW_ONE = ("validation_fraction", "beta1", "beta2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """One run, whole: data, model, optimization, machine, paths. Fields stand in the order in which the data meets them.
+
+    Units are in the names: `*_steps` are optimizer updates, `*_tokens` are tokens over all ranks, `*_rows` are windows of
+    `context_length` tokens (for `loss_chunk_rows`: tokens). `None` in a field `*_every_steps` means never.
+
+    Raises:
+        ValueError: a value breaks a law; the message holds the value, the law and the nearest value that works.
+    """
+
+    run_dir: str = "runs/pretrain"
+    data_dir: str = "data/stdlib"
+    corpus: tuple[str, ...] = (STANDARD_LIBRARY,)
+    corpus_exclude: tuple[str, ...] = ("site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings")
+    text_field: str = "text"
+    validation_fraction: float = 0.05
+    tokens_per_shard: int = 2**26
+    vocab_size: int = 4096
+    tokenizer_path: str | None = None
+    tokenizer_sample_bytes: int = 2**26
+
+    context_length: int = 256
+    hidden_size: int = 256
+    num_layers: int = 6
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_size: int | None = None
+    mlp_size: int = 704
+    qk_norm: bool = True
+    tie_embeddings: bool = True
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    init_std: float = 0.02
+    logits_init_std: float = 0.3
+
+    tokens_per_step: int = 8192
+    micro_batch_rows: int = 8
+    num_steps: int = 300
+    learning_rate: float = 3e-3
+    min_learning_rate: float = 3e-4
+    warmup_steps: int = 20
+    schedule: str = "cosine"
+    decay_steps: int | None = None
+    beta1: float = 0.9
+    beta2: float = 0.95
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+
+    precision: str = "bf16"
+    offload_optimizer: bool = True
+    activation_checkpointing: str = "none"
+    loss_chunk_rows: int = 1024
+
+    log_every_steps: int = 1
+    eval_every_steps: int | None = 100
+    eval_tokens: int = 65536
+    sample_every_steps: int | None = 100
+    sample_prompt: str = "def "
+    sample_tokens: int = 120
+    sample_temperature: float = 0.8
+    sample_top_k: int = 50
+    save_every_steps: int | None = 100
+    keep_checkpoints: int = 2
+    rank_timeout_minutes: int = 60
+    seed: int = 0
+    init_from: str | None = None
+    teacher_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        for law in (_check_types, _check_ranges, _check_choices, _check_model, _check_batch, _check_schedule, _check_data):
+            law(self)
+
+    @property
+    def head_width(self) -> int:
+        """Features of one attention head."""
+        return self.head_size or self.hidden_size // self.num_heads
+
+    @property
+    def rows_per_step(self) -> int:
+        """Windows that one optimizer step reads, over all ranks."""
+        return self.tokens_per_step // self.context_length
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights that the forward pass reads."""
+        return PRECISIONS[self.precision]
+
+    @property
+    def block_parameters(self) -> int:
+        """Parameters of one decoder block: attention, MLP, norms."""
+        attention = 2 * self.hidden_size * self.head_width * (self.num_heads + self.num_kv_heads)
+        norms = 2 * self.hidden_size + (2 * self.head_width if self.qk_norm else 0)
+        return attention + 3 * self.hidden_size * self.mlp_size + norms
+
+    @property
+    def bucket_elements(self) -> int:
+        """Elements of DeepSpeed's buckets: one block, even because DeepSpeed aligns its all-gather to two."""
+        return self.block_parameters + self.block_parameters % 2
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the model; a tied head counts once."""
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        return embeddings + self.num_layers * self.block_parameters + self.hidden_size
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches that each of `world_size` ranks runs in one step.
+
+        Raises:
+            ValueError: `tokens_per_step` is not a whole number of micro-batches for every rank.
+        """
+        tokens = self.micro_batch_rows * self.context_length * world_size
+        if self.tokens_per_step % tokens:
+            lower = self.tokens_per_step // tokens * tokens
+            nearest = f"{lower} and {lower + tokens}" if lower else f"{tokens}"
+            raise ValueError(
+                f"tokens_per_step={self.tokens_per_step} is not a multiple of micro_batch_rows * context_length * world size"
+                f" = {tokens}; nearest is {nearest}"
+            )
+        return self.tokens_per_step // tokens
+
+    @staticmethod
+    def deepspeed_config(config: "TrainingConfig", world_size: int) -> dict:
+        """The dict that `deepspeed.initialize` gets: ZeRO stage 2, the optimizer on the host, nothing that syncs the device.
+
+        Raises:
+            ValueError: the batch does not divide over `world_size` ranks.
+        """
+        on_gpu = torch.cuda.is_available()
+        return {
+            "train_batch_size": config.rows_per_step,
+            "train_micro_batch_size_per_gpu": config.micro_batch_rows,
+            "gradient_accumulation_steps": config.accumulation_steps(world_size),
+            "gradient_clipping": config.max_grad_norm,
+            "zero_optimization": {
+                "stage": 2,
+                "contiguous_gradients": True,
+                "overlap_comm": False,
+                "reduce_scatter": True,
+                "reduce_bucket_size": config.bucket_elements,
+                "allgather_bucket_size": config.bucket_elements,
+                "offload_optimizer": {"device": "cpu" if config.offload_optimizer else "none", "pin_memory": on_gpu},
+            },
+            "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
+            "fp16": {"enabled": config.precision == "fp16", "loss_scale": 0, "initial_scale_power": 16},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "optimizer": {
+                "type": "AdamW",
+                "params": {
+                    "lr": config.learning_rate,
+                    "betas": [config.beta1, config.beta2],
+                    "eps": config.adam_eps,
+                    "weight_decay": config.weight_decay,
+                },
+            },
+            "steps_per_print": None,
+            "wall_clock_breakdown": False,
+            "timers": {"throughput": {"enabled": False, "synchronized": False}},
+        }
+
+
+def refuse_unfit(config: TrainingConfig, world_size: int) -> None:
+    """Checks what the fields alone cannot tell: the ranks, the device and the paths of this machine.
+
+    Raises:
+        ValueError: the batch does not divide, the device lacks the precision, or a path is not there.
+    """
+    config.accumulation_steps(world_size)
+    if config.precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError('precision="fp16" needs a CUDA device and this machine has none; nearest is "bf16"')
+    if config.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
+        raise ValueError(f'precision="bf16" is not supported by {torch.cuda.get_device_name()}; nearest is "fp16"')
+    for name in ("tokenizer_path", "init_from", "teacher_dir"):
+        path = getattr(config, name)
+        if path is not None and not Path(path).exists():
+            raise ValueError(f"{name}={path!r} is not there; name a file or folder that exists")
+    if not (Path(config.data_dir) / "manifest.json").exists():
+        for path in config.corpus:
+            if not has_magic(path) and not Path(path).exists():
+                raise ValueError(f"corpus: {path!r} is not there; name a file, folder or glob that exists")
+
+
+def refuse_arguments(arguments: list[str]) -> None:
+    """Lets the launcher's `--local_rank` pass and nothing else: a choice is a value in scripts/config.py.
+
+    Raises:
+        ValueError: there is any other argument.
+    """
+    others = [word for word in arguments if not re.fullmatch(r"--local[_-]rank=\d+", word)]
+    if others:
+        raise ValueError(
+            f"{' '.join(others)}: there are no command-line arguments; edit PRETRAIN or DISTILL in scripts/config.py"
+        )
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Turns a ValueError into what a user sees: one line, from rank 0 alone, and exit status 2."""
+    try:
+        yield
+    except ValueError as refusal:
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            print(f"refused: {refusal}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+def _check_types(config: TrainingConfig) -> None:
+    for field in fields(TrainingConfig):
+        value, wanted = getattr(config, field.name), str(field.type)
+        if value is None and wanted.endswith("| None"):
+            continue
+        kind = {"int": int, "float": (int, float), "bool": bool, "str": str, "tuple[str, ...]": tuple}[_bare(wanted)]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"{field.name}={value!r} is not of type {_readable(wanted)}; {_type_remedy(value, _bare(wanted))}")
+
+
+def _bare(wanted: str) -> str:
+    return wanted.removeprefix("<class '").removesuffix("'>").removesuffix(" | None")
+
+
+def _readable(wanted: str) -> str:
+    return wanted.removeprefix("<class '").removesuffix("'>")
+
+
+def _type_remedy(value: object, kind: str) -> str:
+    if kind == "int" and isinstance(value, float) and math.isfinite(value):
+        return f"nearest is {round(value)}"
+    if kind.startswith("tuple"):
+        return f"write ({value!r},)" if isinstance(value, str) else "write a tuple of strings"
+    return f"write a value of type {kind}"
+
+
+def _check_ranges(config: TrainingConfig) -> None:
+    for field in fields(TrainingConfig):
+        name, value = field.name, getattr(config, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}={value} is not a finite number; the default is {field.default}")
+        if value is None:
+            continue
+        if name in AT_LEAST and value < AT_LEAST[name]:
+            raise ValueError(f"{name}={value} is below {AT_LEAST[name]}; nearest is {AT_LEAST[name]}")
+        if name in ABOVE_ZERO and value <= 0:
+            raise ValueError(f"{name}={value} is not above 0; the default is {field.default}")
+        if name in NOT_NEGATIVE + BELOW_ONE and value < 0:
+            raise ValueError(f"{name}={value} is negative; nearest is 0.0")
+        if name in BELOW_ONE and value >= 1:
+            raise ValueError(f"{name}={value} is not below 1; the default is {field.default}")
+
+
+def _check_choices(config: TrainingConfig) -> None:
+    choices = {"precision": tuple(PRECISIONS), "schedule": SCHEDULES, "activation_checkpointing": ACTIVATION_CHECKPOINTING}
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"{name}={getattr(config, name)!r} is unknown; one of {', '.join(map(repr, allowed))} works")
+
+
+def _check_model(config: TrainingConfig) -> None:
+    if config.head_size is None and config.hidden_size % config.num_heads:
+        nearest = _nearest_divisor(config.hidden_size, config.num_heads)
+        raise ValueError(f"num_heads={config.num_heads} does not divide hidden_size={config.hidden_size}; nearest is {nearest}")
+    if config.num_heads % config.num_kv_heads:
+        nearest = _nearest_divisor(config.num_heads, config.num_kv_heads)
+        raise ValueError(
+            f"num_kv_heads={config.num_kv_heads} does not divide num_heads={config.num_heads}; nearest is {nearest}"
+        )
+    if config.head_width % 2:
+        raise ValueError(
+            f"head width {config.head_width} is odd and rotary positions turn pairs; set head_size={config.head_width + 1}"
+        )
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    return min((n for n in range(1, number + 1) if number % n == 0), key=lambda n: (abs(n - wanted), n))
+
+
+def _check_batch(config: TrainingConfig) -> None:
+    config.accumulation_steps(1)
+    if config.eval_tokens < config.context_length:
+        raise ValueError(
+            f"eval_tokens={config.eval_tokens} is less than one window of context_length={config.context_length};"
+            f" nearest is {config.context_length}"
+        )
+
+
+def _check_schedule(config: TrainingConfig) -> None:
+    if config.warmup_steps >= config.num_steps:
+        raise ValueError(
+            f"warmup_steps={config.warmup_steps} leaves nothing of num_steps={config.num_steps};"
+            f" nearest is {config.num_steps - 1}"
+        )
+    if config.min_learning_rate > config.learning_rate:
+        raise ValueError(
+            f"min_learning_rate={config.min_learning_rate} is above learning_rate={config.learning_rate};"
+            f" nearest is {config.learning_rate}"
+        )
+    if (config.schedule == "wsd") != (config.decay_steps is not None):
+        remedy = "set decay_steps" if config.schedule == "wsd" else "set decay_steps=None"
+        raise ValueError(f'decay_steps={config.decay_steps} does not go with schedule="{config.schedule}"; {remedy}')
+    if config.decay_steps is not None and config.warmup_steps + config.decay_steps > config.num_steps:
+        raise ValueError(
+            f"decay_steps={config.decay_steps} after warmup_steps={config.warmup_steps} outlasts num_steps={config.num_steps};"
+            f" nearest is {config.num_steps - config.warmup_steps}"
+        )
+
+
+def _check_data(config: TrainingConfig) -> None:
+    for name in ("run_dir", "data_dir", "text_field", "sample_prompt"):
+        if not getattr(config, name):
+            raise ValueError(f"{name} is empty; the default is {TrainingConfig.__dataclass_fields__[name].default!r}")
+    if not config.corpus or not all(config.corpus):
+        raise ValueError(f"corpus={config.corpus!r} is empty; name at least one file, folder or glob")
+    for name in ("corpus", "corpus_exclude"):
+        if not all(isinstance(item, str) for item in getattr(config, name)):
+            raise ValueError(f"{name}={getattr(config, name)!r} holds something that is not a string; write a tuple of strings")
+    if config.validation_fraction == 0 and config.eval_every_steps is not None:
+        raise ValueError(
+            f"validation_fraction=0 leaves nothing for eval_every_steps={config.eval_every_steps};"
+            " set eval_every_steps=None or validation_fraction=0.01"
+        )
+    if Path(config.run_dir).resolve() == Path(config.data_dir).resolve():
+        raise ValueError(f'run_dir and data_dir are both {config.run_dir!r}; nearest is data_dir="{config.data_dir}-data"')
+    if config.tokenizer_path is not None and config.vocab_size == 257:
+        raise ValueError("vocab_size=257 means raw bytes and tokenizer_path names a tokenizer; set tokenizer_path=None")
+
+
+with refusing():
+    PRETRAIN = TrainingConfig()

@@ -1,0 +1,352 @@
+"""Entry: corpus -> tokenizer -> shards. Owns the names in data_dir and its manifest, which is written last.
+
+    data_dir/manifest.json  tokenizer.json  train-00000.bin ...  validation-00000.bin ...
+
+Knows nothing of windows but how long one is, nor of the model. To change a value, edit scripts/config.py.
+"""
+
+import json
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import sha256
+from itertools import tee
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from ds import tokenizer as bpe
+from ds.corpus import corpus_digest, corpus_files, documents, file_documents, is_held_out
+from ds.loader import count_windows
+from ds.shards import TokenStream, open_shard, sync_folder, verify_shard, write_shard
+from scripts.config import PRETRAIN, TrainingConfig, refuse_arguments, refusing
+
+FORMAT_VERSION = 1
+FIELDS = (
+    "corpus", "corpus_exclude", "text_field", "validation_fraction", "tokens_per_shard", "vocab_size", "tokenizer_path",
+    "tokenizer_sample_bytes",
+)  # fmt: skip
+
+
+class Data(NamedTuple):
+    """Checked data: the manifest, the token streams (no `validation` if validation_fraction is 0), the tokenizer, and the
+    `fingerprint` of it all, the sha256 (hex) of manifest.json.
+    """
+
+    manifest: dict
+    train: TokenStream
+    validation: TokenStream | None
+    tokenizer: Tokenizer
+    fingerprint: str
+
+    @property
+    def tokenizer_json(self) -> str:
+        """The contents of tokenizer.json."""
+        return bpe.to_json(self.tokenizer)
+
+    @property
+    def end_of_text_id(self) -> int:
+        """The id that ends each document."""
+        return bpe.end_of_text_id(self.tokenizer)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of `ids`, what is no UTF-8 replaced."""
+        return bpe.decode(self.tokenizer, ids).decode(errors="replace")
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`."""
+        return bpe.encode(self.tokenizer, text.encode()).tolist()
+
+    def token_num_bytes(self) -> list[int]:
+        """How many bytes of text each id stands for: (V,)."""
+        return [len(piece) for piece in bpe.token_bytes(self.tokenizer)]
+
+
+def prepare(config: TrainingConfig) -> Data:
+    """Opens data_dir if it has a manifest, else builds it first; a failed build leaves what was there untouched.
+
+    Raises:
+        ValueError: the corpus or the tokenizer is unfit, or as `open_data`.
+    """
+    if not _manifest_path(config).exists():
+        _build(config)
+    return open_data(config)
+
+
+def open_data(config: TrainingConfig) -> Data:
+    """Opens what `prepare` built, hashes every shard and checks all against the config; writes nothing.
+
+    Raises:
+        ValueError: there is no manifest, a field or the corpus has changed, the tokenizer or a shard is damaged, missing or
+            not the manifest's, or a split is shorter than one window.
+    """
+    manifest, fingerprint = _read_manifest(config)
+    _check_fields(config, manifest)
+    _check_corpus(config, manifest)
+    tokenizer = _open_tokenizer(config, manifest)
+    train = _open_split(config, manifest, "train")
+    validation = _open_split(config, manifest, "validation") if config.validation_fraction > 0 else None
+    _check_windows(config, train.num_tokens, validation.num_tokens if validation else 0)
+    return Data(manifest, train, validation, tokenizer, fingerprint)
+
+
+def main() -> None:
+    """`python scripts/prepare_data.py`; exit status 0, or 2 when it refuses."""
+    with refusing():
+        refuse_arguments(sys.argv[1:])
+        data = prepare(PRETRAIN)
+    print(f"data: {data.train.num_tokens:,} training tokens in {PRETRAIN.data_dir}")
+
+
+@dataclass
+class _Split:
+    """One split while it is built: counts, shards written, ids that wait for theirs."""
+
+    name: str
+    num_documents: int = 0
+    num_bytes: int = 0
+    num_tokens: int = 0
+    shards: list[dict] = field(default_factory=list)
+    waiting: list[np.ndarray] = field(default_factory=list)
+    num_waiting: int = 0
+
+    def summary(self) -> dict:
+        return {name: getattr(self, name) for name in ("num_documents", "num_bytes", "num_tokens", "shards")}
+
+
+def _manifest_path(config: TrainingConfig) -> Path:
+    return Path(config.data_dir) / "manifest.json"
+
+
+def _build(config: TrainingConfig) -> None:
+    _check_apart(config)
+    files = corpus_files(config.corpus, config.corpus_exclude)
+    num_bytes = sum(file.stat().st_size for file in files)
+    print(f"corpus: {len(files):,} files, {num_bytes / 1e6:.1f} MB", flush=True)
+    try:
+        with _building_folder(Path(config.data_dir)) as folder:
+            _build_in(folder, config, files)
+            _move(folder, Path(config.data_dir))
+    except OSError as error:
+        raise ValueError(f"data_dir={config.data_dir!r} cannot be written ({error.strerror}); name another folder") from error
+
+
+def _check_apart(config: TrainingConfig) -> None:
+    for entry in config.corpus:
+        if Path(entry).is_dir() and Path(config.data_dir).resolve().is_relative_to(Path(entry).resolve()):
+            raise ValueError(
+                f"data_dir={config.data_dir!r} lies in the corpus folder {entry!r} and would become text; name a folder outside"
+            )
+
+
+@contextmanager
+def _building_folder(data_dir: Path) -> Iterator[Path]:
+    """A folder inside data_dir for this process, removed at the end; those of dead processes of this machine go too."""
+    owner = f"building-{socket.gethostname()}-"
+    for left in data_dir.glob(f"{owner}*"):
+        process = left.name.removeprefix(owner)
+        if process.isdecimal() and not _is_alive(int(process)):
+            shutil.rmtree(left)
+    folder = data_dir / f"{owner}{os.getpid()}"
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()
+
+
+def _build_in(folder: Path, config: TrainingConfig, files: list[Path]) -> None:
+    tokenizer = _make_tokenizer(config, files)
+    fingerprint = bpe.fingerprint(tokenizer)
+    print(f"tokenizer: {config.vocab_size} tokens", flush=True)
+    train, validation = _write_splits(folder, config, files, tokenizer, fingerprint)
+    _check_windows(config, train.num_tokens, validation.num_tokens)
+    bytes_per_token = (train.num_bytes + validation.num_bytes) / (train.num_tokens + validation.num_tokens)
+    counts = f"{train.num_tokens:,} training tokens, {validation.num_tokens:,} held out"
+    print(f"shards: {counts}, {bytes_per_token:.2f} bytes a token", flush=True)
+    _write_durably(folder / "tokenizer.json", bpe.to_json(tokenizer))
+    head = {"format_version": FORMAT_VERSION, **_fields(config), "corpus_digest": corpus_digest(files)}
+    splits = {split.name: split.summary() for split in (train, validation)}
+    _write_durably(
+        folder / "manifest.json", json.dumps(head | {"tokenizer_fingerprint": fingerprint} | splits, indent=1) + "\n"
+    )
+
+
+def _make_tokenizer(config: TrainingConfig, files: list[Path]) -> Tokenizer:
+    if config.vocab_size == 257:
+        return bpe.raw_bytes()
+    if config.tokenizer_path is None:
+        return bpe.train(_sample(config, files), config.vocab_size)
+    tokenizer = bpe.load(config.tokenizer_path)
+    num_ids = bpe.vocab_size(tokenizer)
+    if num_ids != config.vocab_size:
+        raise ValueError(
+            f"vocab_size={config.vocab_size} is not that of tokenizer_path={config.tokenizer_path!r}; nearest is {num_ids}"
+        )
+    return tokenizer
+
+
+def _sample(config: TrainingConfig, files: list[Path]) -> Iterator[bytes]:
+    """Training documents for the tokenizer: each file gives in proportion to its size, tokenizer_sample_bytes in all."""
+    corpus_bytes = sum(file.stat().st_size for file in files) or 1
+    num_due, num_taken = 0.0, 0
+    for file in files:
+        num_due += config.tokenizer_sample_bytes * file.stat().st_size / corpus_bytes
+        if num_taken >= num_due:
+            continue
+        for document in file_documents(file, config.text_field):
+            if is_held_out(document, config.validation_fraction):
+                continue
+            yield document[: config.tokenizer_sample_bytes - num_taken]
+            num_taken += len(document)
+            if num_taken >= num_due:
+                break
+
+
+def _write_splits(
+    folder: Path, config: TrainingConfig, files: list[Path], tokenizer: Tokenizer, fingerprint: str
+) -> tuple[_Split, _Split]:
+    train, validation = _Split("train"), _Split("validation")
+    end_of_text = np.array([bpe.end_of_text_id(tokenizer)], dtype=np.uint32)
+    plain, to_encode = tee(documents(files, config.text_field))
+    for document, ids in zip(plain, bpe.encode_documents(tokenizer, to_encode), strict=True):
+        split = validation if is_held_out(document, config.validation_fraction) else train
+        split.num_documents += 1
+        split.num_bytes += len(document)
+        _add(split, np.append(ids, end_of_text), folder, config, fingerprint)
+    for split in (train, validation):
+        if split.num_waiting:
+            _write_waiting(split, folder, config, fingerprint)
+    return train, validation
+
+
+def _add(split: _Split, ids: np.ndarray, folder: Path, config: TrainingConfig, fingerprint: str) -> None:
+    while len(ids):
+        taken, ids = np.split(ids, [config.tokens_per_shard - split.num_waiting])
+        split.waiting.append(taken)
+        split.num_waiting += len(taken)
+        if split.num_waiting == config.tokens_per_shard:
+            _write_waiting(split, folder, config, fingerprint)
+
+
+def _write_waiting(split: _Split, folder: Path, config: TrainingConfig, fingerprint: str) -> None:
+    path = folder / f"{split.name}-{len(split.shards):05d}.bin"
+    num_tokens = write_shard(path, split.waiting, config.vocab_size, fingerprint)
+    split.shards.append({"name": path.name, "num_tokens": num_tokens, "sha256": open_shard(path).sha256})
+    split.num_tokens += num_tokens
+    split.waiting, split.num_waiting = [], 0
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _move(folder: Path, data_dir: Path) -> None:
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == "manifest.json"):
+        if path.name == "manifest.json":
+            sync_folder(data_dir)
+        os.replace(path, data_dir / path.name)
+    sync_folder(data_dir)
+
+
+def _fields(config: TrainingConfig) -> dict:
+    return json.loads(json.dumps({name: getattr(config, name) for name in FIELDS}))
+
+
+def _read_manifest(config: TrainingConfig) -> tuple[dict, str]:
+    path = _manifest_path(config)
+    try:
+        content = path.read_bytes()
+        manifest = json.loads(content)
+        version = manifest["format_version"]
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); run scripts/prepare_data.py") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged; {_delete(config)}") from error
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} is of version {version}, not of version {FORMAT_VERSION}; {_delete(config)}")
+    return manifest, sha256(content).hexdigest()
+
+
+def _delete(config: TrainingConfig) -> str:
+    return f"delete data_dir={config.data_dir!r}, or name another, and prepare the data again"
+
+
+def _check_fields(config: TrainingConfig, manifest: dict) -> None:
+    changed = [
+        f"{name}={value!r} was {manifest.get(name)!r}" for name, value in _fields(config).items() if manifest.get(name) != value
+    ]
+    if changed:
+        raise ValueError(f"data_dir={config.data_dir!r} was prepared otherwise: {', '.join(changed)}; {_delete(config)}")
+
+
+def _check_corpus(config: TrainingConfig, manifest: dict) -> None:
+    try:
+        files = corpus_files(config.corpus, config.corpus_exclude)
+    except ValueError:
+        return  # The corpus need not be on the machine that trains.
+    if corpus_digest(files) != manifest.get("corpus_digest"):
+        raise ValueError(f"corpus has changed since data_dir={config.data_dir!r} was prepared; {_delete(config)}")
+
+
+def _open_tokenizer(config: TrainingConfig, manifest: dict) -> Tokenizer:
+    try:
+        tokenizer = bpe.load(Path(config.data_dir) / "tokenizer.json")
+    except ValueError as error:
+        raise ValueError(f"{str(error).split(';')[0]}; {_delete(config)}") from error
+    if bpe.fingerprint(tokenizer) != manifest.get("tokenizer_fingerprint"):
+        raise ValueError(f"{config.data_dir}/tokenizer.json differs from the tokenizer of the shards; {_delete(config)}")
+    return tokenizer
+
+
+def _open_split(config: TrainingConfig, manifest: dict, name: str) -> TokenStream:
+    try:
+        expected = [(entry["name"], entry["num_tokens"], entry["sha256"]) for entry in manifest[name]["shards"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{_manifest_path(config)} is damaged; {_delete(config)}") from error
+    paths = [Path(config.data_dir, shard_name) for shard_name, _, _ in expected]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(verify_shard, paths))
+    shards = tuple(map(open_shard, paths))
+    for shard, (_, num_tokens, digest) in zip(shards, expected, strict=True):
+        if (len(shard.ids), shard.sha256) != (num_tokens, digest):
+            raise ValueError(f"{shard.path} is not the shard that manifest.json names; {_delete(config)}")
+    return TokenStream(shards, manifest["tokenizer_fingerprint"])
+
+
+def _check_windows(config: TrainingConfig, num_train: int, num_validation: int) -> None:
+    window = config.context_length + 1
+    if not count_windows(num_train, config.context_length):
+        raise ValueError(
+            f"corpus too small for one training window: {num_train} tokens are fewer than context_length + 1 = {window};"
+            " add documents or lower context_length"
+        )
+    if config.validation_fraction > 0 and not count_windows(num_validation, config.context_length):
+        raise ValueError(
+            f"corpus too small for one held-out window: {num_validation} tokens are fewer than context_length + 1 = {window};"
+            " raise validation_fraction, add documents, or set validation_fraction=0 and eval_every_steps=None"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Metrics file -> pictures. Knows the lines of metrics.jsonl and matplotlib; nothing of models."""
+
+import json
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+TRAIN, HELD_OUT, RATE, NORM = "#9aa7b4", "#c2410c", "#1d4ed8", "#4d7c0f"
+
+
+def draw_losses(metrics: Path, picture: Path) -> None:
+    """Draws training and held-out loss against tokens, with learning rate and gradient norm below, into a PNG file.
+
+    `metrics` holds one JSON object a line, of kind "train", "eval" or "event"; events are passed over.
+    """
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    train = [record for record in records if record["kind"] == "train"]
+    held_out = [record for record in records if record["kind"] == "eval"]
+    figure = Figure(figsize=(9, 8), dpi=120, layout="constrained")
+    loss, rate, norm = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
+    _plot_losses(loss, train, held_out)
+    _plot_line(rate, train, "learning_rate", "learning rate", RATE)
+    _plot_line(norm, train, "grad_norm", "gradient norm", NORM)
+    norm.set_xlabel("tokens read")
+    norm.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    draft = picture.with_name(f".{picture.name}.draft")
+    FigureCanvasAgg(figure).print_png(draft)
+    draft.rename(picture)
+
+
+def _plot_losses(axes: Axes, train: list[dict], held_out: list[dict]) -> None:
+    axes.plot(*_series(train, "loss"), color=TRAIN, linewidth=1, label="training, each step")
+    if held_out:
+        axes.plot(*_series(held_out, "val_loss"), color=HELD_OUT, marker="o", markersize=4, label="held out")
+        last = held_out[-1]
+        words = f"{last['val_loss']:.2f} nats, {last['val_bits_per_byte']:.2f} bits per byte"
+        at = (last["tokens"], last["val_loss"])
+        axes.annotate(words, at, (0, 14), textcoords="offset points", ha="right", color=HELD_OUT)
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title("Loss")
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.25)
+
+
+def _plot_line(axes: Axes, records: list[dict], name: str, label: str, color: str) -> None:
+    axes.plot(*_series(records, name), color=color, linewidth=1)
+    axes.set_ylabel(label)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+
+
+def _series(records: list[dict], name: str) -> tuple[list[float], list[float]]:
+    return [record["tokens"] for record in records], [record[name] for record in records]

@@ -1,0 +1,198 @@
+"""Laws of ds/corpus.py: which files, which documents, which are held out."""
+
+import bz2
+import gzip
+import json
+import lzma
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from ds.corpus import corpus_digest, corpus_files, documents, file_documents, is_held_out
+
+COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress}
+JSON_TEXT = st.text(st.characters(exclude_categories=()), max_size=30)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    for name in ("b.txt", "a.py", "sub/c.py", "sub/deep/d.py", "test/e.py", ".hidden/f.py", "sub/.g.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    return tmp_path
+
+
+def names(files: list[Path], root: Path) -> list[str]:
+    return [file.relative_to(root).as_posix() for file in files]
+
+
+def refusal(call, *arguments) -> str:
+    with pytest.raises(ValueError) as caught:
+        result = call(*arguments)
+        list(result)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_folder_gives_all_files_below_but_hidden_ones(tree):
+    assert names(corpus_files((str(tree),), ()), tree) == ["a.py", "b.txt", "sub/c.py", "sub/deep/d.py", "test/e.py"]
+
+
+def test_glob_gives_what_it_matches(tree):
+    assert names(corpus_files((f"{tree}/*.py",), ()), tree) == ["a.py"]
+    assert names(corpus_files((f"{tree}/**/*.py",), ()), tree) == ["a.py", "sub/c.py", "sub/deep/d.py", "test/e.py"]
+
+
+def test_exclude_leaves_out_by_any_part_below_the_root(tree):
+    assert names(corpus_files((f"{tree}/**/*.py",), ("test", "d*")), tree) == ["a.py", "sub/c.py"]
+    assert names(corpus_files((str(tree),), ("su?", "*.txt")), tree) == ["a.py", "test/e.py"]
+
+
+def test_exclude_does_not_look_above_the_root(tree):
+    assert names(corpus_files((f"{tree}/test",), ("test",)), tree) == ["test/e.py"]
+    assert names(corpus_files((f"{tree}/test/*.py",), ("test", tree.name)), tree) == ["test/e.py"]
+
+
+def test_named_file_is_never_excluded(tree):
+    assert corpus_files((f"{tree}/.hidden/f.py",), ("*",)) == [tree / ".hidden/f.py"]
+
+
+def test_file_named_twice_comes_once_and_order_of_entries_does_not_matter(tree):
+    entries = (f"{tree}/sub", f"{tree}/*.py", f"{tree}/a.py", f"{tree}/sub/../a.py")
+    assert corpus_files(entries, ()) == corpus_files(entries[::-1][1:], ())
+    assert names(corpus_files(entries, ()), tree) == ["a.py", "sub/c.py", "sub/deep/d.py"]
+
+
+@pytest.mark.parametrize("entry", ["absent", "absent/*.py", "*.rs"])
+def test_entry_without_a_file_is_refused(tree, entry):
+    assert f"{tree}/{entry}" in refusal(corpus_files, (f"{tree}/a.py", f"{tree}/{entry}"), ())
+
+
+def test_entry_excluded_whole_is_refused(tree):
+    assert "corpus_exclude leaves out all 1" in refusal(corpus_files, (f"{tree}/test",), ("*.py",))
+
+
+def test_digest_follows_names_and_sizes(tree):
+    files = corpus_files((str(tree),), ())
+    before = corpus_digest(files)
+    assert corpus_digest(files) == before != corpus_digest(files[1:])
+    files[0].write_text("longer than it was")
+    assert corpus_digest(files) != before
+
+
+@given(content=st.binary(min_size=1))
+@settings(deadline=None, max_examples=50)
+def test_plain_file_is_one_document_byte_for_byte(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "plain.txt"
+    path.write_bytes(content)
+    assert list(documents([path], "text")) == [content]
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_compressed_files_give_what_was_compressed(tmp_path, suffix):
+    text = b"\xff text\n" * 1000
+    (tmp_path / f"a.txt{suffix}").write_bytes(COMPRESS[suffix](text))
+    lines = b"".join(json.dumps({"text": f"line {number}"}).encode() + b"\n" for number in range(3))
+    (tmp_path / f"b.jsonl{suffix}").write_bytes(COMPRESS[suffix](lines[:10]) + COMPRESS[suffix](lines[10:]))
+    assert list(documents(corpus_files((str(tmp_path),), ()), "text")) == [text, b"line 0", b"line 1", b"line 2"]
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_truncated_or_broken_compressed_file_is_refused(tmp_path, suffix):
+    path = tmp_path / f"a.txt{suffix}"
+    whole = COMPRESS[suffix](bytes(range(256)) * 8)
+    for content in (whole[:-9], b"this was never compressed"):
+        path.write_bytes(content)
+        message = refusal(documents, [path], "text")
+        assert str(path) in message and "corpus_exclude" in message
+
+
+@given(texts=st.lists(JSON_TEXT, min_size=1), ascii_only=st.booleans())
+@example(texts=["\ud800", "a\udfff"], ascii_only=True)
+@example(texts=["\ud800", "a\udfff"], ascii_only=False)
+@settings(deadline=None, max_examples=50)
+def test_json_lines_give_the_strings_that_were_written(tmp_path_factory, texts, ascii_only):
+    path = tmp_path_factory.getbasetemp() / "lines.ndjson"
+    lines = [json.dumps({"other": 1, "body": text}, ensure_ascii=ascii_only) for text in texts]
+    path.write_bytes("\n\n  \n".join(lines).encode("utf-8", "surrogatepass"))
+    assert list(file_documents(path, "body")) == [text.encode("utf-8", "surrogatepass") for text in texts if text]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[1]", "a JSON list, not an object"),
+        ('{"body": "x", "id": 1}', "there is 'body', 'id'"),
+        ("{}", "there is none"),
+        ('{"text": null}', "of type NoneType, not a string"),
+        ('{"text": 3}', "of type int, not a string"),
+    ],
+)
+def test_bad_json_line_is_refused_by_file_and_line(tmp_path, line, reason):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(f'{{"text": "good"}}\n\n{line}\n')
+    message = refusal(documents, [path], "text")
+    assert f"{path}, line 3" in message and reason in message
+
+
+def test_json_line_that_is_not_utf8_is_refused_by_file_and_line(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b'{"text": "\xff"}\n')
+    assert f"{path}, line 1: not JSON" in refusal(documents, [path], "text")
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_parquet_gives_its_rows_without_nulls_and_empty_ones(tmp_path, kind):
+    texts = ["a", None, "", "b", "ü"] * 1000
+    table = pa.table({"n": range(5000), "text": pa.array(texts).cast(kind)})
+    pq.write_table(table, tmp_path / "t.parquet")
+    assert list(documents([tmp_path / "t.parquet"], "text")) == [text.encode() for text in texts if text]
+
+
+def test_parquet_keeps_bytes_that_are_not_utf8(tmp_path):
+    column = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff\xfe"]).buffers())
+    pq.write_table(pa.table({"text": column}), tmp_path / "t.parquet")
+    assert list(documents([tmp_path / "t.parquet"], "text")) == [b"\xff\xfe"]
+
+
+def test_parquet_without_a_column_of_strings_is_refused(tmp_path):
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"n": [1], "body": ["x"]}), path)
+    assert "'n', 'body'" in refusal(documents, [path], "text")
+    assert "int64, not a string" in refusal(documents, [path], "n")
+    path.write_bytes(b"PAR1 not really")
+    assert "cannot be read" in refusal(documents, [path], "text")
+
+
+def test_file_that_vanished_is_refused(tmp_path):
+    assert "cannot be read (" in refusal(documents, [tmp_path / "gone.txt"], "text")
+
+
+def test_empty_documents_are_skipped_and_nothing_at_all_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("")
+    (tmp_path / "b.txt").write_text("b")
+    assert list(documents([tmp_path / "a.txt", tmp_path / "b.txt"], "text")) == [b"b"]
+    assert "holds no text" in refusal(documents, [tmp_path / "a.txt"], "text")
+    assert "holds no text" in refusal(documents, [], "text")
+
+
+@given(document=st.binary(), fraction=st.floats(0, 1), larger=st.floats(0, 1))
+@settings(deadline=None)
+def test_held_out_document_stays_held_out_for_a_larger_fraction(document, fraction, larger):
+    fraction, larger = sorted((fraction, larger))
+    assert is_held_out(document, larger) or not is_held_out(document, fraction)
+    assert not is_held_out(document, 0.0)
+    assert is_held_out(document, 1.0)
+
+
+@pytest.mark.parametrize("fraction", [0.03, 0.5])
+def test_held_out_share_is_the_fraction(fraction):
+    share = sum(is_held_out(b"%d" % number, fraction) for number in range(20_000)) / 20_000
+    assert share == pytest.approx(fraction, abs=0.012)

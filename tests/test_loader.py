@@ -1,0 +1,156 @@
+"""Laws of ds/loader.py: a bijection for each epoch, the same tokens in a step for any number of ranks."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from ds.loader import count_windows, held_out_batches, micro_batches, permute, step_windows
+from ds.shards import Shard, TokenStream
+
+SEEDS = st.integers(0, 2**70)
+
+
+def stream(num_tokens: int, num_shards: int = 3) -> TokenStream:
+    parts = np.array_split(np.arange(num_tokens, dtype=np.uint32), num_shards)
+    return TokenStream(tuple(Shard(Path(), part, "", "") for part in parts), "")
+
+
+def step_rows(tokens: TokenStream, world_size: int, *, rows_per_step: int, micro_batch_rows: int, **place) -> list[list]:
+    """By rank, the micro-batches of the step as nested lists."""
+    shared = {"rows_per_step": rows_per_step, "micro_batch_rows": micro_batch_rows, "world_size": world_size, **place}
+    return [[batch.tolist() for batch in micro_batches(tokens, rank=rank, **shared)] for rank in range(world_size)]
+
+
+@given(num_items=st.integers(1, 3000), seed=SEEDS, epoch=st.integers(0, 2**40))
+@example(num_items=1, seed=0, epoch=0)
+@example(num_items=4, seed=0, epoch=0)
+@example(num_items=1025, seed=0, epoch=0)
+@settings(deadline=None)
+def test_permutation_is_a_bijection(num_items, seed, epoch):
+    places = permute(np.arange(num_items), num_items, seed, epoch)
+    assert places.dtype == np.int64
+    assert np.array_equal(np.sort(places), np.arange(num_items))
+
+
+@given(num_items=st.integers(1, 2**62), seed=SEEDS, epoch=st.integers(0, 9), data=st.data())
+@settings(deadline=None)
+def test_permutation_seeks_anywhere_in_any_size(num_items, seed, epoch, data):
+    indices = np.array(data.draw(st.lists(st.integers(0, num_items - 1), unique=True, max_size=20)), dtype=np.int64)
+    places = permute(indices, num_items, seed, epoch)
+    assert len(set(places.tolist())) == len(indices)
+    assert ((places >= 0) & (places < num_items)).all()
+    for index, place in zip(indices, places, strict=True):
+        assert permute(np.array([index]), num_items, seed, epoch).tolist() == [place]
+
+
+@given(num_items=st.integers(500, 3000), seed=SEEDS, epoch=st.integers(0, 100))
+@settings(deadline=None)
+def test_epochs_and_seeds_differ(num_items, seed, epoch):
+    items = np.arange(num_items)
+    here = permute(items, num_items, seed, epoch)
+    for other in (permute(items, num_items, seed, epoch + 1), permute(items, num_items, seed + 1, epoch), items):
+        assert (here == other).sum() < 20
+
+
+def test_permutation_is_uniform_enough():
+    """Where each of 8 items goes over 2000 seeds: chi-square with 49 degrees of freedom, 99.9% point 85.4."""
+    table = np.zeros((8, 8))
+    for seed in range(2000):
+        table[np.arange(8), permute(np.arange(8), 8, seed, 0)] += 1
+    assert ((table - 250) ** 2 / 250).sum() < 85.4
+
+
+def test_data_order_is_the_one_that_runs_were_started_with():
+    assert permute(np.arange(10), 10, 0, 0).tolist() == [3, 7, 4, 6, 5, 2, 1, 0, 9, 8]
+
+
+@given(num_tokens=st.integers(0, 200), context_length=st.integers(1, 20))
+@settings(deadline=None)
+def test_windows_are_those_that_fit(num_tokens, context_length):
+    fitting = [start for start in range(0, num_tokens, context_length) if start + context_length + 1 <= num_tokens]
+    assert count_windows(num_tokens, context_length) == len(fitting)
+
+
+@given(num_windows=st.integers(1, 60), rows_per_step=st.integers(1, 50), seed=SEEDS)
+@settings(deadline=None)
+def test_each_epoch_reads_every_window_once(num_windows, rows_per_step, seed):
+    num_steps = -(-3 * num_windows // rows_per_step)
+    order = np.concatenate([step_windows(step, rows_per_step, num_windows, seed) for step in range(num_steps)])
+    for epoch in range(3):
+        assert sorted(order[epoch * num_windows : (epoch + 1) * num_windows].tolist()) == list(range(num_windows))
+
+
+@given(
+    micro_batch_rows=st.integers(1, 3),
+    factor=st.integers(1, 3),
+    step=st.integers(0, 50),
+    seed=SEEDS,
+    num_tokens=st.integers(9, 400),
+)
+@settings(deadline=None)
+def test_ranks_are_disjoint_and_read_what_one_rank_would(micro_batch_rows, factor, step, seed, num_tokens):
+    tokens = stream(num_tokens)
+    place = {"micro_batch_rows": micro_batch_rows, "rows_per_step": 4 * micro_batch_rows * factor, "step": step}
+    place |= {"context_length": 8, "seed": seed}
+    (alone,) = step_rows(tokens, 1, **place)
+    for world_size in (2, 4):
+        ranks = step_rows(tokens, world_size, **place)
+        assert [batch for turn in zip(*ranks, strict=True) for batch in turn] == alone
+    starts = [row[0] // 8 for batch in alone for row in batch]
+    assert starts == step_windows(step, place["rows_per_step"], count_windows(num_tokens, 8), seed).tolist()
+
+
+@given(seed=SEEDS, step=st.integers(0, 9), num_shards=st.integers(1, 7))
+@settings(deadline=None, max_examples=30)
+def test_micro_batches_are_whole_windows_of_the_stream_in_any_shards(seed, step, num_shards):
+    place = {
+        "rank": 0,
+        "world_size": 1,
+        "micro_batch_rows": 2,
+        "rows_per_step": 6,
+        "context_length": 5,
+        "seed": seed,
+        "step": step,
+    }
+    batches = list(micro_batches(stream(101, num_shards), **place))
+    assert len(batches) == 3
+    for batch in batches:
+        assert batch.shape == (2, 6) and batch.dtype == np.int64
+        assert (batch[:, 0] % 5 == 0).all() and (np.diff(batch) == 1).all()
+
+
+def test_stream_without_a_window_is_refused():
+    place = {"rank": 0, "world_size": 1, "micro_batch_rows": 1, "rows_per_step": 1, "context_length": 8, "seed": 0, "step": 0}
+    with pytest.raises(ValueError, match=r"8 tokens hold no window of context_length \+ 1 = 9; add documents"):
+        next(micro_batches(stream(8), **place))
+
+
+@given(
+    num_tokens=st.integers(0, 300),
+    rows=st.integers(1, 5),
+    num_windows=st.integers(0, 60),
+    world_size=st.sampled_from([1, 2, 4]),
+)
+@settings(deadline=None)
+def test_held_out_windows_come_in_order_each_to_one_rank(num_tokens, rows, num_windows, world_size):
+    place = {"micro_batch_rows": rows, "context_length": 6, "num_windows": num_windows, "world_size": world_size}
+    ranks = [list(held_out_batches(stream(num_tokens), rank=rank, **place)) for rank in range(world_size)]
+    num_batches = sum(map(len, ranks))
+    dealt = [ranks[number % world_size][number // world_size] for number in range(num_batches)]
+    assert all(batch.shape == (rows, 7) for batch in dealt[:-1])
+    starts = [row[0] // 6 for batch in dealt for row in batch.tolist()]
+    assert starts == list(range(min(num_windows, count_windows(num_tokens, 6))))
+
+
+def test_order_of_a_large_step_costs_little():
+    step_windows(0, 512, 10**9, 0)
+    seconds = []
+    for step in range(20):
+        start = time.perf_counter()
+        step_windows(step, 512, 10**9, 0)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 1e-3

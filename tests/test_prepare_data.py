@@ -1,0 +1,334 @@
+"""Laws of scripts/prepare_data.py: built once, whole or not at all, and never opened when anything has changed."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from base64 import b64encode
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from ds import tokenizer as bpe
+from ds.corpus import corpus_files, documents, is_held_out
+from ds.shards import TokenStream, open_shard, write_shard
+from scripts import prepare_data
+from scripts.config import TrainingConfig
+from scripts.prepare_data import Data, open_data, prepare
+
+ROOT = Path(prepare_data.__file__).parents[1]
+
+
+def write_corpus(folder: Path, numbers: range) -> None:
+    folder.mkdir(exist_ok=True)
+    for number in numbers:
+        words = b64encode(sha256(b"%d" % number).digest()) * 2
+        (folder / f"{number:03d}.txt").write_bytes(b"document %d says %s\n\xff<|endoftext|>" % (number, words))
+
+
+def config_in(folder: Path, **changes) -> TrainingConfig:
+    write_corpus(folder / "text", range(40))
+    fields = {
+        "corpus": (f"{folder}/text",), "data_dir": f"{folder}/data", "run_dir": f"{folder}/run", "validation_fraction": 0.25,
+        "vocab_size": 300, "tokens_per_shard": 500, "context_length": 16, "tokens_per_step": 64, "micro_batch_rows": 2,
+    }  # fmt: skip
+    return TrainingConfig(**(fields | changes))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainingConfig:
+    return config_in(tmp_path)
+
+
+@pytest.fixture
+def built(config: TrainingConfig) -> TrainingConfig:
+    prepare(config)
+    return config
+
+
+def content(folder: str | Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()} if Path(folder).exists() else {}
+
+
+def refusal(config: TrainingConfig, call=prepare) -> str:
+    """The refusal's one line; data_dir is as it was before."""
+    before = content(config.data_dir)
+    with pytest.raises(ValueError) as caught:
+        call(config)
+    assert content(config.data_dir) == before
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def texts_of(stream: TokenStream | None, data: Data) -> list[bytes]:
+    assert stream is not None
+    ids, end = stream.read(0, stream.num_tokens).tolist(), bpe.end_of_text_id(data.tokenizer)
+    assert ids[-1] == end
+    ends = [-1, *(place for place, number in enumerate(ids) if number == end)]
+    return [bpe.decode(data.tokenizer, ids[a + 1 : b]) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+
+
+@pytest.mark.parametrize("vocab_size", [257, 300])
+def test_shards_hold_every_document_in_order_each_in_one_split(tmp_path, vocab_size):
+    config = config_in(tmp_path, vocab_size=vocab_size)
+    data = prepare(config)
+    everything = list(documents(corpus_files(config.corpus, ()), "text"))
+    for stream, name, held_out in ((data.train, "train", False), (data.validation, "validation", True)):
+        wanted = [document for document in everything if is_held_out(document, 0.25) == held_out]
+        assert texts_of(stream, data) == wanted
+        counts = (data.manifest[name]["num_documents"], data.manifest[name]["num_bytes"])
+        assert counts == (len(wanted), sum(map(len, wanted)))
+
+
+def test_shards_are_full_but_the_last_and_only_known_names_are_written(built):
+    data = open_data(built)
+    sizes = [shard["num_tokens"] for shard in data.manifest["train"]["shards"]]
+    assert len(sizes) > 2 and set(sizes[:-1]) == {500} and 0 < sizes[-1] <= 500
+    assert sum(sizes) == data.train.num_tokens == data.manifest["train"]["num_tokens"]
+    names = {shard["name"] for split in ("train", "validation") for shard in data.manifest[split]["shards"]}
+    assert set(content(built.data_dir)) == names | {"tokenizer.json", "manifest.json"}
+
+
+def test_building_is_deterministic_and_happens_once(built, capsys):
+    first = content(built.data_dir)
+    stamps = {path: path.stat().st_mtime_ns for path in Path(built.data_dir).iterdir()}
+    capsys.readouterr()
+    again = prepare(built)
+    assert capsys.readouterr().out == ""
+    assert stamps == {path: path.stat().st_mtime_ns for path in Path(built.data_dir).iterdir()}
+    assert again.fingerprint == open_data(built).fingerprint
+    shutil.rmtree(built.data_dir)
+    assert prepare(built).fingerprint == again.fingerprint
+    assert content(built.data_dir) == first
+
+
+def test_held_out_documents_stay_held_out_when_the_corpus_grows(tmp_path, config):
+    small = prepare(config)
+    write_corpus(tmp_path / "text", range(80))
+    large = prepare(replace(config, data_dir=f"{tmp_path}/larger"))
+    held_out, trained = set(texts_of(large.validation, large)), set(texts_of(large.train, large))
+    assert set(texts_of(small.validation, small)) < held_out
+    assert set(texts_of(small.train, small)) < trained
+    assert not held_out & trained
+
+
+def test_tokenizer_never_sees_held_out_documents(tmp_path):
+    config = config_in(tmp_path)
+    before = prepare(config).tokenizer
+    for path in corpus_files(config.corpus, ()):
+        if is_held_out(path.read_bytes(), 0.25):
+            path.unlink()
+    sampled = list(prepare_data._sample(config, corpus_files(config.corpus, ())))
+    assert bpe.fingerprint(bpe.train(sampled, 300)) == bpe.fingerprint(before)
+
+
+@pytest.mark.parametrize("sample_bytes", [1, 100, 1000, 10**6])
+def test_tokenizer_sample_is_bounded_and_spread_over_the_files(tmp_path, sample_bytes):
+    config = config_in(tmp_path, tokenizer_sample_bytes=sample_bytes, validation_fraction=0.0, eval_every_steps=None)
+    files = corpus_files(config.corpus, ())
+    sampled = list(prepare_data._sample(config, files))
+    corpus_bytes = sum(file.stat().st_size for file in files)
+    assert min(sample_bytes, corpus_bytes) * 0.8 - 1 <= sum(map(len, sampled)) <= sample_bytes
+    if sample_bytes == 1000:
+        numbers = [int(text.split()[1]) for text in sampled]
+        assert min(numbers) < 10 and max(numbers) > 30
+
+
+def test_tokenizer_path_gives_the_ids(tmp_path, built):
+    other = replace(built, data_dir=f"{tmp_path}/other", tokenizer_path=built.data_dir)
+    data = prepare(other)
+    assert data.manifest["tokenizer_fingerprint"] == open_data(built).manifest["tokenizer_fingerprint"]
+    wrong = replace(other, data_dir=f"{tmp_path}/wrong", vocab_size=4096)
+    assert "vocab_size=4096 is not that of tokenizer_path=" in refusal(wrong) and "nearest is 300" in refusal(wrong)
+
+
+def test_without_held_out_fraction_there_is_no_validation(tmp_path):
+    data = prepare(config_in(tmp_path, validation_fraction=0.0, eval_every_steps=None))
+    assert data.validation is None and data.manifest["validation"]["shards"] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"corpus": ("/absent/file",)}, "corpus: '/absent/file' is not there"),
+        ({"vocab_size": 50_000}, "vocab_size=50000: the corpus yields only"),
+        ({"context_length": 4096, "tokens_per_step": 8192}, "corpus too small for one training window"),
+        (
+            {"context_length": 512, "tokens_per_step": 1024, "vocab_size": 310, "validation_fraction": 0.1},
+            "one held-out window",
+        ),
+        (
+            {"validation_fraction": 1e-9},
+            "raise validation_fraction, add documents, or set validation_fraction=0 and eval_every",
+        ),
+    ],
+)
+def test_refused_build_leaves_what_was_there_untouched(tmp_path, changes, reason):
+    config = config_in(tmp_path, **changes)
+    assert reason in refusal(config)
+    (tmp_path / "data").mkdir(exist_ok=True)
+    for name in ("train-00000.bin", "tokenizer.json", "notes.txt"):
+        (tmp_path / "data" / name).write_text("mine")
+    assert reason in refusal(config)
+
+
+def test_data_dir_that_cannot_be_written_is_refused(tmp_path, config):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ValueError, match=r"data_dir='.*/file' cannot be written \(.*\); name another folder"):
+        prepare(replace(config, data_dir=f"{tmp_path}/file"))
+
+
+def test_data_dir_inside_the_corpus_is_refused(tmp_path, config):
+    assert "lies in the corpus folder" in refusal(replace(config, data_dir=f"{tmp_path}/text/data"))
+
+
+def test_interrupted_build_is_built_again(built):
+    whole = content(built.data_dir)
+    folder = Path(built.data_dir)
+    (folder / "manifest.json").unlink()
+    (folder / "train-00001.bin").write_bytes(b"half")
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    owners = (process.pid, os.getppid(), f"other-host-{process.pid}")
+    left, alive, elsewhere = (folder / f"building-{socket.gethostname()}-{owner}" for owner in owners)
+    for path in (left, alive, elsewhere):
+        path.mkdir()
+        (path / "train-00000.bin").write_bytes(b"half")
+    prepare(built)
+    assert not left.exists() and alive.exists() and elsewhere.exists()
+    shutil.rmtree(alive)
+    shutil.rmtree(elsewhere)
+    assert content(built.data_dir) == whole
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"validation_fraction": 0.2}, {"tokens_per_shard": 501}, {"vocab_size": 301}, {"text_field": "body"},
+        {"corpus_exclude": ("x", "y")}, {"tokenizer_sample_bytes": 9}, {"tokenizer_path": "x"},
+    ],
+)  # fmt: skip
+def test_changed_field_is_refused_by_name(built, changes):
+    message = refusal(replace(built, **changes))
+    ((name, value),) = changes.items()
+    shown = list(value) if isinstance(value, tuple) else value
+    assert f"{name}={shown!r} was" in message and "delete data_dir" in message
+
+
+def test_all_changed_fields_are_listed(built):
+    message = refusal(replace(built, text_field="body", tokens_per_shard=7))
+    assert "text_field='body' was 'text'" in message and "tokens_per_shard=7 was 500" in message
+
+
+def test_fields_that_do_not_concern_the_data_may_change(built):
+    open_data(replace(built, seed=9, hidden_size=64, num_steps=500))
+
+
+def test_context_longer_than_a_split_is_refused_at_opening(built):
+    longer = replace(built, context_length=1024, tokens_per_step=2048)
+    assert "corpus too small for one held-out window" in refusal(longer)
+
+
+def test_changed_corpus_is_refused_and_an_absent_one_is_fine(tmp_path, built):
+    (tmp_path / "text" / "new.txt").write_text("new")
+    assert "corpus has changed" in refusal(built)
+    shutil.rmtree(tmp_path / "text")
+    assert prepare(built).train.num_tokens > 0
+
+
+def test_every_damaged_or_missing_file_is_refused(built):
+    for path in sorted(Path(built.data_dir).glob("*.bin")):
+        whole = path.read_bytes()
+        for damaged in (whole[:140] + bytes([whole[140] ^ 1]) + whole[141:], whole[:-1], whole + b"\0", b""):
+            path.write_bytes(damaged)
+            assert path.name in refusal(built)
+        path.unlink()
+        assert f"{path.name} cannot be read" in refusal(built)
+        path.write_bytes(whole)
+    assert open_data(built)
+
+
+def test_shard_of_another_build_is_refused(built):
+    path = Path(built.data_dir) / "train-00000.bin"
+    shard = open_shard(path)
+    write_shard(path, shard.ids[::-1].copy(), 300, shard.fingerprint)
+    assert "train-00000.bin is not the shard that manifest.json names" in refusal(built)
+
+
+def test_other_tokenizer_is_refused(built):
+    path = Path(built.data_dir) / "tokenizer.json"
+    state = json.loads(path.read_text())
+    vocabulary = state["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(state))
+    assert "differs from the tokenizer of the shards" in refusal(built)
+    path.write_text("{")
+    assert "cannot be read as a tokenizer" in refusal(built) and "delete data_dir" in refusal(built)
+    path.unlink()
+    assert "tokenizer.json is not there; delete data_dir" in refusal(built)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format_version": 1}', '{"format_version": 99}'])
+def test_damaged_manifest_is_refused(built, text):
+    (Path(built.data_dir) / "manifest.json").write_text(text)
+    assert "delete data_dir" in refusal(built)
+
+
+def test_manifest_without_its_splits_is_refused(built):
+    path = Path(built.data_dir) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in manifest.items() if name != "train"}))
+    assert "manifest.json is damaged" in refusal(built)
+
+
+def test_opening_what_was_never_built_is_refused(config):
+    assert "run scripts/prepare_data.py" in refusal(config, open_data)
+    assert not Path(config.data_dir).exists()
+
+
+def test_command_says_where_the_data_is_or_refuses_with_status_2(config, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py"])
+    monkeypatch.setattr(prepare_data, "PRETRAIN", config)
+    prepare_data.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["corpus", "tokenizer", "shards", "data"]
+    assert config.data_dir in lines[-1]
+    monkeypatch.setattr(prepare_data, "PRETRAIN", replace(config, text_field="body"))
+    with pytest.raises(SystemExit) as caught:
+        prepare_data.main()
+    assert caught.value.code == 2 and capsys.readouterr().err.startswith("refused: data_dir=")
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(folder / "scripts" / "prepare_data.py"), *arguments]
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_argument_is_refused_with_a_pointer_to_the_config():
+    done = run(ROOT, "--vocab_size=9")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "refused: argument '--vocab_size=9': this command takes none; edit PRETRAIN in scripts/config.py\n"
+
+
+def test_bad_preset_is_refused_in_one_line(tmp_path):
+    for name in (
+        "ds/__init__.py",
+        "ds/corpus.py",
+        "ds/tokenizer.py",
+        "ds/shards.py",
+        "ds/loader.py",
+        "scripts/prepare_data.py",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "scripts" / "config.py").write_text(
+        (ROOT / "scripts" / "config.py").read_text() + "\nTrainingConfig(num_steps=0)\n"
+    )
+    done = run(tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("refused: num_steps=0 is below 1") and done.stderr.count("\n") == 1
