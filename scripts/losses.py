@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from scripts.config import product_dtype
+
 IGNORED = -100
 
 
@@ -17,16 +19,18 @@ class _NextTokenLoss(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        wide = head.to(product_dtype(head.dtype, head.device))
         for rows in _chunks(hidden.shape[0], chunk_rows):
-            logits = functional.linear(hidden[rows], head).float()
+            inputs = hidden[rows].to(wide.dtype)
+            logits = functional.linear(inputs, wide).float()
             total += functional.cross_entropy(logits, targets[rows], ignore_index=IGNORED, reduction="sum")
             if grad_hidden is None and grad_head is None:
                 continue
-            slope = _cross_entropy_slope(logits, targets[rows]).to(head.dtype)
+            slope = _cross_entropy_slope(logits, targets[rows]).to(wide.dtype)
             if grad_hidden is not None:
-                torch.mm(slope, head, out=grad_hidden[rows])
+                grad_hidden[rows] = slope @ wide
             if grad_head is not None:
-                grad_head += slope.T @ hidden[rows]
+                grad_head += slope.T @ inputs
         count = (targets != IGNORED).sum().clamp_(min=1)
         ctx.grads, ctx.count, ctx.dtype = (grad_hidden, grad_head), count, head.dtype
         return total / count
@@ -54,9 +58,9 @@ def next_token_loss(hidden: Tensor, head: Tensor, targets: Tensor, chunk_rows: i
 @torch.no_grad()
 def token_nats(hidden: Tensor, head: Tensor, targets: Tensor, chunk_rows: int) -> Tensor:
     """Cross-entropy of each token in nats, for evaluation: (B, T, D), (V, D), (B, T) int64 -> (B, T) float32."""
-    flat, wanted = hidden.flatten(0, 1), targets.flatten()
+    flat, wanted, wide = hidden.flatten(0, 1), targets.flatten(), head.to(product_dtype(head.dtype, head.device))
     nats = [
-        functional.cross_entropy(functional.linear(flat[rows], head).float(), wanted[rows], reduction="none")
+        functional.cross_entropy(functional.linear(flat[rows].to(wide.dtype), wide).float(), wanted[rows], reduction="none")
         for rows in _chunks(flat.shape[0], chunk_rows)
     ]
     return torch.cat(nats).view_as(targets)

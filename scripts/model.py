@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from scripts.config import TrainingConfig
+from scripts.config import TrainingConfig, product_dtype
 
 Cache = list[tuple[Tensor, Tensor]]
+HOST_CHUNK_ROWS = 1024
 
 
 class Attention(nn.Module):
@@ -29,22 +30,21 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(self.head_width, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(self.head_width, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rotary: Tensor, cache: tuple[Tensor, Tensor] | None, start: int) -> Tensor:
-        q = rotate(self.q_norm(self._heads(self.q_proj(x))), rotary)
-        k = rotate(self.k_norm(self._heads(self.k_proj(x))), rotary)
-        v = self._heads(self.v_proj(x))
-        if cache is None:
-            mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        else:
-            mixed = attend_cached(q, k, v, cache, start)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, norm: nn.RMSNorm, rotary: Tensor, cache: tuple[Tensor, Tensor] | None, start: int) -> Tensor:
+        """Attention over norm(x); with `cache`, over the keys that it holds before `start` too."""
+        q, k, v = (self._heads(each) for each in normed_products(x, norm, self.q_proj, self.k_proj, self.v_proj))
+        q, k = self.q_norm(q), self.k_norm(k)
+        mixed = (
+            attend(q, k, v, rotary) if cache is None else attend_cached(rotate(q, rotary), rotate(k, rotary), v, cache, start)
+        )
+        return product(mixed.transpose(1, 2).flatten(2), self.o_proj)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
 
 
 class MLP(nn.Module):
-    """SwiGLU: (B, T, D) -> (B, T, D)."""
+    """SwiGLU (Shazeer 2020): (B, T, D) -> (B, T, D)."""
 
     def __init__(self, config: TrainingConfig) -> None:
         super().__init__()
@@ -52,8 +52,9 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
         self.down_proj = nn.Linear(config.mlp_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x: Tensor, norm: nn.RMSNorm) -> Tensor:
+        gate, up = normed_products(x, norm, self.gate_proj, self.up_proj)
+        return gated_product(gate, up, self.down_proj)
 
 
 class Block(nn.Module):
@@ -67,8 +68,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rotary: Tensor, cache: tuple[Tensor, Tensor] | None = None, start: int = 0) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, cache, start)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.self_attn(x, self.input_layernorm, rotary, cache, start)
+        return x + self.mlp(x, self.post_attention_layernorm)
 
 
 class Trunk(nn.Module):
@@ -98,7 +99,7 @@ class Decoder(nn.Module):
 
     def forward(self, ids: Tensor, cache: Cache | None = None, start: int = 0) -> Tensor:
         """ids (B, T) int64 at positions start..start+T -> hidden (B, T, D); keys before `start` are read from `cache`."""
-        x = self.model.embed_tokens(ids)
+        x = embed(ids, self.model.embed_tokens)
         rotary = rotary_table(self.config, start, start + ids.shape[1], x.device)
         for layer, block in enumerate(self.model.layers):
             if self.config.activation_checkpointing == "block" and torch.is_grad_enabled():
@@ -175,6 +176,195 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     cos, sin = rotary
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def embed(ids: Tensor, table: nn.Embedding) -> Tensor:
+    """Rows of the table: (B, T) int64 -> (B, T, D)."""
+    return _HostEmbedding.apply(ids, table.weight) if _trains_on_host(table.weight) else table(ids)
+
+
+def normed_products(x: Tensor, norm: nn.RMSNorm, *layers: nn.Linear) -> tuple[Tensor, ...]:
+    """Each layer's product with norm(x); on the host only x is kept for the backward: (B, T, D) -> (B, T, out) each."""
+    if _trains_on_host(x):
+        return _HostNormedProducts.apply(x, norm.weight, norm.eps, *(layer.weight for layer in layers))  # pyright: ignore
+    normed = norm(x)
+    return tuple(product(normed, layer) for layer in layers)
+
+
+def gated_product(gate: Tensor, up: Tensor, layer: nn.Linear) -> Tensor:
+    """layer(silu(gate) * up); on the host only gate and up are kept for the backward: (B, T, F) twice -> (B, T, D)."""
+    if _trains_on_host(gate):
+        return _HostGatedProduct.apply(gate, up, layer.weight)  # pyright: ignore[reportReturnType]
+    return product(functional.silu(gate) * up, layer)
+
+
+def product(x: Tensor, layer: nn.Linear) -> Tensor:
+    """layer(x) in the dtype in which this device multiplies well: (B, T, in) -> (B, T, out)."""
+    wide = product_dtype(x.dtype, x.device)
+    return functional.linear(x, layer.weight) if wide == x.dtype else _WideProduct.apply(x, layer.weight, wide)  # pyright: ignore
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, rotary: Tensor) -> Tensor:
+    """Rotates and attends causally: q (B, H, T, K), k and v (B, G, T, K) -> (B, H, T, K)."""
+    if _trains_on_host(q):
+        return _HostAttention.apply(q, k, v, rotary)  # pyright: ignore[reportReturnType]
+    return functional.scaled_dot_product_attention(rotate(q, rotary), rotate(k, rotary), v, is_causal=True, enable_gqa=True)
+
+
+def _trains_on_host(x: Tensor) -> bool:
+    return x.device.type == "cpu" and torch.is_grad_enabled()
+
+
+def _chunks(num_rows: int) -> list[slice]:
+    return [slice(start, start + HOST_CHUNK_ROWS) for start in range(0, num_rows, HOST_CHUNK_ROWS)]
+
+
+class _HostEmbedding(torch.autograd.Function):
+    """torch adds a frequent token's gradients up in bfloat16 on a CPU, where they stop growing; here the sum is float32."""
+
+    @staticmethod
+    def forward(ctx, ids: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.table = table.shape, table.dtype
+        return functional.embedding(ids, table)
+
+    @staticmethod
+    def backward(ctx, slope: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        shape, dtype = ctx.table
+        total = slope.new_zeros(shape, dtype=torch.float32)
+        return None, total.index_add_(0, ctx.saved_tensors[0].flatten(), slope.flatten(0, 1).float()).to(dtype)
+
+
+class _WideProduct(torch.autograd.Function):
+    """x @ weight.T with both cast to `wide`; keeps them as they are."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, wide: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.wide = wide
+        return functional.linear(x.to(wide), weight.to(wide)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, slope: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight = ctx.saved_tensors
+        flat = slope.flatten(0, -2).to(ctx.wide)
+        grad_weight = flat.T @ x.flatten(0, -2).to(ctx.wide)
+        return (flat @ weight.to(ctx.wide)).to(x.dtype).view_as(x), grad_weight.to(weight.dtype), None
+
+
+class _HostNormedProducts(torch.autograd.Function):
+    """RMSNorm (Zhang & Sennrich 2019) and several products of its result, some rows at a time, to stay in the cache."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gain: Tensor, eps: float, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, gain, *weights)
+        ctx.eps = eps
+        wide = product_dtype(x.dtype, x.device)
+        flat, matrices = x.flatten(0, -2), [weight.to(wide) for weight in weights]
+        outputs = [x.new_empty(len(flat), len(weight)) for weight in weights]
+        for rows in _chunks(len(flat)):
+            normed = _normalise(flat[rows].float(), gain.float(), eps)[0].to(wide)
+            for output, matrix in zip(outputs, matrices, strict=True):
+                output[rows] = functional.linear(normed, matrix)
+        return tuple(output.view(*x.shape[:-1], -1) for output in outputs)
+
+    @staticmethod
+    def backward(ctx, *slopes: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, gain, *weights = ctx.saved_tensors
+        wide = product_dtype(x.dtype, x.device)
+        flat, grad_x, matrices = x.flatten(0, -2), torch.empty_like(x), [weight.to(wide) for weight in weights]
+        grad_gain, grads = (
+            torch.zeros_like(gain, dtype=torch.float32),
+            [w.new_zeros(w.shape, dtype=torch.float32) for w in weights],
+        )
+        for rows in _chunks(len(flat)):
+            normed, unit, scale = _normalise(flat[rows].float(), gain.float(), ctx.eps)
+            inner, normed = torch.zeros_like(unit), normed.to(wide)
+            for slope, matrix, grad in zip(slopes, matrices, grads, strict=True):
+                piece = slope.flatten(0, -2)[rows].to(wide)
+                grad += piece.T @ normed
+                inner += piece @ matrix
+            grad_gain += torch.linalg.vecdot(inner, unit, dim=0)
+            grad_x.flatten(0, -2)[rows] = _norm_slope(inner.mul_(gain), unit, scale)
+        return grad_x, grad_gain.to(gain.dtype), None, *(grad.to(gain.dtype) for grad in grads)
+
+
+class _HostGatedProduct(torch.autograd.Function):
+    """(silu(gate) * up) @ weight.T, some rows at a time so that they stay in the cache."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up, weight)
+        wide = product_dtype(gate.dtype, gate.device)
+        gates, ups, matrix = gate.flatten(0, -2), up.flatten(0, -2), weight.to(wide)
+        output = gate.new_empty(len(gates), len(weight))
+        for rows in _chunks(len(gates)):
+            output[rows] = functional.linear(functional.silu(gates[rows].float()).mul_(ups[rows]).to(wide), matrix)
+        return output.view(*gate.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, slope: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        gate, up, weight = ctx.saved_tensors
+        wide = product_dtype(gate.dtype, gate.device)
+        grad, grad_gate, grad_up = (
+            weight.new_zeros(weight.shape, dtype=torch.float32),
+            torch.empty_like(gate),
+            torch.empty_like(up),
+        )
+        gates, ups, matrix = gate.flatten(0, -2), up.flatten(0, -2), weight.to(wide)
+        for rows in _chunks(len(gates)):
+            opened, lifted, piece = gates[rows].float(), ups[rows].float(), slope.flatten(0, -2)[rows].to(wide)
+            active, inner = functional.silu(opened), (piece @ matrix).float()
+            grad += piece.T @ (active * lifted).to(wide)
+            grad_up.flatten(0, -2)[rows] = active.mul_(inner)
+            grad_gate.flatten(0, -2)[rows] = torch.ops.aten.silu_backward(inner.mul_(lifted), opened)
+        return grad_gate, grad_up, grad.to(weight.dtype)
+
+
+class _HostAttention(torch.autograd.Function):
+    """Rotary positions and flash attention in float32, kept in the storage dtype: torch's own is 7 times slower in bfloat16."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, rotary: Tensor) -> Tensor:
+        turned_q, turned_k = (_rotate_(each.to(torch.float32, copy=True), *rotary) for each in (q, k))
+        repeats = q.shape[1] // k.shape[1]
+        wide = (turned_q, turned_k.repeat_interleave(repeats, 1), v.float().repeat_interleave(repeats, 1))
+        mixed, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*wide, 0.0, True)
+        ctx.save_for_backward(turned_q.to(q.dtype), turned_k.to(q.dtype), v, mixed.to(q.dtype), log_sums, rotary)
+        return mixed.to(q.dtype)
+
+    @staticmethod
+    def backward(ctx, slope: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, mixed, log_sums, (cos, sin) = ctx.saved_tensors
+        groups = (k.shape[0], k.shape[1], q.shape[1] // k.shape[1], *k.shape[2:])
+        wide_k, wide_v = (each.float().repeat_interleave(groups[2], 1) for each in (k, v))
+        grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            slope.float(), q.float(), wide_k, wide_v, mixed.float(), log_sums, 0.0, True
+        )
+        grad_k, grad_v = grad_k.view(groups).sum(2), grad_v.view(groups).sum(2)
+        return _rotate_(grad_q, cos, -sin).to(q.dtype), _rotate_(grad_k, cos, -sin).to(q.dtype), grad_v.to(q.dtype), None
+
+
+def _normalise(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """gain * unit, unit = x * scale, and scale = 1 / rms(x), float32."""
+    scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    unit = x * scale
+    return unit * gain, unit, scale
+
+
+def _norm_slope(slope: Tensor, unit: Tensor, scale: Tensor) -> Tensor:
+    """The slope by x from the slope by unit, in the latter's storage."""
+    along = torch.linalg.vecdot(slope, unit).div_(unit.shape[-1]).unsqueeze(-1)
+    return slope.addcmul_(unit, along, value=-1).mul_(scale)
+
+
+def _rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate`, in the storage of x (B, H, T, K) float32."""
+    first, second = x.chunk(2, dim=-1)
+    turned = second * sin
+    second.mul_(cos).addcmul_(first, sin)
+    first.mul_(cos).sub_(turned)
+    return x
 
 
 def transformers_config(config: TrainingConfig, end_of_text_id: int) -> dict:

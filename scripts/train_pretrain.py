@@ -30,6 +30,7 @@ def main() -> None:
         refuse_arguments(sys.argv[1:])
         run = trainer.ready(PRETRAIN, prepare)
     trainer.train(run, next_token)
+    trainer.leave()
 
 
 if __name__ == "__main__":

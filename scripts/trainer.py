@@ -105,7 +105,12 @@ def train(run: Run | None, objective: Objective) -> None:
             if _due(step + 1, config.save_every_steps, config):
                 report(_save(run, step + 1))
     _say(run.ranks, f"Finished: {config.num_steps} steps. {_summary(config)}")
-    torch.distributed.destroy_process_group()
+
+
+def leave() -> None:
+    """Leaves the process group, at the end of a process that trains no more."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def run_step(run: Run, objective: Objective, step: int) -> float:
