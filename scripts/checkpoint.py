@@ -162,7 +162,7 @@ def described_config(folder: Path) -> TrainingConfig:
         ValueError: the folder is none of transformers', or its model no plain Llama or Qwen3.
     """
     description = _describe(folder)
-    context = int(description.get("max_position_embeddings", TrainingConfig.context_length))
+    context = int(description.get("max_position_embeddings") or TrainingConfig.context_length)
     dtype = description.get("torch_dtype") or description.get("dtype")
     return TrainingConfig(
         **architecture_fields(description),
@@ -330,7 +330,10 @@ def _describe(folder: Path) -> dict:
 
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    shards = _read_json(index).get("weight_map") if index.exists() else {"": "model.safetensors"}
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise ValueError(f"{index} names no weight_map; the download or copy is not complete")
+    names = sorted(set(shards.values()))
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise ValueError(f"{folder}: weights file {name} is missing; only safetensors weights are read")

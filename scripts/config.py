@@ -28,7 +28,17 @@ AT_LEAST = {
     "sample_top_k": 1, "save_every_steps": 1, "keep_checkpoints": 1, "rank_timeout_minutes": 1,
     "seed": 0,
 }  # fmt: skip
-ABOVE_ZERO = ("rope_theta", "norm_eps", "init_std", "logits_init_std", "learning_rate", "adam_eps", "max_grad_norm")
+LARGEST_SEED, LARGEST_NUMBER = 2**32 - 1, 1e300
+ABOVE_ZERO = (
+    "rope_theta",
+    "norm_eps",
+    "init_std",
+    "embedding_init_std",
+    "logits_init_std",
+    "learning_rate",
+    "adam_eps",
+    "max_grad_norm",
+)
 NOT_NEGATIVE = ("validation_fraction", "min_learning_rate", "weight_decay", "sample_temperature")
 BELOW_ONE = ("validation_fraction", "beta1", "beta2")
 
@@ -51,34 +61,35 @@ class TrainingConfig:
     text_field: str = "text"
     validation_fraction: float = 0.05
     tokens_per_shard: int = 2**26
-    vocab_size: int = 4096
+    vocab_size: int = 2048
     tokenizer_path: str | None = None
     tokenizer_sample_bytes: int = 2**26
 
     context_length: int = 256
-    hidden_size: int = 256
-    num_layers: int = 6
-    num_heads: int = 4
-    num_kv_heads: int = 2
+    hidden_size: int = 192
+    num_layers: int = 4
+    num_heads: int = 3
+    num_kv_heads: int = 1
     head_size: int | None = None
-    mlp_size: int = 704
-    qk_norm: bool = True
-    tie_embeddings: bool = True
+    mlp_size: int = 512
+    qk_norm: bool = False
+    tie_embeddings: bool = False
     rope_theta: float = 10000.0
-    norm_eps: float = 1e-6
-    init_std: float = 0.02
+    norm_eps: float = 1e-5
+    init_std: float = 0.04
+    embedding_init_std: float = 0.3
     logits_init_std: float = 0.3
 
-    tokens_per_step: int = 8192
-    micro_batch_rows: int = 8
-    num_steps: int = 300
+    tokens_per_step: int = 2048
+    micro_batch_rows: int = 4
+    num_steps: int = 600
     learning_rate: float = 3e-3
     min_learning_rate: float = 3e-4
-    warmup_steps: int = 20
+    warmup_steps: int = 40
     schedule: str = "cosine"
     decay_steps: int | None = None
     beta1: float = 0.9
-    beta2: float = 0.95
+    beta2: float = 0.98
     adam_eps: float = 1e-8
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
@@ -89,14 +100,14 @@ class TrainingConfig:
     loss_chunk_rows: int = 1024
 
     log_every_steps: int = 1
-    eval_every_steps: int | None = 100
-    eval_tokens: int = 65536
-    sample_every_steps: int | None = 100
+    eval_every_steps: int | None = 200
+    eval_tokens: int = 32768
+    sample_every_steps: int | None = 200
     sample_prompt: str = "def "
     sample_tokens: int = 120
     sample_temperature: float = 0.8
     sample_top_k: int = 50
-    save_every_steps: int | None = 100
+    save_every_steps: int | None = 200
     keep_checkpoints: int = 2
     rank_timeout_minutes: int = 60
     seed: int = 0
@@ -280,8 +291,8 @@ def _type_remedy(value: object, kind: str) -> str:
 def _check_ranges(config: TrainingConfig) -> None:
     for field in fields(TrainingConfig):
         name, value = field.name, getattr(config, field.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name}={value} is not a finite number; the default is {field.default}")
+        if isinstance(value, (int, float)) and not abs(value) < LARGEST_NUMBER:
+            raise ValueError(f"{name}={str(value)[:20]} is not a finite number; the default is {field.default}")
         if value is None:
             continue
         if name in AT_LEAST and value < AT_LEAST[name]:
@@ -290,6 +301,8 @@ def _check_ranges(config: TrainingConfig) -> None:
             raise ValueError(f"{name}={value} is not above 0; the default is {field.default}")
         if name in NOT_NEGATIVE + BELOW_ONE and value < 0:
             raise ValueError(f"{name}={value} is negative; nearest is 0.0")
+        if name == "seed" and value > LARGEST_SEED:
+            raise ValueError(f"seed={value} has more than the 32 bits that torch keeps of it; nearest is {LARGEST_SEED}")
         if name in BELOW_ONE and value >= 1:
             raise ValueError(f"{name}={value} is not below 1; the default is {field.default}")
 
@@ -305,6 +318,11 @@ def _check_model(config: TrainingConfig) -> None:
     if config.head_size is None and config.hidden_size % config.num_heads:
         nearest = _nearest_divisor(config.hidden_size, config.num_heads)
         raise ValueError(f"num_heads={config.num_heads} does not divide hidden_size={config.hidden_size}; nearest is {nearest}")
+    if not config.qk_norm and config.hidden_size % config.num_heads:
+        raise ValueError(
+            f"num_heads={config.num_heads} does not divide hidden_size={config.hidden_size}, which transformers' Llama needs;"
+            f" nearest is {_nearest_divisor(config.hidden_size, config.num_heads)}, or set qk_norm=True"
+        )
     if config.num_heads % config.num_kv_heads:
         nearest = _nearest_divisor(config.num_heads, config.num_kv_heads)
         raise ValueError(
@@ -354,6 +372,8 @@ def _check_data(config: TrainingConfig) -> None:
     for name in ("run_dir", "data_dir", "text_field", "sample_prompt"):
         if not getattr(config, name):
             raise ValueError(f"{name} is empty; the default is {TrainingConfig.__dataclass_fields__[name].default!r}")
+        if name != "sample_prompt" and not getattr(config, name).isprintable():
+            raise ValueError(f"{name}={getattr(config, name)!r} holds a character that cannot be printed; leave it out")
     if not config.corpus or not all(config.corpus):
         raise ValueError(f"corpus={config.corpus!r} is empty; name at least one file, folder or glob")
     for name in ("corpus", "corpus_exclude"):

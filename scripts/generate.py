@@ -44,14 +44,20 @@ def open_model(model_dir: str) -> Loaded:
 
 
 def stream(loaded: Loaded, prompt: str, max_new_tokens: int, temperature: float, top_k: int, seed: int) -> Iterator[bytes]:
-    """Yields the bytes of one token after the other."""
+    """Yields the bytes of one token after the other; an id that pads the vocabulary has none.
+
+    Raises:
+        ValueError: `temperature` is negative or `top_k` below 1.
+    """
+    if temperature < 0 or top_k < 1:
+        raise ValueError(f"temperature={temperature} and top_k={top_k}: at least 0 and 1 work")
     end, pieces = end_of_text_id(loaded.tokenizer), token_bytes(loaded.tokenizer)
     ids = encode(loaded.tokenizer, prompt.encode())
     start = torch.tensor(ids.tolist() or [end])
     for token in continue_ids(loaded.model, start, max_new_tokens, temperature, top_k, seed):
         if token == end:
             return
-        yield pieces[token]
+        yield pieces[token] if token < len(pieces) else b""
 
 
 def main() -> None:

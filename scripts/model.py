@@ -129,6 +129,8 @@ def initialise(model: Decoder) -> Decoder:
 
 
 def _init_std(config: TrainingConfig, name: str) -> float:
+    if "embed_tokens" in name and not config.tie_embeddings:
+        return config.embedding_init_std
     if "embed_tokens" in name or "lm_head" in name:
         return config.logits_init_std / math.sqrt(config.hidden_size)
     if "o_proj" in name or "down_proj" in name:
@@ -400,12 +402,13 @@ def architecture_fields(description: dict) -> dict:
         ValueError: the folder's model is not a Llama or Qwen3 that this decoder computes exactly.
     """
     kind = description.get("model_type")
-    rope = description.get("rope_parameters") or description.get("rope_scaling") or {}
     if kind not in ("llama", "qwen3"):
         raise ValueError(f'model_type={kind!r} is not supported; "llama" and "qwen3" are')
-    plain_rope = rope.get("rope_type", "default") == "default"
-    if not plain_rope or any(description.get(name) for name in ("attention_bias", "mlp_bias", "use_sliding_window")):
-        raise ValueError("scaled rotary positions, biases and sliding windows are not supported; use a plain Llama or Qwen3")
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        if not isinstance(description.get(name), int):
+            raise ValueError(f"config.json names no {name}; the download or copy is not complete")
+    _refuse_variants(description)
+    rope = _rope(description)
     heads = description["num_attention_heads"]
     return {
         "vocab_size": description["vocab_size"],
@@ -447,7 +450,24 @@ def _sample(logits: Tensor, temperature: float, top_k: int, generator: torch.Gen
     if temperature == 0:
         return int(logits.argmax())
     best, ids = logits.topk(min(top_k, len(logits)))
-    return int(ids[torch.multinomial(torch.softmax(best / temperature, 0), 1, generator=generator)])
+    return int(ids[torch.multinomial(torch.softmax((best - best[0]) / temperature, 0), 1, generator=generator)])
+
+
+def _rope(description: dict) -> dict:
+    return description.get("rope_parameters") or description.get("rope_scaling") or {}
+
+
+def _refuse_variants(description: dict) -> None:
+    rope = _rope(description)
+    plain_rope = (rope.get("rope_type") or rope.get("type") or "default") == "default" and not description.get("rope_scaling")
+    whole_rope = rope.get("partial_rotary_factor", 1.0) == 1.0 == description.get("partial_rotary_factor", 1.0)
+    if not plain_rope or not whole_rope:
+        raise ValueError("scaled or partial rotary positions are not supported; use a plain Llama or Qwen3")
+    for name in ("attention_bias", "mlp_bias", "use_sliding_window"):
+        if description.get(name):
+            raise ValueError(f"{name}={description[name]!r} is not supported; use a plain Llama or Qwen3")
+    if description.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise ValueError(f"hidden_act={description['hidden_act']!r} is not supported; use a plain Llama or Qwen3")
 
 
 def tensor_shapes(config: TrainingConfig) -> Iterator[tuple[str, tuple[int, ...]]]:

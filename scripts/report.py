@@ -24,6 +24,8 @@ def draw_losses(metrics: Path, picture: Path) -> None:
     _plot_losses(loss, train, held_out)
     _plot_line(rate, train, "learning_rate", "learning rate", RATE)
     _plot_line(norm, train, "grad_norm", "gradient norm", NORM)
+    for axes in (rate, norm):
+        axes.set_ylim(bottom=0)
     norm.set_xlabel("tokens read")
     norm.xaxis.set_major_formatter(EngFormatter(sep=" "))
     draft = picture.with_name(f".{picture.name}.draft")
@@ -32,23 +34,21 @@ def draw_losses(metrics: Path, picture: Path) -> None:
 
 
 def _plot_losses(axes: Axes, train: list[dict], held_out: list[dict]) -> None:
-    axes.plot(*_series(train, "loss"), color=TRAIN, linewidth=1, label="training, each step")
+    _plot_line(axes, train, "loss", "loss (nats per token)", TRAIN, "training")
     if held_out:
         axes.plot(*_series(held_out, "val_loss"), color=HELD_OUT, marker="o", markersize=4, label="held out")
         last = held_out[-1]
         words = f"{last['val_loss']:.2f} nats, {last['val_bits_per_byte']:.2f} bits per byte"
         at = (last["tokens"], last["val_loss"])
         axes.annotate(words, at, (0, 14), textcoords="offset points", ha="right", color=HELD_OUT)
-    axes.set_ylabel("loss (nats per token)")
     axes.set_title("Loss")
     axes.legend(frameon=False)
-    axes.grid(alpha=0.25)
 
 
-def _plot_line(axes: Axes, records: list[dict], name: str, label: str, color: str) -> None:
-    axes.plot(*_series(records, name), color=color, linewidth=1)
-    axes.set_ylabel(label)
-    axes.set_ylim(bottom=0)
+def _plot_line(axes: Axes, records: list[dict], name: str, unit: str, color: str, label: str | None = None) -> None:
+    marker = "." if len(records) == 1 else None
+    axes.plot(*_series(records, name), color=color, linewidth=1, marker=marker, label=label)
+    axes.set_ylabel(unit)
     axes.grid(alpha=0.25)
 
 

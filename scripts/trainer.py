@@ -79,6 +79,7 @@ def ready(config: TrainingConfig, prepare: Callable) -> Run | None:
     if found is not None and found.state["step"] == config.num_steps:
         _say(ranks, f"This run is finished: {config.num_steps} steps. {_summary(config)}")
         return None
+    _say(ranks, "Starting DeepSpeed. Its first start on a machine compiles the CPU Adam, which takes a minute or two.")
     _join(config, ranks)
     return _build(config, ranks, _prepare_in_turn(config, ranks, prepare), found)
 

@@ -1,0 +1,147 @@
+"""What several test files share: launching real ranks, tiny configurations, and the runs that many assertions look at."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from scripts.config import TrainingConfig
+
+REPOSITORY = Path(__file__).parent.parent
+STEPS, SAVE_EVERY = 8, 4
+PRECISIONS = ("fp32", "bf16")
+
+
+def tiny_config(folder: Path, **changes) -> TrainingConfig:
+    """A configuration that trains a tiny model on a corpus of its own in seconds; `changes` replace fields of it."""
+    corpus = folder / "corpus"
+    if not corpus.exists():
+        corpus.mkdir(parents=True)
+        for number in range(40):
+            (corpus / f"{number}.txt").write_text(f"document {number} says: " + f"{number * number} and then " * 40)
+    fields: dict = dict(
+        run_dir=str(folder / "run"), data_dir=str(folder / "data"), corpus=(str(corpus),), corpus_exclude=(), vocab_size=257,
+        validation_fraction=0.2, context_length=32, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_size=48,
+        tokens_per_step=512, micro_batch_rows=2, num_steps=STEPS, warmup_steps=2, learning_rate=1e-2, min_learning_rate=1e-3,
+        loss_chunk_rows=48, eval_every_steps=SAVE_EVERY, eval_tokens=256, sample_every_steps=None, save_every_steps=SAVE_EVERY,
+        keep_checkpoints=9,
+    )  # fmt: skip
+    return TrainingConfig(**(fields | changes))
+
+
+def launch(
+    folder: Path, code: str, command: list[str], num_processes: int = 1, env: dict | None = None
+) -> list[subprocess.CompletedProcess]:
+    """Runs `code` as a script under a launcher's `command`, once a process; {index} and {port} in it are filled in."""
+    script = folder / "script.py"
+    script.write_text(code)
+    port = str(free_port())
+    running = []
+    for index in range(num_processes):
+        filled = [word.format(index=index, port=port) for word in command] + [str(script)]
+        variables = {name: value.format(index=index, port=port) for name, value in (env or {}).items()}
+        running.append(
+            subprocess.Popen(
+                filled,
+                env=clean_environment() | variables,
+                cwd=folder,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+        )
+    outputs = [process.communicate(timeout=400)[0] for process in running]
+    return [subprocess.CompletedProcess(p.args, p.returncode, output) for p, output in zip(running, outputs, strict=True)]
+
+
+def clean_environment() -> dict[str, str]:
+    """This environment without a launcher's variables, with the repository importable and this Python's commands first."""
+    launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items() if name not in launchers and not name.startswith("SLURM_")}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
+    return kept | {"PYTHONPATH": str(REPOSITORY), "PATH": path}
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def pretrain_script(configs: list[TrainingConfig], after: str = "") -> str:
+    """A script that pre-trains each configuration in turn, through the Python call that users have."""
+    described = json.dumps([asdict(config) for config in configs])
+    return f"""
+import json
+from scripts.config import TrainingConfig
+from scripts.train_pretrain import pretrain
+
+if __name__ == "__main__":
+    for fields in json.loads({described!r}):
+        fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude")}}
+        pretrain(TrainingConfig(**fields))
+{after}
+"""
+
+
+def expect_success(results: list[subprocess.CompletedProcess]) -> str:
+    """The whole output of a launch whose every process ended well."""
+    output = "\n".join(result.stdout for result in results)
+    assert all(result.returncode == 0 for result in results), output
+    return output
+
+
+def metrics(config: TrainingConfig) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def as_if_stopped_after(step: int, config: TrainingConfig, folder: Path) -> TrainingConfig:
+    """A copy of a finished run as it stood on the disk right after the save at `step`."""
+    copied = replace(config, run_dir=str(folder))
+    shutil.copytree(config.run_dir, folder)
+    for checkpoint in (folder / "checkpoints").iterdir():
+        if int(checkpoint.name.removeprefix("step-")) > step:
+            shutil.rmtree(checkpoint)
+    return copied
+
+
+LAUNCHERS = {
+    1: ["deepspeed", "--num_gpus", "1", "--master_port", "{port}"],
+    2: ["deepspeed", "--num_gpus", "2", "--master_port", "{port}"],
+}
+
+
+@pytest.fixture(scope="session", params=[1, 2], ids=["1 rank", "2 ranks"])
+def num_ranks(request) -> int:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def finished_runs(tmp_path_factory) -> dict[tuple[int, str], TrainingConfig]:
+    """Uninterrupted runs by number of ranks and precision, through the deepspeed launcher."""
+    return {
+        (ranks, precision): config
+        for ranks in (1, 2)
+        for precision, config in _finish_runs(tmp_path_factory.mktemp(f"ranks{ranks}"), ranks).items()
+    }
+
+
+def _finish_runs(folder: Path, ranks: int) -> dict[str, TrainingConfig]:
+    configs = {name: tiny_config(folder, run_dir=str(folder / name), precision=name) for name in PRECISIONS}
+    output = expect_success(launch(folder, pretrain_script(list(configs.values())), LAUNCHERS[ranks]))
+    assert output.count("Finished: 8 steps.") == len(configs), output
+    return configs
+
+
+@pytest.fixture(scope="session")
+def finished_run(finished_runs) -> TrainingConfig:
+    """One of the uninterrupted runs: bf16, on one rank."""
+    return finished_runs[1, "bf16"]

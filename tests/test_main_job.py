@@ -1,0 +1,71 @@
+"""The main job as a new user does it: text in, a trained model out, by the README's commands. Slow."""
+
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY, clean_environment
+from matplotlib.image import imread
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+LIMIT_SECONDS = 480
+pytestmark = pytest.mark.slow
+
+
+def shell(command: str, folder: Path, text: str = "") -> subprocess.CompletedProcess:
+    environment = clean_environment() | {"PYTHONPATH": str(folder)}
+    return subprocess.run(command, shell=True, cwd=folder, env=environment, input=text, text=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, str, float]:
+    """A copy of the repository in which the main job has run: its folder, what it printed, and the seconds it took."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("ds", "scripts"):
+        shutil.copytree(REPOSITORY / name, folder / name)
+    started = time.monotonic()
+    result = shell("deepspeed scripts/train_pretrain.py", folder)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
+    return folder, result.stdout, time.monotonic() - started
+
+
+def test_the_main_job_ends_in_time(trained):
+    assert trained[2] < LIMIT_SECONDS
+
+
+def test_it_tells_held_out_loss_before_and_after_and_the_loss_fell(trained):
+    before, after = (float(bits) for bits in re.findall(r"held out (?:before|after): .*, (\S+) bits per byte", trained[1]))
+    assert before > 3 and after < 2.1
+
+
+def test_its_sample_looks_like_python(trained):
+    sample = trained[1][trained[1].rindex("sample:") :]
+    assert "def " in sample and ("self" in sample or "return" in sample or "if " in sample)
+
+
+def test_its_checkpoint_opens_in_transformers(trained):
+    folder = trained[0] / re.findall(r"checkpoint \(opens in transformers\): (\S+)", trained[1])[-1]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        ids = tokenizer("import os\nimport sys\n", return_tensors="pt")["input_ids"]
+        loss = model(input_ids=ids, labels=ids).loss
+    assert loss < 5
+
+
+def test_its_picture_is_there(trained):
+    assert imread(trained[0] / "runs/pretrain/loss.png").shape[0] > 500
+
+
+def test_the_next_command_continues_a_prompt(trained):
+    command = re.findall(r"next: (.*)", trained[1])[-1]
+    result = shell(command, trained[0])
+    assert result.returncode == 0 and result.stdout.startswith("def ") and len(result.stdout) > 100, result.stderr
+
+
+def test_run_again_it_says_that_it_is_finished(trained):
+    result = shell("deepspeed scripts/train_pretrain.py", trained[0])
+    assert result.returncode == 0 and "This run is finished" in result.stdout

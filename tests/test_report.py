@@ -1,0 +1,106 @@
+"""Laws of scripts/report.py: a picture of whatever the metrics hold, that shows them all and is never half-written."""
+
+import json
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from scripts.report import HELD_OUT, NORM, RATE, TRAIN, draw_losses
+
+LINES = 40
+
+
+def train(step: int, **changes) -> dict:
+    numbers = {"loss": 8.0 / (step + 1), "grad_norm": 1.0 + step % 3, "learning_rate": 1e-3 * step, "seconds": 0.5}
+    return {"kind": "train", "step": step, "tokens": step * 8192} | numbers | changes
+
+
+def held_out(step: int) -> dict:
+    return {"kind": "eval", "step": step, "tokens": step * 8192, "val_loss": 6.0 - step / 10, "val_bits_per_byte": 2.5}
+
+
+def event(step: int) -> dict:
+    return {"kind": "event", "step": step, "event": "sample", "text": "def \u2028 f"}
+
+
+TRAINED = [train(step) for step in range(1, LINES)]
+EVALUATED = [held_out(0), *TRAINED, held_out(LINES - 1)]
+
+
+def drawn(folder: Path, records: list[dict]) -> np.ndarray:
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    draw_losses(folder / "metrics.jsonl", folder / "loss.png")
+    assert sorted(path.name for path in folder.iterdir()) == ["loss.png", "metrics.jsonl"]
+    return matplotlib.image.imread(folder / "loss.png")
+
+
+def num_pixels(picture: np.ndarray, color: str) -> int:
+    wanted = np.array([int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)])
+    return int((np.abs(picture[..., :3] - wanted).max(-1) < 0.02).sum())
+
+
+def shown(picture: np.ndarray) -> set[str]:
+    return {color for color in (TRAIN, HELD_OUT, RATE, NORM) if num_pixels(picture, color) > 20}
+
+
+@pytest.mark.parametrize(
+    ("records", "colors"),
+    [
+        (EVALUATED + [event(LINES)], {TRAIN, HELD_OUT, RATE, NORM}),
+        (TRAINED, {TRAIN, RATE, NORM}),
+        ([held_out(0), held_out(5)], {HELD_OUT}),
+        ([held_out(3)], {HELD_OUT}),
+        ([train(1), held_out(1)], {HELD_OUT}),
+    ],
+    ids=["all kinds", "no eval", "no train", "one eval", "one of each"],
+)
+def test_picture_shows_each_kind_that_the_metrics_hold(tmp_path, records, colors):
+    assert colors <= shown(drawn(tmp_path, records)) <= colors | {TRAIN, RATE, NORM}
+
+
+@pytest.mark.parametrize("records", [[train(1)], [event(1)], []], ids=["one train", "one event", "no line"])
+def test_picture_of_next_to_nothing_has_axes(tmp_path, records):
+    picture = drawn(tmp_path, records)
+    assert picture.shape[0] > 500 and picture.shape[1] > 500 and picture[..., :3].min() < 0.1 < 0.9 < picture[..., :3].max()
+    assert HELD_OUT not in shown(picture)
+
+
+def test_events_change_nothing_and_the_same_metrics_give_the_same_picture(tmp_path):
+    first = drawn(tmp_path, EVALUATED)
+    assert np.array_equal(first, drawn(tmp_path, [event(0), *EVALUATED, event(LINES)]))
+    assert not np.array_equal(first, drawn(tmp_path, EVALUATED[:-2]))
+
+
+def test_a_loss_that_is_not_finite_leaves_the_rest_visible(tmp_path):
+    broken = train(20, loss=float("nan"), grad_norm=float("inf"))
+    picture = drawn(tmp_path, [*TRAINED[:18], broken, *TRAINED[20:]])
+    assert all(num_pixels(picture, color) > 20 for color in (TRAIN, RATE, NORM))
+
+
+def test_axes_say_what_they_show_in_which_unit(tmp_path, monkeypatch):
+    figures: list[Figure] = []
+
+    def seen(figure: Figure) -> FigureCanvasAgg:
+        figures.append(figure)
+        return FigureCanvasAgg(figure)
+
+    monkeypatch.setattr("scripts.report.FigureCanvasAgg", seen)
+    drawn(tmp_path, EVALUATED)
+    loss, rate, norm = figures[-1].axes
+    assert [axes.get_ylabel() for axes in (loss, rate, norm)] == ["loss (nats per token)", "learning rate", "gradient norm"]
+    assert norm.get_xlabel() == "tokens read"
+    assert [line.get_label() for line in loss.lines] == ["training, each step", "held out"] and loss.get_legend()
+    assert loss.texts[0].get_text() == "2.10 nats, 2.50 bits per byte"
+    assert np.array_equal(loss.lines[0].get_ydata(), [record["loss"] for record in TRAINED])
+    assert np.array_equal(loss.lines[1].get_xdata(), [0, (LINES - 1) * 8192])
+
+
+def test_failed_drawing_leaves_the_old_picture(tmp_path):
+    before = drawn(tmp_path, EVALUATED)
+    with pytest.raises(KeyError):
+        drawn(tmp_path, [{"kind": "train", "tokens": 1}])
+    assert np.array_equal(before, matplotlib.image.imread(tmp_path / "loss.png"))
