@@ -364,7 +364,7 @@ def _pieces(header: bytes, tensors: dict[str, Tensor]) -> Iterator[memoryview]:
     yield memoryview(header)
     for tensor in tensors.values():
         if tensor.numel():
-            yield memoryview(tensor.cpu().contiguous().view(torch.uint8).flatten().numpy())  # pyright: ignore[reportArgumentType]
+            yield memoryview(tensor.cpu().flatten().view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
 
 
 def _write_text(path: Path, text: str) -> str:

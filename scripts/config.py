@@ -373,7 +373,7 @@ def _check_data(config: TrainingConfig) -> None:
         if not getattr(config, name):
             raise ValueError(f"{name} is empty; the default is {TrainingConfig.__dataclass_fields__[name].default!r}")
         if name != "sample_prompt" and not getattr(config, name).isprintable():
-            raise ValueError(f"{name}={getattr(config, name)!r} holds a character that cannot be printed; leave it out")
+            raise ValueError(f"{name}={getattr(config, name)!r} holds a character that cannot be printed; write it without")
     if not config.corpus or not all(config.corpus):
         raise ValueError(f"corpus={config.corpus!r} is empty; name at least one file, folder or glob")
     for name in ("corpus", "corpus_exclude"):

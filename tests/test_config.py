@@ -75,6 +75,11 @@ BAD = [
     ("norm_eps", {"norm_eps": 0.0}),
     ("init_std", {"init_std": 0.0}),
     ("logits_init_std", {"logits_init_std": -0.3}),
+    ("embedding_init_std", {"embedding_init_std": 0.0}),
+    ("num_heads", {"hidden_size": 250, "num_heads": 4, "head_size": 64, "qk_norm": False}),
+    ("seed", {"seed": 2**32}),
+    ("learning_rate", {"learning_rate": 10**400}),
+    ("run_dir", {"run_dir": "runs/a\0b"}),
     ("sample_temperature", {"sample_temperature": -1.0}),
     ("beta1", {"beta1": 1.0}),
     ("beta1", {"beta1": -0.1}),
@@ -253,9 +258,10 @@ def batches(draw):
 def shapes(draw):
     kv_heads, head_size, qk_norm = draw(st.integers(1, 4)), draw(st.sampled_from([2, 4, 6, 32])), draw(st.booleans())
     heads, named = kv_heads * draw(st.integers(1, 4)), draw(st.booleans())
+    free_width = draw(st.integers(1, 99)) if qk_norm else heads * draw(st.integers(1, 9))
     return {
         "num_heads": heads, "num_kv_heads": kv_heads, "qk_norm": qk_norm, "tie_embeddings": draw(st.booleans()),
-        "head_size": head_size if named else None, "hidden_size": draw(st.integers(1, 99)) if named else heads * head_size,
+        "head_size": head_size if named else None, "hidden_size": free_width if named else heads * head_size,
         "mlp_size": draw(st.integers(1, 99)), "num_layers": draw(st.integers(1, 3)), "vocab_size": draw(st.integers(257, 999)),
     }  # fmt: skip
 

@@ -185,7 +185,7 @@ def truncated(folder: Path) -> None:
         (with_tensors(lambda tensors: tensors.pop("model.norm.weight")), "tensor model.norm.weight is missing"),
         (with_tensors(lambda tensors: tensors.update(extra=torch.zeros(2))), "tensor extra has shape"),
         (with_tensors(lambda tensors: tensors.update({"model.norm.weight": torch.zeros(31)})), r"has shape \(31,\)"),
-        (with_config(vocab_size=300), r"embed_tokens.weight has shape \(257, 32\), the model needs \(300, 32\)"),
+        (with_config(vocab_size=300), r"weight has shape \(257, 32\), the model needs \(300, 32\)"),
         (with_config(model_type="gpt2"), "'gpt2' is not supported"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json is not JSON"),
         (lambda folder: (folder / "config.json").write_text("[]"), "holds no JSON object"),

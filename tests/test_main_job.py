@@ -17,13 +17,13 @@ pytestmark = pytest.mark.slow
 
 
 def shell(command: str, folder: Path, text: str = "") -> subprocess.CompletedProcess:
-    environment = clean_environment() | {"PYTHONPATH": str(folder)}
+    environment = clean_environment() | {"PYTHONPATH": str(folder), "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
     return subprocess.run(command, shell=True, cwd=folder, env=environment, input=text, text=True, capture_output=True)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[Path, str, float]:
-    """A copy of the repository in which the main job has run: its folder, what it printed, and the seconds it took."""
+    """A copy of the repository in which the main job has run, compilation included: folder, printed lines, seconds."""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("ds", "scripts"):
         shutil.copytree(REPOSITORY / name, folder / name)

@@ -225,7 +225,7 @@ def test_all_changed_fields_are_listed(built):
 
 
 def test_fields_that_do_not_concern_the_data_may_change(built):
-    open_data(replace(built, seed=9, hidden_size=64, num_steps=500))
+    open_data(replace(built, seed=9, hidden_size=96, num_steps=500))
 
 
 def test_context_longer_than_a_split_is_refused_at_opening(built):
@@ -312,7 +312,10 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
 def test_argument_is_refused_with_a_pointer_to_the_config():
     done = run(ROOT, "--vocab_size=9")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "refused: argument '--vocab_size=9': this command takes none; edit PRETRAIN in scripts/config.py\n"
+    assert (
+        done.stderr.startswith("refused: --vocab_size=9: there are no command-line arguments") and done.stderr.count("\n") == 1
+    )
+    assert "scripts/config.py" in done.stderr
 
 
 def test_bad_preset_is_refused_in_one_line(tmp_path):
@@ -327,7 +330,7 @@ def test_bad_preset_is_refused_in_one_line(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "scripts" / "config.py").write_text(
-        (ROOT / "scripts" / "config.py").read_text() + "\nTrainingConfig(num_steps=0)\n"
+        (ROOT / "scripts" / "config.py").read_text() + "\nwith refusing():\n    TrainingConfig(num_steps=0)\n"
     )
     done = run(tmp_path)
     assert done.returncode == 2 and done.stdout == ""

@@ -93,7 +93,7 @@ def test_axes_say_what_they_show_in_which_unit(tmp_path, monkeypatch):
     loss, rate, norm = figures[-1].axes
     assert [axes.get_ylabel() for axes in (loss, rate, norm)] == ["loss (nats per token)", "learning rate", "gradient norm"]
     assert norm.get_xlabel() == "tokens read"
-    assert [line.get_label() for line in loss.lines] == ["training, each step", "held out"] and loss.get_legend()
+    assert [line.get_label() for line in loss.lines] == ["training", "held out"] and loss.get_legend()
     assert loss.texts[0].get_text() == "2.10 nats, 2.50 bits per byte"
     assert np.array_equal(loss.lines[0].get_ydata(), [record["loss"] for record in TRAINED])
     assert np.array_equal(loss.lines[1].get_xdata(), [0, (LINES - 1) * 8192])
