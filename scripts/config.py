@@ -82,7 +82,7 @@ class TrainingConfig:
 
     tokens_per_step: int = 2048
     micro_batch_rows: int = 4
-    num_steps: int = 600
+    num_steps: int = 500
     learning_rate: float = 3e-3
     min_learning_rate: float = 3e-4
     warmup_steps: int = 40
@@ -103,7 +103,7 @@ class TrainingConfig:
     eval_every_steps: int | None = 200
     eval_tokens: int = 32768
     sample_every_steps: int | None = 200
-    sample_prompt: str = "def "
+    sample_prompt: str = "def"
     sample_tokens: int = 120
     sample_temperature: float = 0.8
     sample_top_k: int = 50

@@ -5,9 +5,9 @@ The order within the vector does not depend on W, which makes the state elastic:
 """
 
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import NamedTuple
 
-import deepspeed
 import torch
 from torch import Tensor
 
@@ -28,7 +28,7 @@ class Partition(NamedTuple):
 
 def refuse_other_versions() -> None:
     """Raises ValueError unless the installed DeepSpeed is the one whose insides this module was written against."""
-    installed = deepspeed.__version__.split("+")[0]
+    installed = version("deepspeed").split("+")[0]
     if installed != DEEPSPEED_VERSION:
         raise ValueError(
             f"deepspeed=={installed} is installed; tightfit needs deepspeed=={DEEPSPEED_VERSION}: pip install -e ."

@@ -368,7 +368,7 @@ def _summary(config: TrainingConfig) -> str:
         lines += ["  sample:", _indented(samples[-1])]
     lines += [f"  picture: {checkpoint.picture_path(config)}"]
     lines += [f"  checkpoint (opens in transformers): {saved[-1]}"] if saved else []
-    return "\n".join([*lines, '  next: echo "def " | python scripts/generate.py'])
+    return "\n".join([*lines, '  next: echo "def" | python scripts/generate.py'])
 
 
 def _say(ranks: Ranks, line: str) -> None:
