@@ -1,6 +1,7 @@
 """Laws of the engine and the loop, on real DeepSpeed with one and two ranks and every launcher."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from ds.loader import micro_batches
 from scripts.checkpoint import file_sha256, refuse_other_run
 from scripts.model import empty_model, initialise, parameter_groups
 from scripts.prepare_data import prepare
-from scripts.trainer import learning_rate_at
+from scripts.trainer import learning_rate_at, ranks_from_launcher
 
 EXACT_STEPS = 6
 TORCHRUN = {
@@ -203,6 +204,21 @@ def test_a_run_of_another_configuration_is_refused_with_its_fields(finished_run,
     change, field = REFUSALS[kind]
     with pytest.raises(ValueError, match=rf"different configuration: {field}"):
         refuse_other_run(change(finished_run))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("node[01-04,07]", "node01"), ("gpu-a1,gpu-b2", "gpu-a1"), ("localhost", "localhost"), ("a[3],b7", "a3")],
+)
+def test_srun_variables_name_the_rank_and_the_first_node(monkeypatch, nodes, first):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    given = {"PROCID": "9", "NTASKS": "16", "LOCALID": "1", "STEP_NODELIST": nodes, "STEP_TASKS_PER_NODE": "8(x2)"}
+    for name, value in given.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setattr(os, "environ", environment := dict(os.environ))
+    assert ranks_from_launcher() == (9, 16, 1, 8)
+    assert environment["MASTER_ADDR"] == first
 
 
 ENTRY = """

@@ -20,7 +20,12 @@ RESULT = Path(__file__).parent / "results" / "pretrain_vs_stock.json"
 ROUNDS = 2
 VOCABULARY, WIDTH, LAYERS, HEADS, KV_HEADS, MLP, CONTEXT, ROWS, MICRO_BATCHES = 8192, 384, 8, 6, 2, 1024, 512, 8, 2
 TOKENS_PER_STEP = CONTEXT * ROWS * MICRO_BATCHES
-CONTENDERS = {"tightfit, bf16": "bf16", "stock, bf16": "bf16", "stock, fp32": "fp32"}
+CONTENDERS = {
+    "tightfit, bf16": "none",
+    "tightfit, bf16, block": "block",
+    "stock, bf16": "bf16",
+    "stock, fp32": "fp32",
+}
 LEARNING_RATE = 1e-3
 
 
@@ -51,7 +56,7 @@ def contend(name: str, pipe) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    step = ours() if name.startswith("tightfit") else stock(CONTENDERS[name])
+    step = (ours if name.startswith("tightfit") else stock)(CONTENDERS[name])
     pipe.send("ready")
     while pipe.recv() == "step":
         started = time.perf_counter()
@@ -60,7 +65,7 @@ def contend(name: str, pipe) -> None:
     pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 
-def ours():
+def ours(activation_checkpointing: str):
     """The trainer's own step on random shards."""
     import numpy as np
 
@@ -77,6 +82,7 @@ def ours():
         run_dir=str(folder / "run"), corpus=(str(folder),), vocab_size=VOCABULARY, hidden_size=WIDTH, num_layers=LAYERS,
         num_heads=HEADS, num_kv_heads=KV_HEADS, mlp_size=MLP, context_length=CONTEXT, micro_batch_rows=ROWS, qk_norm=False,
         tokens_per_step=TOKENS_PER_STEP, learning_rate=LEARNING_RATE,
+        activation_checkpointing=activation_checkpointing, loss_chunk_rows=256, tie_embeddings=True,
     )  # fmt: skip
     run = trainer.ready(config, lambda _: type("Random", (), {"fingerprint": "", "train": stream}))
     steps = iter(range(config.num_steps))
@@ -131,9 +137,9 @@ def publish(seconds: dict[str, list[float]], peaks: dict[str, float]) -> None:
         }
         for name in CONTENDERS
     ]
-    print(f"\n{'':18}{'tokens/s':>10}{'peak RSS GiB':>14}{'our speed':>11}{'our memory':>12}")
+    print(f"\n{'':24}{'tokens/s':>10}{'peak RSS GiB':>14}{'our speed':>11}{'our memory':>12}")
     for row in rows:
-        print(f"{row['contender']:18}{row['tokens_per_second']:>10,.0f}{row['peak_rss_gib']:>14.2f}", end="")
+        print(f"{row['contender']:24}{row['tokens_per_second']:>10,.0f}{row['peak_rss_gib']:>14.2f}", end="")
         print(f"{row['our_speed_ratio']:>10.2f}x{row['our_memory_ratio']:>11.2f}x")
     RESULT.write_text(json.dumps({"machine": machine(), "rounds": ROUNDS, "rows": rows}, indent=2) + "\n")
 
