@@ -90,7 +90,7 @@ def _entry_files(entry: str, exclude: tuple[str, ...]) -> list[Path]:
         return [path]
     if not path.is_dir() and not has_magic(entry):
         raise ValueError(f"corpus: {entry!r} is not there; name a file, folder or glob that exists")
-    root = path if path.is_dir() else _fixed_part(path)
+    root = path if path.is_dir() else fixed_part(path)
     files = _files_below(path) if path.is_dir() else [Path(name) for name in iglob(entry, recursive=True)]
     files = [file for file in files if file.is_file()]
     kept = [file for file in files if not _is_excluded(file.relative_to(root), exclude)]
@@ -100,7 +100,7 @@ def _entry_files(entry: str, exclude: tuple[str, ...]) -> list[Path]:
     return kept
 
 
-def _fixed_part(pattern: Path) -> Path:
+def fixed_part(pattern: Path) -> Path:
     fixed = []
     for part in pattern.parts:
         if has_magic(part):

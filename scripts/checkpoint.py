@@ -26,6 +26,8 @@ FORMAT = 1
 MOVABLE_FIELDS = ("run_dir", "data_dir")
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 HASH_BYTES = 2**22
+STATE = "training/state.json"
+FOLDERS = "step-" + "[0-9]" * 8
 
 
 class Checkpoint(NamedTuple):
@@ -131,22 +133,31 @@ def newest_verified(config: TrainingConfig) -> tuple[Checkpoint | None, list[str
         ValueError: there are checkpoints and none of them verifies.
     """
     faults = []
-    for folder in sorted(_checkpoints(config).glob("step-*"), reverse=True):
+    for folder in sorted(_checkpoints(config).glob(FOLDERS), reverse=True):
         fault = find_fault(folder)
         if fault is None:
-            return Checkpoint(folder, _read_json(folder / "training" / "state.json")), faults
+            return Checkpoint(folder, _read_json(folder / STATE)), faults
         faults.append(f"checkpoint {folder} does not verify: {fault}")
     if faults:
         raise ValueError(f"{faults[0]}; no checkpoint in it verifies: restore that file, or choose another run_dir")
     return None, []
 
 
+def newest_folder(config: TrainingConfig) -> Path | None:
+    """The newest checkpoint's folder, verified or not."""
+    return max(_checkpoints(config).glob(FOLDERS), default=None)
+
+
 def find_fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, naming the file; None when every file matches the manifest."""
     try:
         recorded = _read_json(folder / "training" / "manifest.json")["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError):
         return "training/manifest.json is missing or unreadable"
+    if not isinstance(recorded, dict) or not {"model.safetensors", "config.json", STATE} <= recorded.keys():
+        return "training/manifest.json was changed after it was saved"
+    if (folder / "model.safetensors.index.json").exists():
+        return "model.safetensors.index.json was added after it was saved"
     for name in sorted(recorded):
         if not (folder / name).is_file():
             return f"{name} is missing"
@@ -270,7 +281,7 @@ def _write_state(draft: Path, engine, config: TrainingConfig, progress: dict, wo
             "loss_scaler": offload.loss_scaler_state(engine),
         },
     }
-    return {"training/state.json": _write_text(draft / "training" / "state.json", json.dumps(state, indent=2) + "\n")}
+    return {STATE: _write_text(draft / STATE, json.dumps(state, indent=2) + "\n")}
 
 
 def _gather_digests(digests: dict[str, str], rank: int, world_size: int) -> dict[str, str]:
@@ -295,7 +306,7 @@ def _publish(draft: Path, folder: Path) -> None:
 
 
 def _prune(config: TrainingConfig) -> None:
-    for folder in sorted(_checkpoints(config).glob("step-*"))[: -config.keep_checkpoints]:
+    for folder in sorted(_checkpoints(config).glob(FOLDERS))[: -config.keep_checkpoints]:
         shutil.rmtree(folder)
 
 

@@ -15,6 +15,7 @@ from glob import has_magic
 from pathlib import Path
 
 import torch
+import torch.utils.cpp_extension
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCHEDULES = ("cosine", "wsd")
@@ -28,6 +29,7 @@ AT_LEAST = {
     "sample_top_k": 1, "save_every_steps": 1, "keep_checkpoints": 1, "rank_timeout_minutes": 1,
     "seed": 0,
 }  # fmt: skip
+HOST_CHUNK_ROWS = 1024
 LARGEST_SEED, LARGEST_NUMBER = 2**32 - 1, 1e300
 ABOVE_ZERO = (
     "rope_theta",
@@ -161,6 +163,9 @@ class TrainingConfig:
         if self.tokens_per_step % tokens:
             lower = self.tokens_per_step // tokens * tokens
             nearest = f"{lower} and {lower + tokens}" if lower else f"{tokens}"
+            smaller = [n for n in range(1, self.micro_batch_rows) if self.rows_per_step % (n * world_size) == 0]
+            if smaller and self.tokens_per_step % self.context_length == 0:
+                nearest += f", or set micro_batch_rows={smaller[-1]}"
             raise ValueError(
                 f"tokens_per_step={self.tokens_per_step} is not a multiple of micro_batch_rows * context_length * world size"
                 f" = {tokens}; nearest is {nearest}"
@@ -232,10 +237,22 @@ def refuse_unfit(config: TrainingConfig, world_size: int) -> None:
         path = getattr(config, name)
         if path is not None and not Path(path).exists():
             raise ValueError(f"{name}={path!r} is not there; name a file or folder that exists")
+    for name in ("run_dir", "data_dir"):
+        _refuse_unwritable(name, Path(getattr(config, name)))
+    if not config.offload_optimizer and torch.cuda.is_available() and torch.utils.cpp_extension.CUDA_HOME is None:
+        raise ValueError(
+            "offload_optimizer=False needs nvcc to compile DeepSpeed's Adam for the GPU; set offload_optimizer=True"
+        )
     if not (Path(config.data_dir) / "manifest.json").exists():
         for path in config.corpus:
             if not has_magic(path) and not Path(path).exists():
                 raise ValueError(f"corpus: {path!r} is not there; name a file, folder or glob that exists")
+
+
+def _refuse_unwritable(name: str, path: Path) -> None:
+    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"{name}={str(path)!r} cannot be written, because of {str(there)!r}; name another folder")
 
 
 def refuse_arguments(arguments: list[str]) -> None:
@@ -253,11 +270,11 @@ def refuse_arguments(arguments: list[str]) -> None:
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """Turns a ValueError into what a user sees: one line, from rank 0 alone, and exit status 2."""
+    """Turns a ValueError into what a user sees: one line for each machine, and exit status 2."""
     try:
         yield
     except ValueError as refusal:
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
             print(f"refused: {refusal}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 

@@ -27,7 +27,9 @@ def generate(model_dir: str, prompt: str, max_new_tokens: int, temperature: floa
     Raises:
         ValueError: the folder holds no Llama or Qwen3 with safetensors weights and a byte-level tokenizer.
     """
-    return b"".join(stream(open_model(model_dir), prompt, max_new_tokens, temperature, top_k, seed)).decode(errors="replace")
+    return b"".join(stream(open_model(model_dir), prompt.encode(), max_new_tokens, temperature, top_k, seed)).decode(
+        errors="replace"
+    )
 
 
 def open_model(model_dir: str) -> Loaded:
@@ -43,7 +45,7 @@ def open_model(model_dir: str) -> Loaded:
     return Loaded(model.eval(), load(folder))
 
 
-def stream(loaded: Loaded, prompt: str, max_new_tokens: int, temperature: float, top_k: int, seed: int) -> Iterator[bytes]:
+def stream(loaded: Loaded, prompt: bytes, max_new_tokens: int, temperature: float, top_k: int, seed: int) -> Iterator[bytes]:
     """Yields the bytes of one token after the other; an id that pads the vocabulary has none.
 
     Raises:
@@ -52,7 +54,7 @@ def stream(loaded: Loaded, prompt: str, max_new_tokens: int, temperature: float,
     if temperature < 0 or top_k < 1:
         raise ValueError(f"temperature={temperature} and top_k={top_k}: at least 0 and 1 work")
     end, pieces = end_of_text_id(loaded.tokenizer), token_bytes(loaded.tokenizer)
-    ids = encode(loaded.tokenizer, prompt.encode())
+    ids = encode(loaded.tokenizer, prompt)
     start = torch.tensor(ids.tolist() or [end])
     for token in continue_ids(loaded.model, start, max_new_tokens, temperature, top_k, seed):
         if token == end:
@@ -68,13 +70,13 @@ def main() -> None:
             raise ValueError(f"run_dir={PRETRAIN.run_dir!r} holds no checkpoint; run: deepspeed scripts/train_pretrain.py")
         loaded = open_model(str(found.folder))
     print(f"{found.folder}: type a prompt and press Enter; Ctrl-D ends", file=sys.stderr)
-    for line in sys.stdin:
-        _answer(loaded, line.rstrip("\n"))
+    for line in sys.stdin.buffer:
+        _answer(loaded, line.rstrip(b"\n"))
 
 
-def _answer(loaded: Loaded, prompt: str) -> None:
+def _answer(loaded: Loaded, prompt: bytes) -> None:
     write = sys.stdout.buffer.write
-    write(prompt.encode())
+    write(prompt)
     for piece in stream(
         loaded, prompt, PRETRAIN.sample_tokens, PRETRAIN.sample_temperature, PRETRAIN.sample_top_k, PRETRAIN.seed
     ):

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from scripts.config import TrainingConfig, product_dtype
+from scripts.config import HOST_CHUNK_ROWS, TrainingConfig, product_dtype
 
+COLDEST = 1e-6
 Cache = list[tuple[Tensor, Tensor]]
-HOST_CHUNK_ROWS = 1024
 
 
 class Attention(nn.Module):
@@ -429,7 +429,7 @@ def architecture_fields(description: dict) -> dict:
 def continue_ids(model: Decoder, ids: Tensor, num_tokens: int, temperature: float, top_k: int, seed: int) -> Iterator[int]:
     """Samples up to `num_tokens` ids after the prompt `ids` (T,) with a key/value cache; a seed gives one continuation.
 
-    Temperature 0 takes the likeliest id. The prompt is cut to its last `context_length` ids; positions beyond
+    Temperature 0 (or below 1e-6) takes the likeliest id. The prompt is cut to its last `context_length` ids; positions beyond
     `context_length` are reached by dropping the older half of the context.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -447,7 +447,7 @@ def continue_ids(model: Decoder, ids: Tensor, num_tokens: int, temperature: floa
 
 
 def _sample(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    if temperature == 0:
+    if temperature < COLDEST:
         return int(logits.argmax())
     best, ids = logits.topk(min(top_k, len(logits)))
     return int(ids[torch.multinomial(torch.softmax((best - best[0]) / temperature, 0), 1, generator=generator)])

@@ -23,7 +23,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ds import tokenizer as bpe
-from ds.corpus import corpus_digest, corpus_files, documents, file_documents, is_held_out
+from ds.corpus import corpus_digest, corpus_files, documents, file_documents, fixed_part, is_held_out
 from ds.loader import count_windows
 from ds.shards import TokenStream, open_shard, sync_folder, verify_shard, write_shard
 from scripts.config import PRETRAIN, TrainingConfig, refuse_arguments, refusing
@@ -140,10 +140,11 @@ def _build(config: TrainingConfig) -> None:
 
 def _check_apart(config: TrainingConfig) -> None:
     for entry in config.corpus:
-        if Path(entry).is_dir() and Path(config.data_dir).resolve().is_relative_to(Path(entry).resolve()):
-            raise ValueError(
-                f"data_dir={config.data_dir!r} lies in the corpus folder {entry!r} and would become text; name a folder outside"
-            )
+        root = Path(entry) if Path(entry).is_dir() else fixed_part(Path(entry)) if "**" in entry else None
+        for name in ("data_dir", "run_dir"):
+            path = getattr(config, name)
+            if root is not None and Path(path).resolve().is_relative_to(root.resolve()):
+                raise ValueError(f"{name}={path!r} lies in the corpus {entry!r} and would become text; name a folder outside")
 
 
 @contextmanager
@@ -306,7 +307,10 @@ def _check_corpus(config: TrainingConfig, manifest: dict) -> None:
     except ValueError:
         return  # The corpus need not be on the machine that trains.
     if corpus_digest(files) != manifest.get("corpus_digest"):
-        raise ValueError(f"corpus has changed since data_dir={config.data_dir!r} was prepared; {_delete(config)}")
+        raise ValueError(
+            f"corpus has changed since data_dir={config.data_dir!r} was prepared; to go on with that data put the corpus back"
+            " or move it away, for the new corpus name another data_dir and another run_dir"
+        )
 
 
 def _open_tokenizer(config: TrainingConfig, manifest: dict) -> Tokenizer:

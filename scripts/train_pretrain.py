@@ -16,7 +16,7 @@ def pretrain(config: TrainingConfig) -> None:
     Raises:
         ValueError: the configuration, the data or the run directory is refused before training.
     """
-    trainer.train(trainer.ready(config, prepare), next_token)
+    trainer.train(_ready(config), next_token)
 
 
 def next_token(engine, windows: Tensor, config: TrainingConfig) -> Tensor:
@@ -25,10 +25,16 @@ def next_token(engine, windows: Tensor, config: TrainingConfig) -> Tensor:
     return next_token_loss(hidden, engine.module.head, windows[:, 1:], config.loss_chunk_rows)
 
 
+def _ready(config: TrainingConfig) -> trainer.Run | None:
+    if config.teacher_dir is not None:
+        raise ValueError(f"teacher_dir={config.teacher_dir!r} has no effect in pre-training; set teacher_dir=None")
+    return trainer.ready(config, prepare)
+
+
 def main() -> None:
     with refusing():
         refuse_arguments(sys.argv[1:])
-        run = trainer.ready(PRETRAIN, prepare)
+        run = _ready(PRETRAIN)
     trainer.train(run, next_token)
     trainer.leave()
 

@@ -213,29 +213,57 @@ def _join(config: TrainingConfig, ranks: Ranks) -> None:
 
 
 def _prepare_in_turn(config: TrainingConfig, ranks: Ranks, prepare: Callable):
-    data = prepare(config) if ranks.rank == 0 else None
-    torch.distributed.barrier()
-    return data or prepare(config)
+    """Rank 0 first, then the others; when one is refused, all leave with it instead of waiting for it."""
+    data, refusal = None, None
+    for turn in (ranks.rank == 0, ranks.rank != 0):
+        try:
+            data = prepare(config) if turn else data
+        except ValueError as fault:
+            refusal = fault
+        if _largest(float(refusal is not None), ranks):
+            raise refusal or ValueError("another rank's data is refused; its line says why")
+    return data
+
+
+def _largest(number: float, ranks: Ranks) -> float:
+    value = torch.tensor(number, dtype=torch.float64, device=_device(ranks))
+    torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
+    return value.item()
+
+
+def _device(ranks: Ranks) -> torch.device:
+    return torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _build(config: TrainingConfig, ranks: Ranks, data, found: checkpoint.Checkpoint | None) -> Run:
     if found is not None and found.state["data_fingerprint"] != data.fingerprint:
         raise ValueError(f"data_dir={config.data_dir!r} is not the data that {found.folder} was trained on; put that data back")
-    device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    model = _model_to_train(config, device, found)
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        model_parameters=parameter_groups(model, config.weight_decay),  # pyright: ignore[reportArgumentType]
-        config=TrainingConfig.deepspeed_config(config, ranks.world_size),
-    )
     first_step = 0 if found is None else found.state["step"]
+    if _largest(first_step, ranks) != -_largest(-first_step, ranks):
+        raise ValueError(f"run_dir={config.run_dir!r} does not hold the same on every machine; put it on a shared path")
+    device = _device(ranks)
+    model = _model_to_train(config, device, found)
+    engine = _initialize(config, ranks, model)
     if found is not None:
         checkpoint.load_state(engine, found)
         _say(ranks, f"Continuing after step {first_step} from {found.folder}")
     if ranks.rank == 0:
         checkpoint.claim_run(config)
-        checkpoint.rewind_metrics(config, first_step)
+        checkpoint.rewind_metrics(config, -1 if found is None else first_step)
     return Run(config, ranks, device, engine, data, first_step)
+
+
+def _initialize(config: TrainingConfig, ranks: Ranks, model: Decoder):
+    """DeepSpeed's engine; a ValueError from inside it is no refusal of the user's values."""
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=parameter_groups(model, config.weight_decay),  # pyright: ignore[reportArgumentType]
+            config=TrainingConfig.deepspeed_config(config, ranks.world_size),
+        )
+    except ValueError as fault:
+        raise RuntimeError("deepspeed.initialize failed") from fault
+    return engine
 
 
 def _model_to_train(config: TrainingConfig, device: torch.device, found: checkpoint.Checkpoint | None) -> Decoder:
@@ -321,6 +349,7 @@ def _reporting(run: Run) -> Iterator[Callable[[dict], None]]:
                 draw_losses(checkpoint.metrics_path(config), checkpoint.picture_path(config))
 
         yield report
+    draw_losses(checkpoint.metrics_path(config), checkpoint.picture_path(config))
 
 
 def _plot_scalars(board: SummaryWriter, record: dict) -> None:
@@ -360,14 +389,14 @@ def _summary(config: TrainingConfig) -> str:
     records = checkpoint.read_metrics(config)
     held_out = [record for record in records if record["kind"] == "eval"]
     samples = [record["text"] for record in records if record.get("event") == "sample"]
-    saved = [record["checkpoint"] for record in records if record.get("event") == "saved"]
+    saved = checkpoint.newest_folder(config)
     lines = [""]
     if held_out:
         lines += [f"  held out before: {_held_out_words(held_out[0])}", f"  held out after:  {_held_out_words(held_out[-1])}"]
     if samples:
         lines += ["  sample:", _indented(samples[-1])]
     lines += [f"  picture: {checkpoint.picture_path(config)}"]
-    lines += [f"  checkpoint (opens in transformers): {saved[-1]}"] if saved else []
+    lines += [f"  checkpoint (opens in transformers): {saved}"] if saved else []
     return "\n".join([*lines, '  next: echo "def" | python scripts/generate.py'])
 
 

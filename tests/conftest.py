@@ -9,6 +9,7 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from scripts.config import TrainingConfig
@@ -56,8 +57,19 @@ def launch(
                 stderr=subprocess.STDOUT,
             )
         )
-    outputs = [process.communicate(timeout=400)[0] for process in running]
+    try:
+        outputs = [process.communicate(timeout=400)[0] for process in running]
+    finally:
+        for process in running:
+            _kill_family(process)
     return [subprocess.CompletedProcess(p.args, p.returncode, output) for p, output in zip(running, outputs, strict=True)]
+
+
+def _kill_family(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+        process.kill()
 
 
 def clean_environment() -> dict[str, str]:

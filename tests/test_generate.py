@@ -120,13 +120,13 @@ def test_spelled_out_end_of_text_in_a_prompt_is_ordinary_text(tmp_path):
 
 def test_bytes_come_one_token_at_a_time_and_the_text_replaces_what_is_no_utf8(tmp_path):
     folder = written(tmp_path / "chain", chain("aé\x80b".encode("latin-1") + "漢".encode()))
-    pieces = list(stream(open_model(str(folder)), "a", 9, 0.0, 1, 0))
+    pieces = list(stream(open_model(str(folder)), b"a", 9, 0.0, 1, 0))
     assert pieces == [b"\xe9", b"\x80", b"b", *(bytes([byte]) for byte in "漢".encode())]
     assert generate(str(folder), "a", 9, 0.0, 1, 0) == b"".join(pieces).decode(errors="replace")
 
 
 def test_text_goes_on_beyond_the_context(folder):
-    assert len(b"".join(stream(open_model(str(folder)), "def " * 20, 80, 1.0, 50, 1))) > CONFIG.context_length
+    assert len(b"".join(stream(open_model(str(folder)), b"def " * 20, 80, 1.0, 50, 1))) > CONFIG.context_length
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
