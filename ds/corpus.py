@@ -101,6 +101,7 @@ def _entry_files(entry: str, exclude: tuple[str, ...]) -> list[Path]:
 
 
 def fixed_part(pattern: Path) -> Path:
+    """The folders before a glob's first wildcard."""
     fixed = []
     for part in pattern.parts:
         if has_magic(part):

@@ -209,7 +209,11 @@ def test_remainder_of_a_step_names_the_nearest_sizes_on_both_sides(tokens, rows,
     batch = {"micro_batch_rows": rows, "context_length": context}
     with pytest.raises(ValueError, match=f"^tokens_per_step={tokens} ") as caught:
         made(**batch, tokens_per_step=tokens).accumulation_steps(world_size)
-    named = [int(number) for number in re.findall(r"\d+", str(caught.value).split("nearest is")[1])]
+    sizes, _, fewer_rows = str(caught.value).split("nearest is")[1].partition(", or set micro_batch_rows=")
+    named = [int(number) for number in re.findall(r"\d+", sizes)]
+    if fewer_rows:
+        fitting = made(context_length=context, tokens_per_step=tokens, micro_batch_rows=int(fewer_rows))
+        assert fitting.accumulation_steps(world_size if tokens % (rows * context) == 0 else 1) >= 1
     fits_one_rank = tokens % (rows * context) == 0
     assert named == [size for size in neighbours(tokens, unit if fits_one_rank else rows * context) if size]
     for size in named:
@@ -360,10 +364,16 @@ def test_any_other_argument_is_refused_with_a_pointer_to_the_config(word):
 
 @pytest.mark.parametrize(
     ("ranks", "speaks"),
-    [({}, True), ({"RANK": "0"}, True), ({"RANK": "1"}, False), ({"SLURM_PROCID": "0"}, True), ({"SLURM_PROCID": "3"}, False)],
+    [
+        ({}, True),
+        ({"LOCAL_RANK": "0"}, True),
+        ({"LOCAL_RANK": "1"}, False),
+        ({"SLURM_LOCALID": "0"}, True),
+        ({"SLURM_LOCALID": "3"}, False),
+    ],
 )
-def test_refusal_exits_with_2_and_only_rank_0_speaks(monkeypatch, capsys, ranks, speaks):
-    for name in ("RANK", "SLURM_PROCID"):
+def test_refusal_exits_with_2_and_one_rank_a_machine_speaks(monkeypatch, capsys, ranks, speaks):
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in ranks.items():
         monkeypatch.setenv(name, value)

@@ -183,7 +183,8 @@ def test_data_dir_that_cannot_be_written_is_refused(tmp_path, config):
 
 
 def test_data_dir_inside_the_corpus_is_refused(tmp_path, config):
-    assert "lies in the corpus folder" in refusal(replace(config, data_dir=f"{tmp_path}/text/data"))
+    assert "lies in the corpus" in refusal(replace(config, data_dir=f"{tmp_path}/text/data"))
+    assert "lies in the corpus" in refusal(replace(config, run_dir=f"{tmp_path}/text/run"))
 
 
 def test_interrupted_build_is_built_again(built):
