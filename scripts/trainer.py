@@ -203,7 +203,7 @@ def _join(config: TrainingConfig, ranks: Ranks) -> None:
     """Makes the process deterministic and joins the process group."""
     deepspeed_logger.setLevel("WARNING")
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_size))
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     if torch.cuda.is_available():

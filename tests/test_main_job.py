@@ -39,12 +39,12 @@ def test_the_main_job_ends_in_time(trained):
 
 def test_it_tells_held_out_loss_before_and_after_and_the_loss_fell(trained):
     before, after = (float(bits) for bits in re.findall(r"held out (?:before|after): .*, (\S+) bits per byte", trained[1]))
-    assert before > 3 and after < 2.3
+    assert before > 3 and after < 2.1
 
 
-def test_its_samples_look_like_python(trained):
-    samples = "".join(re.findall(r"sample\n((?:    .*\n|\n)+)", trained[1]))
-    assert sum(word in samples for word in ("def ", "self", "return", "if ", "):", "import", " = ", '"""')) >= 4
+def test_its_sample_looks_like_python(trained):
+    sample = trained[1][trained[1].rindex("sample:") :]
+    assert "def " in sample and ("self" in sample or "return" in sample or "if " in sample)
 
 
 def test_its_checkpoint_opens_in_transformers(trained):
