@@ -22,6 +22,19 @@ import pyarrow.parquet as pq
 
 UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
 PARQUET_BATCH_ROWS = 1024
+PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+ZIP_START = b"PK\x03\x04"
+# The opcodes of protocols 0 to 5 by what follows each: so many bytes, a length of so many bytes and that much, so many lines.
+FIXED_BYTES = {
+    **dict.fromkeys(b"012()NQR]abdelostu}\x81\x85\x86\x87\x88\x89\x8f\x90\x91\x92\x93\x94\x97\x98", 0),
+    **dict.fromkeys(b"Khq\x80\x82", 1), **dict.fromkeys(b"M\x83", 2), **dict.fromkeys(b"Jjr\x84", 4),
+    **dict.fromkeys(b"G\x95", 8),
+}  # fmt: skip
+LENGTH_BYTES = {
+    **dict.fromkeys(b"UC\x8a\x8c", 1), **dict.fromkeys(b"TBX\x8b", 4), **dict.fromkeys(b"\x8d\x8e\x96", 8)
+}  # fmt: skip
+NUM_LINES = {**dict.fromkeys(b"FILPSVgp", 1), **dict.fromkeys(b"ci", 2)}
+STOP = ord(".")
 
 
 def corpus_files(corpus: tuple[str, ...], exclude: tuple[str, ...]) -> list[Path]:
@@ -70,7 +83,8 @@ def file_documents(path: Path, text_field: str) -> Iterator[bytes]:
     not UTF-8 are kept.
 
     Raises:
-        ValueError: the file cannot be read, is not what its name says, or a line or column is not text; names file and line.
+        ValueError: the file cannot be read, is not what its name says, is a pickle or a zip archive, or a line or column is
+            not text; names file and line.
     """
     try:
         yield from filter(None, _reader(path)(path, text_field))
@@ -129,7 +143,34 @@ def _reader(path: Path):
 
 def _whole_file(path: Path, text_field: str) -> Iterator[bytes]:
     with _open(path) as file:
-        yield file.read()
+        content = file.read()
+    kind = "a pickle" if _begins_with_pickle(content) else "a zip archive" if content.startswith(ZIP_START) else None
+    if kind is not None:
+        raise ValueError(
+            f"{path} is {kind}, not text, and nothing in it is run; leave it out by corpus_exclude or move it away"
+        )
+    yield content
+
+
+def _begins_with_pickle(content: bytes) -> bool:
+    """Whether the bytes begin with a whole pickle of protocol 2 to 5, opcode after opcode up to the one that stops it."""
+    at = 2 if content.startswith(PICKLE_STARTS) else len(content)
+    while at < len(content) and content[at] != STOP:
+        at = _behind_opcode(content, at)
+    return at < len(content)
+
+
+def _behind_opcode(content: bytes, at: int) -> int:
+    """Where the next opcode is; the end of the content if this is none."""
+    opcode, at = content[at], at + 1
+    if opcode in FIXED_BYTES:
+        return at + FIXED_BYTES[opcode]
+    if opcode in LENGTH_BYTES:
+        length = content[at : at + LENGTH_BYTES[opcode]]
+        return at + len(length) + int.from_bytes(length, "little")
+    for _ in range(NUM_LINES.get(opcode, 0)):
+        at = (content.find(b"\n", at) + 1) or len(content)
+    return at if opcode in NUM_LINES else len(content)
 
 
 def _json_lines(path: Path, text_field: str) -> Iterator[bytes]:
@@ -143,7 +184,9 @@ def _json_text(line: bytes, text_field: str, place: str) -> bytes:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: not JSON ({error}); write one JSON object a line") from None
+        raise ValueError(
+            f"{place}: not JSON ({error}); write one JSON object a line, or leave the file out by corpus_exclude"
+        ) from None
     if not isinstance(value, dict):
         raise ValueError(f"{place}: a JSON {type(value).__name__}, not an object; write one JSON object a line")
     if text_field not in value:

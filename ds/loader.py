@@ -1,17 +1,40 @@
 """Step -> this rank's micro-batches: a pure function, so there is no loader state to save.
 
 Window i of a stream is tokens[i * T : i * T + T + 1] for T = context_length: rows to read and, one later, to predict. Owns the
-order of the windows. Knows nothing of text, of bytes on disk, nor of the model.
+order of the windows, what says which were read, and which documents they come from. Knows nothing of text, of bytes on
+disk, nor of the model.
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 from hashlib import blake2b
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
 from ds.shards import TokenStream
 
 NUM_ROUNDS = 8
+SCAN_TOKENS = 2**22
+
+
+class MicroBatch(NamedTuple):
+    """What one rank reads at once: `rows` (B,) int64, the run's row numbers (step * rows_per_step + row of the step),
+    `windows` (B,) int64, the windows that were read for them, and `ids` (B, T + 1) int64, their tokens.
+    """
+
+    rows: np.ndarray
+    windows: np.ndarray
+    ids: np.ndarray
+
+
+class Document(NamedTuple):
+    """Tokens [start, stop) of a stream, the end of text included; `number` counts the documents before it."""
+
+    number: int
+    start: int
+    stop: int
 
 
 def count_windows(num_tokens: int, context_length: int) -> int:
@@ -29,11 +52,8 @@ def micro_batches(
     rows_per_step: int,
     context_length: int,
     seed: int,
-) -> Iterator[np.ndarray]:
-    """What this rank reads in this step: arrays (micro_batch_rows, context_length + 1) int64.
-
-    Row b of micro-batch m is row (m * world_size + rank) * micro_batch_rows + b of the step, so the ranks are disjoint and
-    together read what one rank would. Only the arguments decide.
+) -> Iterator[MicroBatch]:
+    """What this rank reads in this step, micro-batch after micro-batch, as `rank_windows` says; only the arguments decide.
 
     Raises:
         ValueError: the stream is shorter than one window.
@@ -43,9 +63,24 @@ def micro_batches(
         raise ValueError(
             f"{stream.num_tokens} tokens hold no window of context_length + 1 = {context_length + 1}; add documents"
         )
+    place = {"step": step, "rank": rank, "world_size": world_size, "seed": seed}
+    due = rank_windows(num_windows, micro_batch_rows=micro_batch_rows, rows_per_step=rows_per_step, **place)
+    for rows, windows in zip(*due, strict=True):
+        yield MicroBatch(rows, windows, _read_windows(stream, windows, context_length))
+
+
+def rank_windows(
+    num_windows: int, *, step: int, rank: int, world_size: int, micro_batch_rows: int, rows_per_step: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What a rank reads in a step, which every rank can say: the run's row numbers and their windows, both (G, B) int64.
+
+    Row b of micro-batch m is row (m * world_size + rank) * micro_batch_rows + b of the step, so the ranks are disjoint and
+    together read what one rank would.
+    """
     windows = step_windows(step, rows_per_step, num_windows, seed)
-    for rows in windows.reshape(-1, world_size, micro_batch_rows)[:, rank]:
-        yield _read_windows(stream, rows, context_length)
+    rows = step * rows_per_step + np.arange(rows_per_step, dtype=np.int64)
+    shape = (-1, world_size, micro_batch_rows)
+    return rows.reshape(shape)[:, rank], windows.reshape(shape)[:, rank]
 
 
 def held_out_batches(
@@ -67,6 +102,40 @@ def step_windows(step: int, rows_per_step: int, num_windows: int, seed: int) -> 
     for epoch in np.unique(epochs).tolist():
         windows[epochs == epoch] = permute(places[epochs == epoch], num_windows, seed, epoch)
     return windows
+
+
+def digest_rows(rows: np.ndarray, items: np.ndarray) -> np.ndarray:
+    """Which rows held what, as a sum: (N,) int64 row numbers, (N, L) int64 -> (4,) int64.
+
+    The four words (little-endian uint32) of blake2b-128 of the number and the items of each row, summed over the rows: the
+    digests of any split of the rows add up to that of all, in any order. Exact below 2**31 rows.
+    """
+    lines = np.concatenate([rows[:, None], items], axis=1, dtype="<i8")
+    words = b"".join(blake2b(line, digest_size=16).digest() for line in lines)
+    return np.frombuffer(words, dtype="<u4").reshape(-1, 4).sum(axis=0, dtype=np.int64)
+
+
+def digest_hex(digest: np.ndarray) -> str:
+    """(4,) int64, a sum of `digest_rows` -> 32 hex digits, the words modulo 2**32."""
+    return "".join(f"{word % 2**32:08x}" for word in digest.tolist())
+
+
+def documents_between(stream: TokenStream, start: int, stop: int, end_of_text_id: int) -> list[Document]:
+    """Every document that overlaps the tokens [start, stop), in order, whole: it may start before and stop behind them.
+
+    The first call reads the stream from its beginning, SCAN_TOKENS at a time, to count; later ones remember the counts. A
+    last document need not have an end of text.
+    """
+    number, begin, stops = 0, 0, []
+    for first in range(0, start, SCAN_TOKENS):
+        num_before, last_stop = _count_stops(stream, first, min(first + SCAN_TOKENS, start), end_of_text_id)
+        number, begin = number + num_before, last_stop or begin
+    for inside in _document_stops(stream, start, stop, end_of_text_id):
+        stops += inside.tolist()
+    if start < stop and stop not in stops[-1:]:
+        behind = (int(found[0]) for found in _document_stops(stream, stop, stream.num_tokens, end_of_text_id))
+        stops.append(next(behind, stream.num_tokens))
+    return [Document(number + place, *ends) for place, ends in enumerate(pairwise([begin, *stops]))]
 
 
 def permute(index: np.ndarray, num_items: int, seed: int, epoch: int) -> np.ndarray:
@@ -101,3 +170,23 @@ def _mix(values: np.ndarray) -> np.ndarray:
 def _read_windows(stream: TokenStream, windows: np.ndarray, context_length: int) -> np.ndarray:
     starts = (windows * context_length).tolist()
     return np.stack([stream.read(start, start + context_length + 1) for start in starts])
+
+
+@lru_cache(maxsize=2**16)
+def _count_stops(stream: TokenStream, start: int, stop: int, end_of_text_id: int) -> tuple[int, int]:
+    """How many documents stop in the tokens [start, stop), and where the last of them does; 0 if none."""
+    number, last_stop = 0, 0
+    for found in _document_stops(stream, start, stop, end_of_text_id):
+        number, last_stop = number + len(found), int(found[-1])
+    return number, last_stop
+
+
+def _document_stops(stream: TokenStream, start: int, stop: int, end_of_text_id: int) -> Iterator[np.ndarray]:
+    """Right behind each end of text in the tokens [start, stop): (N,) int64 with N > 0, as they are found."""
+    for first in range(start, stop, SCAN_TOKENS):
+        at = first
+        for ids in stream.parts(first, min(first + SCAN_TOKENS, stop)):
+            found = np.flatnonzero(ids == end_of_text_id)
+            if len(found):
+                yield found + (at + 1)
+            at += len(ids)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -64,14 +64,16 @@ class TokenStream:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """The ids from `start` to before `stop`: (stop - start,) int64, across shard borders."""
+        return np.concatenate([np.empty(0, dtype=np.int64), *self.parts(start, stop)], dtype=np.int64)
+
+    def parts(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        """The same ids as each shard holds them: memory-mapped views (N,) uint16 or uint32, nothing is copied."""
         assert 0 <= start <= stop <= self.num_tokens, (start, stop, self.num_tokens)
         first = int(np.searchsorted(self.borders, start, side="right")) - 1
-        parts = [np.empty(0, dtype=np.int64)]
         for shard, begin in zip(self.shards[first:], self.borders[first:].tolist(), strict=False):
             if begin >= stop:
                 break
-            parts.append(shard.ids[max(start - begin, 0) : stop - begin])
-        return np.concatenate(parts, dtype=np.int64)
+            yield shard.ids[max(start - begin, 0) : stop - begin]
 
 
 def write_shard(path: Path, ids: np.ndarray | Iterable[np.ndarray], vocab_size: int, fingerprint: str) -> int:
@@ -105,7 +107,7 @@ def open_shard(path: Path) -> Shard:
     _, _, token_bytes, num_tokens, fingerprint, digest = HEADER.unpack(header)
     expected = HEADER.size + num_tokens * token_bytes + _num_blocks(num_tokens * token_bytes) * DIGEST_BYTES
     if path.stat().st_size != expected:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes and its header says {expected}; {REMEDY}")
+        raise ValueError(f"{path} ends at byte {path.stat().st_size} and, by its header at byte 0, at {expected}; {REMEDY}")
     kind = f"<u{token_bytes}"
     ids = np.memmap(path, kind, "r", HEADER.size, (num_tokens,)).view(np.ndarray) if num_tokens else np.empty(0, kind)
     return Shard(path, ids, fingerprint.hex(), digest.hex())
@@ -115,21 +117,24 @@ def verify_shard(path: Path) -> None:
     """Hashes the whole file.
 
     Raises:
-        ValueError: as `open_shard`; or a byte has changed: names the header or the offset of the first bad block.
+        ValueError: as `open_shard`; or a byte has changed: names the offset of the first bad block, of the first digest that
+            is not that of its block, or of the header.
     """
     payload_bytes = open_shard(path).ids.nbytes
     with path.open("rb") as file:
         header = file.read(HEADER.size)
         file.seek(HEADER.size + payload_bytes)
         table = file.read()
-        if header[DIGEST_AT] != _header_digest(header, table):
-            raise ValueError(f"{path}: the header or the digest table is damaged; {REMEDY}")
         file.seek(HEADER.size)
-        for start in range(0, payload_bytes, BLOCK_BYTES):
-            digest = sha256(file.read(min(BLOCK_BYTES, payload_bytes - start))).digest()
-            at = start // BLOCK_BYTES * DIGEST_BYTES
-            if digest != table[at : at + DIGEST_BYTES]:
-                raise ValueError(f"{path}: the block at byte {HEADER.size + start} is damaged; {REMEDY}")
+        start = _first_bad_block(file, payload_bytes, table)
+    is_signed = header[DIGEST_AT] == _header_digest(header, table)
+    if start is not None and is_signed:
+        raise ValueError(f"{path}: the block at byte {HEADER.size + start} is damaged; {REMEDY}")
+    if start is not None:
+        at = HEADER.size + payload_bytes + start // BLOCK_BYTES * DIGEST_BYTES
+        raise ValueError(f"{path}: the digest table is damaged at byte {at}; {REMEDY}")
+    if not is_signed:
+        raise ValueError(f"{path}: the header at byte 0 is damaged; {REMEDY}")
 
 
 def sync_folder(folder: Path) -> None:
@@ -170,6 +175,15 @@ def _blocks(arrays: Iterable[np.ndarray], vocab_size: int, kind: str) -> Iterato
         yield bytes(waiting)
 
 
+def _first_bad_block(file: IO[bytes], payload_bytes: int, table: bytes) -> int | None:
+    """Where in the tokens the first block starts whose digest is not the table's."""
+    for start in range(0, payload_bytes, BLOCK_BYTES):
+        at = start // BLOCK_BYTES * DIGEST_BYTES
+        if sha256(file.read(min(BLOCK_BYTES, payload_bytes - start))).digest() != table[at : at + DIGEST_BYTES]:
+            return start
+    return None
+
+
 def _header_digest(header: bytes, table: bytes | bytearray) -> bytes:
     return sha256(header[: DIGEST_AT.start] + bytes(DIGEST_BYTES) + header[DIGEST_AT.stop :] + table).digest()
 
@@ -181,12 +195,13 @@ def _read_header(path: Path) -> bytes:
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); {REMEDY}") from error
     if len(header) < HEADER.size:
-        raise ValueError(f"{path} has {len(header)} bytes and a header alone has {HEADER.size}; {REMEDY}")
+        raise ValueError(f"{path} ends at byte {len(header)}, within the {HEADER.size} of its header; {REMEDY}")
     magic, version, token_bytes, *_ = HEADER.unpack(header)
     if magic != MAGIC:
-        raise ValueError(f"{path} is not a shard, it starts with {magic!r}; {REMEDY}")
+        raise ValueError(f"{path} is not a shard, at byte 0 it has {magic!r}; {REMEDY}")
     if version != VERSION or token_bytes not in (2, 4):
-        raise ValueError(f"{path} is of version {version} with {token_bytes} bytes a token, not of version {VERSION}; {REMEDY}")
+        kind = f"version {version} with {token_bytes} bytes a token"
+        raise ValueError(f"{path} is of {kind} by its header at byte 0, not of version {VERSION}; {REMEDY}")
     return header
 
 

@@ -6,6 +6,7 @@ Owns the vocabulary and the end-of-text id. Knows nothing of files other than to
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from itertools import groupby
 from operator import itemgetter
@@ -24,6 +25,10 @@ BATCH_CHARACTERS = 2**21
 INVALID_BYTES = re.compile("([\udc80-\udcff]+)")
 # No pre-token of QWEN2_PATTERN holds a line end and what stands after it, so here a text can be cut without a trace.
 LAST_LINE_END = re.compile(r"(?s:.*)\n(?=\S)")
+PRE_TOKENIZERS = ("ByteLevel", "Digits", "Punctuation", "Split")
+LARGEST_FILE_BYTES = 2**28
+LARGEST_VOCABULARY = 2**24
+REMEDY = "name the tokenizer.json of a byte-level BPE, such as Qwen3's, Llama 3's or SmolLM's"
 
 
 def raw_bytes() -> Tokenizer:
@@ -57,10 +62,14 @@ def load(path: str | Path) -> Tokenizer:
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise ValueError(f"{file} is not there; name a tokenizer.json or a folder that holds one")
-    try:
-        tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except Exception as error:  # tokenizers raises no narrower class
-        raise ValueError(f"{file} cannot be read as a tokenizer ({_one_line(error)}); name another tokenizer.json") from error
+    with _naming(file):
+        parts = _read_json(file)
+    _check_parts(parts, file)
+    with _naming(file):
+        tokenizer = Tokenizer.from_str(json.dumps(parts))
+        tokenizer.encode_special_tokens = True
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
     return _checked(tokenizer, file)
 
 
@@ -152,28 +161,74 @@ def _finished(model: models.Model) -> Tokenizer:
     return tokenizer
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """What breaks inside, a panic of `tokenizers` included, is raised as a ValueError that names the file."""
+    try:
+        yield
+    except BaseException as error:  # tokenizers raises Exception itself, and its panics are not even that
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{file} cannot be read as a tokenizer ({_one_line(error)}); name another tokenizer.json") from error
+
+
+def _read_json(file: Path) -> dict:
+    num_bytes = file.stat().st_size
+    if num_bytes > LARGEST_FILE_BYTES:
+        raise ValueError(f"{num_bytes} bytes are more than the {LARGEST_FILE_BYTES} that one may have")
+    parts = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(parts, dict) or not isinstance(parts.get("model"), dict):
+        raise ValueError("it is not a JSON object with a model in it")
+    return parts
+
+
+def _check_parts(parts: dict, file: Path) -> None:
+    """Refuses what changes or drops text before `tokenizers` sees it, which would abort the process at some of it."""
+    model = parts["model"]
+    if parts.get("normalizer") is not None:
+        raise ValueError(f"{file} has a normalizer, which changes the text; {REMEDY}")
+    if model.get("type", "BPE") != "BPE" or model.get("dropout"):
+        raise ValueError(f"{file} is not a BPE without dropout; {REMEDY}")
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        raise ValueError(f"{file} marks the parts of words by a prefix or suffix; {REMEDY}")
+    unknown = [kind for kind in _pre_tokenizer_kinds(parts.get("pre_tokenizer")) if kind not in PRE_TOKENIZERS]
+    if unknown:
+        raise ValueError(f"{file} has a pre-tokenizer {unknown[0]!r:.40}, not only {', '.join(PRE_TOKENIZERS)}; {REMEDY}")
+
+
+def _pre_tokenizer_kinds(part: object) -> list[object]:
+    kinds, waiting = [], [] if part is None else [part]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict) and part.get("type") == "Sequence":
+            inner = part.get("pretokenizers")
+            waiting += inner if isinstance(inner, list) else [inner]
+        else:
+            kinds.append(part.get("type") if isinstance(part, dict) else part)
+    return kinds
+
+
 def _checked(tokenizer: Tokenizer, file: Path) -> Tokenizer:
-    tokenizer.encode_special_tokens = True
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    remedy = "name the tokenizer.json of a byte-level BPE, such as Qwen3's, Llama 3's or SmolLM's"
-    if tokenizer.normalizer is not None:
-        raise ValueError(f"{file} has a normalizer, which changes the text; {remedy}")
-    if not isinstance(tokenizer.model, models.BPE) or tokenizer.model.dropout:
-        raise ValueError(f"{file} is not a BPE without dropout; {remedy}")
+    if vocab_size(tokenizer) > LARGEST_VOCABULARY:
+        raise ValueError(f"{file} has the id {vocab_size(tokenizer) - 1}, ids are below {LARGEST_VOCABULARY}; {REMEDY}")
+    ids = tokenizer.get_vocab(with_added_tokens=False).values()
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"{file} gives the same id to several tokens; {REMEDY}")
     missing = [byte for byte, symbol in enumerate(_SYMBOLS) if tokenizer.token_to_id(symbol) is None]
     if missing:
-        raise ValueError(f"{file} has no token for {len(missing)} of the 256 bytes, the first is 0x{missing[0]:02x}; {remedy}")
+        raise ValueError(f"{file} has no token for {len(missing)} of the 256 bytes, the first is 0x{missing[0]:02x}; {REMEDY}")
     try:
         end_of_text_id(tokenizer)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-    if any(decode(tokenizer, encode(tokenizer, probe)) != probe for probe in _probes(tokenizer)):
-        raise ValueError(f"{file} does not give back the text that it is given; {remedy}")
+    with _naming(file):
+        changed = any(decode(tokenizer, encode(tokenizer, probe)) != probe for probe in _probes(tokenizer))
+    if changed:
+        raise ValueError(f"{file} does not give back the text that it is given; {REMEDY}")
     return tokenizer
 
 

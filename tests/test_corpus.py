@@ -4,18 +4,26 @@ import bz2
 import gzip
 import json
 import lzma
+import pickle
+import pickletools
+import warnings
+from collections import OrderedDict
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import zstandard
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from ds import corpus
 from ds.corpus import corpus_digest, corpus_files, documents, file_documents, is_held_out
 
 COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress}
+STARTS = (corpus.ZIP_START, *corpus.PICKLE_STARTS)
 JSON_TEXT = st.text(st.characters(exclude_categories=()), max_size=30)
 
 
@@ -88,6 +96,7 @@ def test_digest_follows_names_and_sizes(tree):
 @given(content=st.binary(min_size=1))
 @settings(deadline=None, max_examples=50)
 def test_plain_file_is_one_document_byte_for_byte(tmp_path_factory, content):
+    assume(not content.startswith(STARTS))
     path = tmp_path_factory.getbasetemp() / "plain.txt"
     path.write_bytes(content)
     assert list(documents([path], "text")) == [content]
@@ -196,3 +205,133 @@ def test_held_out_document_stays_held_out_for_a_larger_fraction(document, fracti
 def test_held_out_share_is_the_fraction(fraction):
     share = sum(is_held_out(b"%d" % number, fraction) for number in range(20_000)) / 20_000
     assert share == pytest.approx(fraction, abs=0.012)
+
+
+class Planted:
+    """Makes its file when it is unpickled."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+def planted_by(kind: str, marker: Path, folder: Path) -> bytes:
+    if kind.isdecimal():
+        return pickle.dumps({"text": Planted(marker)}, int(kind))
+    path = folder / "saved"
+    torch.save(Planted(marker), path, _use_new_zipfile_serialization=kind == "torch zip")
+    content = path.read_bytes()
+    path.unlink()
+    return content
+
+
+KINDS = ("2", "3", "4", "5", "torch zip", "torch before zip")
+PLAIN_NAMES = ("x.pkl", "x.pt", "x.txt", "x.py", "x")
+OTHER_NAMES = ("x.jsonl", "x.ndjson", "x.parquet", *(f"{name}{suffix}" for name in ("x.pkl", "x.jsonl") for suffix in COMPRESS))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [*PLAIN_NAMES, *OTHER_NAMES])
+def test_planted_pickle_is_refused_by_name_and_never_runs(tmp_path, name, kind):
+    folder, marker = tmp_path / "text", tmp_path / "marker"
+    folder.mkdir()
+    (folder / "good.txt").write_text("good")
+    planted = planted_by(kind, marker, tmp_path)
+    contents = [planted] + [compress(planted) for suffix, compress in COMPRESS.items() if name.endswith(suffix)]
+    for content in contents:
+        (folder / name).write_bytes(content)
+        message = refusal(documents, corpus_files((str(folder),), ()), "text")
+        assert str(folder / name) in message and "corpus_exclude" in message
+    assert not marker.exists()
+    assert list(documents(corpus_files((str(folder),), (name,)), "text")) == [b"good"]
+
+
+def test_planted_pickle_would_have_run(tmp_path):
+    """Else the law above would be about nothing."""
+    pickle.loads(planted_by("4", tmp_path / "marker", tmp_path))
+    assert (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("name", PLAIN_NAMES)
+def test_pickle_is_called_one(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(pickle.dumps([1, "two"]))
+    assert f"{path} is a pickle, not text" in refusal(documents, [path], "text")
+    torch.save([1], path)
+    assert f"{path} is a zip archive, not text" in refusal(documents, [path], "text")
+
+
+OBJECTS = st.recursive(
+    st.one_of(
+        st.none(), st.booleans(), st.integers(-(2**80), 2**80), st.floats(), st.complex_numbers(), st.text(), st.binary(),
+        st.binary(min_size=300, max_size=70_000), st.decimals(), st.just(json.loads), st.just(OrderedDict), st.just(b"." * 300),
+        st.binary().map(bytearray), st.frozensets(st.integers()), st.sampled_from([Path("a"), Decimal(1), pa.int8()]),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner), st.tuples(inner, inner, inner, inner), st.tuples(inner), st.dictionaries(st.text(), inner),
+        st.dictionaries(st.integers(), inner).map(OrderedDict),
+    ),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@given(value=OBJECTS, protocol=st.integers(2, 5), behind=st.binary())
+@settings(deadline=None, max_examples=200)
+def test_every_pickle_is_known_whatever_it_holds_and_whatever_follows(tmp_path_factory, value, protocol, behind):
+    path = tmp_path_factory.getbasetemp() / "pickled"
+    path.write_bytes(pickle.dumps(value, protocol) + behind)
+    assert "is a pickle" in refusal(documents, [path], "text")
+
+
+def test_opcodes_are_those_of_the_library():
+    by_kind = {-1: [], -2: [], -3: [], -4: [], -5: []} | {size: [] for size in (0, 1, 2, 4, 8)}
+    for opcode in pickletools.opcodes:
+        by_kind[opcode.arg.n if opcode.arg else 0].append(opcode)
+    fixed = {ord(opcode.code): size for size in (0, 1, 2, 4, 8) for opcode in by_kind[size] if opcode.code != "."}
+    lengths = {ord(opcode.code): size for kind, size in ((-2, 1), (-3, 4), (-4, 4), (-5, 8)) for opcode in by_kind[kind]}
+    lines = {ord(opcode.code): 2 if "pair" in opcode.arg.name else 1 for opcode in by_kind[-1] if opcode.arg}
+    assert (fixed, lengths, lines) == (corpus.FIXED_BYTES, corpus.LENGTH_BYTES, corpus.NUM_LINES)
+
+
+@given(start=st.sampled_from([b"\x80", b"PK\x03", *corpus.PICKLE_STARTS]), behind=st.binary())
+@example(start="\u0580".encode("utf-16-le"), behind=" begins a text that ends here.".encode("utf-16-le"))
+@example(start="\u0480".encode("utf-16-le"), behind=" is an old letter.\n".encode("utf-16-le"))
+@example(start=b"\x80\x04", behind=b"\x95 is a line.\n")
+@example(start=b"\x80\x02", behind=b"I am a text: with a line end\nand a full stop.")
+@example(start=b"\x80\x02", behind=b"X")
+@settings(deadline=None)
+def test_text_with_strange_bytes_at_its_beginning_is_text(tmp_path_factory, start, behind):
+    content = start + behind
+    assume(not content.startswith(corpus.ZIP_START) and not is_pickle(content))
+    path = tmp_path_factory.getbasetemp() / "strange.txt"
+    path.write_bytes(content)
+    assert list(documents([path], "text")) == [content]
+
+
+@pytest.mark.parametrize("content", [b"\x80\x01N.", b"\x80\x06N.", b"\x80.", b"\x80 is the euro sign.\n"])
+def test_only_protocols_two_to_five_make_a_pickle(tmp_path, content):
+    (tmp_path / "a.txt").write_bytes(content)
+    assert list(documents([tmp_path / "a.txt"], "text")) == [content]
+
+
+def is_pickle(content: bytes) -> bool:
+    """By the library's own reading of the opcodes, which stops at the first that it cannot read."""
+    try:
+        return any(opcode.name == "STOP" for opcode, _, _ in pickletools.genops(content))
+    except Exception:
+        return False
+
+
+def test_parquet_whose_columns_name_a_python_class_runs_nothing(tmp_path):
+    marker, path = tmp_path / "marker", tmp_path / "t.parquet"
+    keys = {"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": pickle.dumps(Planted(marker), 4)}
+    field = pa.field("text", pa.string(), metadata=keys)
+    pq.write_table(pa.table({"text": ["good"]}, schema=pa.schema([field])), path)
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            assert list(documents([path], "text")) == [b"good"]
+        except ValueError as error:
+            assert str(path) in str(error)
+    assert not marker.exists()

@@ -1,15 +1,28 @@
-"""Laws of ds/loader.py: a bijection for each epoch, the same tokens in a step for any number of ranks."""
+"""Laws of ds/loader.py: a bijection for each epoch, the same tokens in a step for any number of ranks, and which they were."""
 
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from ds.loader import count_windows, held_out_batches, micro_batches, permute, step_windows
-from ds.shards import Shard, TokenStream
+from ds import loader
+from ds.loader import (
+    Document,
+    count_windows,
+    digest_hex,
+    digest_rows,
+    documents_between,
+    held_out_batches,
+    micro_batches,
+    permute,
+    rank_windows,
+    step_windows,
+)
+from ds.shards import Shard, TokenStream, open_shard, write_shard
 
 SEEDS = st.integers(0, 2**70)
 
@@ -22,7 +35,7 @@ def stream(num_tokens: int, num_shards: int = 3) -> TokenStream:
 def step_rows(tokens: TokenStream, world_size: int, *, rows_per_step: int, micro_batch_rows: int, **place) -> list[list]:
     """By rank, the micro-batches of the step as nested lists."""
     shared = {"rows_per_step": rows_per_step, "micro_batch_rows": micro_batch_rows, "world_size": world_size, **place}
-    return [[batch.tolist() for batch in micro_batches(tokens, rank=rank, **shared)] for rank in range(world_size)]
+    return [[batch.ids.tolist() for batch in micro_batches(tokens, rank=rank, **shared)] for rank in range(world_size)]
 
 
 @given(num_items=st.integers(1, 3000), seed=SEEDS, epoch=st.integers(0, 2**40))
@@ -119,8 +132,8 @@ def test_micro_batches_are_whole_windows_of_the_stream_in_any_shards(seed, step,
     batches = list(micro_batches(stream(101, num_shards), **place))
     assert len(batches) == 3
     for batch in batches:
-        assert batch.shape == (2, 6) and batch.dtype == np.int64
-        assert (batch[:, 0] % 5 == 0).all() and (np.diff(batch) == 1).all()
+        assert batch.ids.shape == (2, 6) and batch.ids.dtype == np.int64
+        assert (batch.ids[:, 0] % 5 == 0).all() and (np.diff(batch.ids) == 1).all()
 
 
 def test_stream_without_a_window_is_refused():
@@ -154,3 +167,118 @@ def test_order_of_a_large_step_costs_little():
         step_windows(step, 512, 10**9, 0)
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 1e-3
+
+
+@given(
+    micro_batch_rows=st.integers(1, 3),
+    factor=st.integers(1, 3),
+    step=st.integers(0, 50),
+    seed=SEEDS,
+    world_size=st.sampled_from([1, 2, 4]),
+)
+@settings(deadline=None, max_examples=50)
+def test_every_rank_can_say_what_each_rank_reads(micro_batch_rows, factor, step, seed, world_size):
+    tokens, rows_per_step = stream(203), 4 * micro_batch_rows * factor
+    place = {"step": step, "world_size": world_size, "micro_batch_rows": micro_batch_rows, "rows_per_step": rows_per_step}
+    all_rows = []
+    for rank in range(world_size):
+        rows, windows = rank_windows(count_windows(203, 8), rank=rank, seed=seed, **place)
+        assert rows.dtype == windows.dtype == np.int64
+        batches = list(micro_batches(tokens, rank=rank, seed=seed, context_length=8, **place))
+        assert [batch.rows.tolist() for batch in batches] == rows.tolist()
+        assert [batch.windows.tolist() for batch in batches] == windows.tolist()
+        assert [batch.ids[:, 0].tolist() for batch in batches] == (windows * 8).tolist()
+        all_rows += rows.flatten().tolist()
+    assert sorted(all_rows) == list(range(step * rows_per_step, (step + 1) * rows_per_step))
+
+
+TABLES = st.integers(1, 6).flatmap(
+    lambda width: st.lists(st.lists(st.integers(0, 2**32 - 1), min_size=width, max_size=width), min_size=1, max_size=12)
+)
+
+
+def digest_of(rows: list[int], table: list[list[int]]) -> str:
+    return digest_hex(digest_rows(np.array(rows, dtype=np.int64), np.array(table, dtype=np.int64)))
+
+
+@given(table=TABLES, first=st.integers(0, 2**40), shares=st.lists(st.integers(0, 3), min_size=12, max_size=12))
+@settings(deadline=None)
+def test_digests_of_any_split_add_up_to_that_of_the_whole(table, first, shares):
+    rows, items = first + np.arange(len(table)), np.array(table, dtype=np.int64)
+    whole = digest_rows(rows, items)
+    owners = np.array(shares[: len(table)])
+    parts = [digest_rows(rows[owners == owner], items[owners == owner]) for owner in (2, 0, 3, 1)]
+    assert whole.dtype == np.int64 and whole.shape == (4,)
+    assert np.array_equal(sum(parts), whole)
+    assert digest_hex(whole) == digest_of(rows[::-1].tolist(), table[::-1])
+
+
+@given(table=TABLES, first=st.integers(0, 2**40), data=st.data())
+@settings(deadline=None)
+def test_digest_sees_every_change(table, first, data):
+    rows = list(range(first, first + len(table)))
+    whole = digest_of(rows, table)
+    one, other = (data.draw(st.integers(0, len(table) - 1)) for _ in range(2))
+    changed = [list(row) for row in table]
+    changed[one][data.draw(st.integers(0, len(table[0]) - 1))] ^= 1 << data.draw(st.integers(0, 40))
+    assert digest_of(rows, changed) != whole
+    assert digest_of([*rows[:one], rows[one] + len(rows), *rows[one + 1 :]], table) != whole
+    assert len(rows) == 1 or digest_of(rows[:one] + rows[one + 1 :], table[:one] + table[one + 1 :]) != whole
+    assert digest_of([*rows, rows[one]], [*table, table[one]]) != whole
+    assume(table[one] != table[other])
+    swapped = list(table)
+    swapped[one], swapped[other] = table[other], table[one]
+    assert digest_of(rows, swapped) != whole
+
+
+def test_digest_is_the_one_that_logs_were_written_with():
+    assert digest_of([7, 2**33], [[1, 2, 3], [4, 5, 6]]) == "399da57b594d203d6e3d18ac608ff1f5"
+
+
+def test_digest_of_a_large_micro_batch_costs_little():
+    rows, items = np.arange(64), np.random.default_rng(0).integers(0, 50_000, (64, 1024))
+    seconds = []
+    for _ in range(20):
+        start = time.perf_counter()
+        digest_rows(rows, items)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 5e-3
+
+
+def naive_documents(ids: list[int], start: int, stop: int, end_of_text_id: int) -> list[Document]:
+    stops = [place + 1 for place, number in enumerate(ids) if number == end_of_text_id]
+    if ids and stops[-1:] != [len(ids)]:
+        stops.append(len(ids))
+    documents = [Document(*place) for place in zip(range(len(stops)), [0, *stops], stops, strict=False)]
+    return [document for document in documents if max(document.start, start) < min(document.stop, stop)]
+
+
+@given(
+    ids=st.lists(st.integers(0, 4), max_size=60), scan_tokens=st.integers(1, 70), num_shards=st.integers(1, 5), data=st.data()
+)
+@settings(deadline=None, max_examples=300)
+def test_documents_are_those_that_overlap(ids, scan_tokens, num_shards, data):
+    start = data.draw(st.integers(0, len(ids)))
+    stop = data.draw(st.integers(start, len(ids)))
+    parts = np.array_split(np.array(ids, dtype=np.uint16), num_shards)
+    tokens = TokenStream(tuple(Shard(Path(), part, "", "") for part in parts), "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "SCAN_TOKENS", scan_tokens)
+        found = documents_between(tokens, start, stop, 0)
+    assert found == naive_documents(ids, start, stop, 0)
+    assert all(type(number) is int for document in found for number in document)
+
+
+def test_documents_are_found_in_bounded_memory(tmp_path):
+    """The scan of 64 MiB of tokens takes what one of its parts takes."""
+    path = tmp_path / "a.bin"
+    ids = np.ones(2**25, dtype=np.uint16)
+    ids[[5, 2**24, -1]] = 0
+    write_shard(path, ids, 300, "ab" * 32)
+    tokens = TokenStream((open_shard(path),), "ab" * 32)
+    tracemalloc.start()
+    found = documents_between(tokens, 2**24 + 9, 2**24 + 10, 0)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found == [Document(2, 2**24 + 1, 2**25)]
+    assert peak_bytes < 2**24

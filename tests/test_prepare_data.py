@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import socket
 import subprocess
@@ -271,6 +272,40 @@ def test_other_tokenizer_is_refused(built):
     assert "cannot be read as a tokenizer" in refusal(built) and "delete data_dir" in refusal(built)
     path.unlink()
     assert "tokenizer.json is not there; delete data_dir" in refusal(built)
+
+
+class Planted:
+    """Makes its file when it is unpickled."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_planted_pickle_is_refused_by_name_and_never_runs(tmp_path, config, protocol):
+    marker = tmp_path / "marker"
+    planted = pickle.dumps(Planted(marker), protocol)
+    in_corpus, as_tokenizer = tmp_path / "text" / "model.pt", tmp_path / "planted.json"
+    as_tokenizer.write_bytes(planted)
+    assert f"{as_tokenizer} cannot be read as a tokenizer" in refusal(replace(config, tokenizer_path=str(as_tokenizer)))
+    in_corpus.write_bytes(planted)
+    for vocab_size in (257, 300):
+        message = refusal(replace(config, vocab_size=vocab_size))
+        assert f"{in_corpus} is a pickle" in message and "corpus_exclude" in message
+    built = replace(config, corpus_exclude=("*.pt",))
+    prepare(built)
+    for name in ("train-00000.bin", "validation-00000.bin", "tokenizer.json", "manifest.json"):
+        path = Path(built.data_dir) / name
+        whole = path.read_bytes()
+        path.write_bytes(planted)
+        assert f"{name} " in refusal(built)
+        path.write_bytes(whole)
+    assert open_data(built) and not marker.exists()
+    pickle.loads(planted)
+    assert marker.exists()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format_version": 1}', '{"format_version": 99}'])

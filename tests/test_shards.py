@@ -1,10 +1,12 @@
 """Laws of ds/shards.py: what is written comes back, no byte changes unseen, a file is whole or absent."""
 
+import pickle
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ds import shards
@@ -88,10 +90,14 @@ def test_flipped_byte_anywhere_is_named(tmp_path_factory, whole, data, mask):
         verify_shard(path)
     message = str(caught.value)
     assert str(path) in message and "delete" in message and "\n" not in message
-    if 128 <= at < 128 + 200:
-        assert f"the block at byte {128 + (at - 128) // 64 * 64} is damaged" in message
-    elif at >= 88:
-        assert "the header or the digest table is damaged" in message
+    assert f"byte {damaged_place(at)}" in message
+
+
+def damaged_place(at: int) -> int:
+    """What is named for a change at byte `at`: the block, its digest in the table behind 200 bytes of tokens, or the header."""
+    if at < 128:
+        return 0
+    return 128 + (at - 128) // 64 * 64 if at < 328 else 328 + (at - 328) // 32 * 32
 
 
 def test_every_byte_is_covered(tmp_path, whole):
@@ -110,8 +116,46 @@ def test_other_length_is_refused_at_opening(tmp_path_factory, whole, data):
     path = tmp_path_factory.getbasetemp() / "length.bin"
     length = data.draw(st.integers(0, len(whole) + 300).filter(lambda length: length != len(whole)))
     path.write_bytes((whole + bytes(300))[:length])
-    with pytest.raises(ValueError, match=rf"{path.name} has {length} bytes and .* delete"):
+    with pytest.raises(ValueError, match=rf"{path.name} ends at byte {length}\b.* delete"):
         open_shard(path)
+
+
+@given(data=st.data(), inserted=st.binary(max_size=40))
+@settings(deadline=None, max_examples=150)
+def test_bytes_cut_out_or_put_in_anywhere_are_refused_with_file_and_offset(tmp_path_factory, whole, data, inserted):
+    path = tmp_path_factory.getbasetemp() / "cut.bin"
+    start = data.draw(st.integers(0, len(whole)))
+    stop = data.draw(st.integers(start, min(start + 99, len(whole))) | st.just(start) | st.just(len(whole)))
+    changed = whole[:start] + inserted + whole[stop:]
+    assume(changed != whole)
+    path.write_bytes(changed)
+    with pytest.raises(ValueError) as caught:
+        verify_shard(path)
+    message = str(caught.value)
+    assert str(path) in message and re.search(r"byte \d+", message) and "delete" in message and "\n" not in message
+
+
+class Planted:
+    """Makes its file when it is unpickled."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_pickle_as_a_shard_is_refused_and_never_runs(tmp_path, whole, protocol):
+    marker, path = tmp_path / "marker", tmp_path / "a.bin"
+    planted = pickle.dumps(Planted(marker), protocol)
+    for content in (planted, planted + whole, b"PK\x03\x04" + whole):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"a.bin (is not a shard, at byte 0|ends at byte).*; delete"):
+            verify_shard(path)
+    assert not marker.exists()
+    pickle.loads(planted)
+    assert marker.exists()
 
 
 def test_file_that_is_no_shard_is_refused(tmp_path, whole):
@@ -137,8 +181,10 @@ def test_stream_is_the_concatenation_of_its_shards(tmp_path_factory, parts, data
     assert stream.num_tokens == len(ids)
     start = data.draw(st.integers(0, len(ids)))
     stop = data.draw(st.integers(start, len(ids)))
-    read = stream.read(start, stop)
+    read, views = stream.read(start, stop), list(stream.parts(start, stop))
     assert read.dtype == np.int64 and read.tolist() == ids[start:stop]
+    assert all(view.dtype == np.uint16 and not view.flags.owndata for view in views if len(view))
+    assert [number for view in views for number in view.tolist()] == ids[start:stop]
 
 
 def test_stream_refuses_a_shard_of_another_tokenizer(tmp_path):

@@ -1,6 +1,7 @@
 """Laws of ds/tokenizer.py: every byte string comes back, nothing in a text is a special token, one fingerprint a mapping."""
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -193,7 +194,13 @@ def test_tokenizer_that_would_change_the_text_is_refused(tmp_path):
         return refusal(saved(tokenizer, tmp_path))
 
     assert "normalizer" in refusal_of(lambda t: setattr(t, "normalizer", normalizers.NFC()))
-    assert "does not give back" in refusal_of(lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.Whitespace()))
+    assert "pre-tokenizer 'Whitespace', not only" in refusal_of(
+        lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.Whitespace())
+    )
+    nested = pre_tokenizers.Sequence([pre_tokenizers.ByteLevel(False), pre_tokenizers.Sequence([pre_tokenizers.Metaspace()])])
+    assert "pre-tokenizer 'Metaspace'" in refusal_of(lambda t: setattr(t, "pre_tokenizer", nested))
+    removing = pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "removed"), pre_tokenizers.ByteLevel(False)])
+    assert "does not give back" in refusal_of(lambda t: setattr(t, "pre_tokenizer", removing))
     assert "does not give back" in refusal_of(lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.ByteLevel(True)))
     assert "does not give back" in refusal_of(lambda t: t.add_tokens([AddedToken("<mask>", lstrip=True)]))
     assert "dropout" in refusal_of(lambda t: setattr(t.model, "dropout", 0.1))
@@ -215,3 +222,121 @@ def test_byte_symbols_are_those_of_the_library():
     assert set(bpe._SYMBOLS) == set(pre_tokenizers.ByteLevel.alphabet())
     spelled = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str("".join(map(chr, range(128))))
     assert "".join(symbols for symbols, _ in spelled) == "".join(bpe._SYMBOLS[:128])
+
+
+class Planted:
+    """Makes its file when it is unpickled."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_pickle_as_a_tokenizer_is_refused_and_never_runs(tmp_path, protocol):
+    marker = tmp_path / "marker"
+    planted = pickle.dumps(Planted(marker), protocol)
+    for content in (planted, b"PK\x03\x04" + planted):
+        (tmp_path / "tokenizer.json").write_bytes(content)
+        assert "cannot be read as a tokenizer" in refusal(tmp_path)
+    assert not marker.exists()
+    pickle.loads(planted)
+    assert marker.exists()
+
+
+def test_absurdly_long_file_is_refused_unread(tmp_path):
+    with (tmp_path / "tokenizer.json").open("wb") as file:
+        file.truncate(2**40)
+    assert "1099511627776 bytes are more than the 268435456" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 10**6, '{"model": ' * 10**6, '{"model": {"vocab": ' + "[" * 200 + "]" * 200 + "}}", "NaN"]
+)
+def test_absurd_json_is_refused(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    assert "cannot be read as a tokenizer" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda s: s["model"]["vocab"].update(zzz=2**32 - 1), "has the id 4294967295, ids are below 16777216"),
+        (lambda s: s["model"]["vocab"].update(zzz=2**32), "cannot be read as a tokenizer"),
+        (lambda s: s["model"]["vocab"].update(zzz=-1), "cannot be read as a tokenizer"),
+        (lambda s: s["model"]["vocab"].update(zzz=65), "gives the same id to several tokens"),
+        (lambda s: s["model"].update(vocab={}), "cannot be read as a tokenizer"),
+        (lambda s: s["model"].update(unk_token="<none>") or s.update(pre_tokenizer=None), "(Unk token `<none>` not found"),
+        (lambda s: s["model"].update(continuing_subword_prefix="##" * 1000), "marks the parts of words"),
+        (lambda s: s["model"].update(end_of_word_suffix="é"), "marks the parts of words"),
+        (lambda s: s.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}), "has a normalizer"),
+        (lambda s: s.update(pre_tokenizer={"type": "FixedLength", "length": 0}), "pre-tokenizer 'FixedLength'"),
+        (lambda s: s.update(pre_tokenizer={"type": ["\n"] * 99}), r"pre-tokenizer ['\n', '\n'"),
+        (lambda s: s.update(added_tokens=7), "cannot be read as a tokenizer"),
+        (lambda s: s.update(model=[]), "cannot be read as a tokenizer"),
+    ],
+)
+def test_absurd_tokenizer_is_refused(tmp_path, change, reason):
+    state = json.loads(bpe.to_json(TRAINED))
+    change(state)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    assert reason in refusal(tmp_path)
+
+
+def places(value: object, path: tuple = ()) -> list[tuple]:
+    """The way to the first few entries of everything in a JSON value."""
+    names = list(value)[:9] if isinstance(value, dict) else range(min(len(value), 3)) if isinstance(value, list) else ()
+    inner = [place for name in names for place in places(value[name], (*path, name))]  # pyright: ignore[reportIndexIssue]
+    return [path, *inner] if path else inner
+
+
+SMALL = json.loads(bpe.to_json(bpe.train([HOSTILE], 260)))
+PARTS: list[object] = [
+    {"type": "BPE"},
+    {"type": "ByteLevel"},
+    {"type": "Digits"},
+    {"type": "FixedLength", "length": 0},
+    {"type": "Sequence", "pretokenizers": [[]]},
+    {"type": "Split", "pattern": {"Regex": ""}, "behavior": "Removed", "invert": True},
+    {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
+    {"type": "Strip", "content": "a", "start": 99, "stop": 99},
+    {"Regex": "(?:"},
+    {"Regex": ""},
+]
+NUMBERS: list[object] = [None, True, -1, 0, 65, 2**31, 2**32 - 1, 2**64, 1e308]
+ABSURD = st.sampled_from([*PARTS, *NUMBERS, "", "a", "\n", "##", [], {}, [[]], {"a": 1}, [["a", "b"]], ["a", "b"]])
+
+
+@given(changes=st.lists(st.tuples(st.sampled_from(places(SMALL)), ABSURD), min_size=1, max_size=3))
+@settings(deadline=None, max_examples=300)
+def test_changed_tokenizer_is_refused_in_one_line_or_gives_back_every_text(tmp_path_factory, changes):
+    path = tmp_path_factory.getbasetemp() / "tokenizer.json"
+    state = json.loads(json.dumps(SMALL))
+    for place, value in changes:
+        put(state, place, value)
+    path.write_text(json.dumps(state))
+    try:
+        tokenizer = bpe.load(path)
+    except ValueError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+    else:
+        assert bpe.decode(tokenizer, bpe.encode(tokenizer, HOSTILE)) == HOSTILE
+
+
+def put(state, place: tuple, value: object) -> None:
+    for name in place[:-1]:
+        if not isinstance(state, dict | list) or name not in (state if isinstance(state, dict) else range(len(state))):
+            return
+        state = state[name]
+    if isinstance(state, dict) or (isinstance(state, list) and place[-1] in range(len(state))):
+        state[place[-1]] = json.loads(json.dumps(value))
+
+
+def test_panic_inside_the_library_is_a_refusal_and_an_interrupt_is_none(tmp_path):
+    state = SMALL | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}
+    with pytest.raises(ValueError, match=r"here cannot be read as a tokenizer \(Precompiled"), bpe._naming(Path("here")):
+        Tokenizer.from_str(json.dumps(state))
+    with pytest.raises(KeyboardInterrupt), bpe._naming(Path("here")):
+        raise KeyboardInterrupt
