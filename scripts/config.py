@@ -26,8 +26,8 @@ AT_LEAST = {
     "num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "head_size": 2, "mlp_size": 1, "tokens_per_step": 1,
     "micro_batch_rows": 1, "num_steps": 1, "warmup_steps": 0, "decay_steps": 1, "loss_chunk_rows": 1,
     "log_every_steps": 1, "eval_every_steps": 1, "eval_tokens": 1, "sample_every_steps": 1, "sample_tokens": 1,
-    "sample_top_k": 1, "save_every_steps": 1, "keep_checkpoints": 1, "rank_timeout_minutes": 1,
-    "seed": 0,
+    "sample_top_k": 1, "save_every_steps": 1, "keep_checkpoints": 1, "max_skipped_steps": 1, "spike_window_steps": 2,
+    "rank_timeout_minutes": 1, "silent_rank_seconds": 2, "seed": 0,
 }  # fmt: skip
 HOST_CHUNK_ROWS = 1024
 LARGEST_SEED, LARGEST_NUMBER = 2**32 - 1, 1e300
@@ -40,6 +40,7 @@ ABOVE_ZERO = (
     "learning_rate",
     "adam_eps",
     "max_grad_norm",
+    "spike_sigmas",
 )
 NOT_NEGATIVE = ("validation_fraction", "min_learning_rate", "weight_decay", "sample_temperature")
 BELOW_ONE = ("validation_fraction", "beta1", "beta2")
@@ -111,7 +112,11 @@ class TrainingConfig:
     sample_top_k: int = 50
     save_every_steps: int | None = 200
     keep_checkpoints: int = 2
+    max_skipped_steps: int = 20
+    spike_window_steps: int = 128
+    spike_sigmas: float = 6.0
     rank_timeout_minutes: int = 60
+    silent_rank_seconds: int = 120
     seed: int = 0
     init_from: str | None = None
     teacher_dir: str | None = None

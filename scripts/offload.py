@@ -5,9 +5,11 @@ The order within the vector does not depend on W, which makes the state elastic:
 """
 
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import version
 from typing import NamedTuple
 
+import cpuinfo
 import torch
 from torch import Tensor
 
@@ -15,7 +17,9 @@ DEEPSPEED_VERSION = "0.19.8"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
-ReadSlice = Callable[[str, int, int], Tensor]
+CHUNK_ELEMENTS = 2**24
+
+ReadSlice = Callable[[str, int, Tensor], None]
 
 
 class Partition(NamedTuple):
@@ -33,6 +37,11 @@ def refuse_other_versions() -> None:
         raise ValueError(
             f"deepspeed=={installed} is installed; tightfit needs deepspeed=={DEEPSPEED_VERSION}: pip install -e ."
         )
+
+
+def ask_the_processor_once() -> None:
+    """Each CPU Adam asks cpuinfo for the processor's maker, which takes subprocesses and more than a second: once is enough."""
+    cpuinfo.get_cpu_info = cache(cpuinfo.get_cpu_info)
 
 
 def partitions(engine) -> list[Partition]:
@@ -61,16 +70,17 @@ def optimizer_tensors(engine) -> dict[str, Tensor]:
 def load_optimizer(engine, read_slice: ReadSlice, adam_steps: int, loss_scaler: dict) -> None:
     """Puts masters, moments and step counts back, and replays Adam's running products of beta.
 
-    `read_slice(name, start, stop)` returns those elements of the whole flat vector `name`, whoever wrote them.
+    `read_slice(name, start, target)` fills `target` (n,) with elements start..start+n of the whole flat vector `name`, whoever
+    wrote them; it is asked for at most CHUNK_ELEMENTS at a time.
     """
     for group, (master, part) in enumerate(_owned(engine)):
         state, size = _adam_state(engine, master), part.stop - part.start
         state["step"] = adam_steps
         engine.optimizer.optimizer.param_groups[group]["step"] = adam_steps
-        with torch.no_grad():
-            master[:size].copy_(read_slice(f"group.{group}.master", part.start, part.stop))
-            for name in MOMENTS:
-                state[name][:size].copy_(read_slice(f"group.{group}.{name}", part.start, part.stop))
+        for name, tensor in (("master", master.detach()), *((name, state[name]) for name in MOMENTS)):
+            for offset in range(0, size, CHUNK_ELEMENTS):
+                chunk = tensor[offset : min(size, offset + CHUNK_ELEMENTS)]
+                read_slice(f"group.{group}.{name}", part.start + offset, chunk)
     for name, value in loss_scaler.items():
         setattr(engine.optimizer.loss_scaler, name, value)
     _replay_beta_powers(engine, adam_steps)
@@ -110,3 +120,18 @@ def _replay_beta_powers(engine, steps: int) -> None:
     beta1, beta2 = adam.param_groups[0]["betas"]
     for step in range(1, steps + 1):
         adam.ds_opt_adam.adam_update(adam.opt_id, step, 0.0, beta1, beta2, 1.0, 0.0, True, weight, grad, mean, square)
+
+
+@torch.no_grad()
+def full_masters(engine, model: torch.nn.Module) -> dict[str, Tensor]:
+    """Every parameter's whole float32 master by name, on the host; all ranks call it. Gathers a group at a time."""
+    optimizer, names, found = engine.optimizer, {id(weight): name for name, weight in model.named_parameters()}, {}
+    for group, master in enumerate(optimizer.single_partition_of_fp32_groups):
+        own, dp_group = master.detach().to(engine.device), optimizer.real_dp_process_group[group]
+        parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(dp_group))]
+        torch.distributed.all_gather(parts, own, dp_group)
+        flat = torch.cat(parts)
+        layout = (optimizer.round_robin_bit16_groups, optimizer.round_robin_bit16_offsets, optimizer.round_robin_bit16_meta)
+        for weight, offset, meta in zip(*(each[group] for each in layout), strict=True):
+            found[names[id(weight)]] = flat[offset : offset + meta.numel()].view(meta.shape).cpu()
+    return found

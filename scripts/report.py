@@ -1,6 +1,7 @@
 """Metrics file -> pictures. Knows the lines of metrics.jsonl and matplotlib; nothing of models."""
 
 import json
+import math
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -14,7 +15,8 @@ TRAIN, HELD_OUT, RATE, NORM = "#9aa7b4", "#c2410c", "#1d4ed8", "#4d7c0f"
 def draw_losses(metrics: Path, picture: Path) -> None:
     """Draws training and held-out loss against tokens, with learning rate and gradient norm below, into a PNG file.
 
-    `metrics` holds one JSON object a line, of kind "train", "eval" or "event"; events are passed over.
+    `metrics` holds one JSON object a line, of kind "train", "eval" or "event"; events are passed over,
+    and a null is a gap.
     """
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     train = [record for record in records if record["kind"] == "train"]
@@ -53,4 +55,5 @@ def _plot_line(axes: Axes, records: list[dict], name: str, unit: str, color: str
 
 
 def _series(records: list[dict], name: str) -> tuple[list[float], list[float]]:
-    return [record["tokens"] for record in records], [record[name] for record in records]
+    values = [math.nan if record[name] is None else record[name] for record in records]
+    return [record["tokens"] for record in records], values

@@ -7,37 +7,78 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import deepspeed
+import numpy as np
 import torch
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from ds.loader import count_windows, held_out_batches, micro_batches
-from scripts import checkpoint, offload
+from ds.loader import (
+    MicroBatch,
+    count_windows,
+    digest_hex,
+    digest_rows,
+    documents_between,
+    held_out_batches,
+    micro_batches,
+    rank_windows,
+)
+from scripts import checkpoint, lifecycle, offload, preflight
 from scripts.config import TrainingConfig, refuse_unfit
-from scripts.evaluate import HeldOut, evaluate
+from scripts.evaluate import HeldOut, evaluate, hardest_pieces
 from scripts.model import Decoder, continue_ids, empty_model, initialise, parameter_groups
 from scripts.report import draw_losses
 
 GIB = 2**30
+NUM_NAMED_DOCUMENTS, BEGINNING_TOKENS = 3, 48
 Objective = Callable[..., Tensor]
 
 
 class Ranks(NamedTuple):
-    """This process among all: `rank` of `world_size`, `local_rank` of `local_size` on this machine."""
+    """This process among all: `rank` of `world_size`, `local_rank` of `local_size` on this machine, and how many
+    processes of the launcher stand above it.
+    """
 
     rank: int
     world_size: int
     local_rank: int
     local_size: int
+    num_launchers: int
+
+
+class Progress(NamedTuple):
+    """What the loop remembers from step to step, and a checkpoint with it: steps skipped in all and in a row, the last finite
+    losses, the digests of the rows read since the last train line, and whether this step's evaluation and sample are made.
+    """
+
+    skipped_steps: int
+    skipped_in_a_row: int
+    recent_losses: tuple[float, ...]
+    tokens_digest: tuple[int, ...]
+    windows_digest: tuple[int, ...]
+    looked_around: bool
+
+
+class Step(NamedTuple):
+    """One step, over all ranks: the mean `loss` in nats, `losses` (ranks, micro-batches), digests (4,) of what was read,
+    whether the engine refused the update, and whether any rank was asked to stop.
+    """
+
+    loss: float
+    losses: np.ndarray
+    tokens_digest: np.ndarray
+    windows_digest: np.ndarray
+    skipped: bool
+    asked_to_stop: bool
 
 
 class Run(NamedTuple):
@@ -49,18 +90,24 @@ class Run(NamedTuple):
     engine: Any
     data: Any
     first_step: int
+    progress: Progress
+    watch: lifecycle.Watch
+
+
+FRESH = Progress(0, 0, (), (0,) * 4, (0,) * 4, True)
 
 
 def ranks_from_launcher() -> Ranks:
     """Reads what `deepspeed`, `torchrun` or `srun` say of this process; without a launcher it is the only one."""
     env = os.environ
+    num_launchers = 2 if "CROSS_RANK" in env else 1 if "TORCHELASTIC_RUN_ID" in env else 0
     if "RANK" not in env and "SLURM_PROCID" in env and "SLURM_STEP_NODELIST" in env:
         env |= _slurm_as_torch(env)
     if "RANK" not in env:
         port = str(random.SystemRandom().randint(20000, 60000))
         env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     local_size = env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", "1"))
-    return Ranks(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]), int(local_size))
+    return Ranks(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]), int(local_size), num_launchers)
 
 
 def ready(config: TrainingConfig, prepare: Callable) -> Run | None:
@@ -72,39 +119,45 @@ def ready(config: TrainingConfig, prepare: Callable) -> Run | None:
         ValueError: the configuration does not fit the machine, the ranks, the data or what run_dir holds.
     """
     ranks = ranks_from_launcher()
-    offload.refuse_other_versions()
-    refuse_unfit(config, ranks.world_size)
-    checkpoint.refuse_other_run(config)
-    found = _newest_checkpoint(config, ranks)
-    if found is not None and found.state["step"] == config.num_steps:
-        _say(ranks, f"This run is finished: {config.num_steps} steps. {_summary(config)}")
-        return None
-    _say(ranks, "Starting DeepSpeed. Its first start on a machine compiles the CPU Adam, which takes a minute or two.")
-    _join(config, ranks)
-    return _build(config, ranks, _prepare_in_turn(config, ranks, prepare), found)
+    watch = lifecycle.Watch(ranks.rank, ranks.local_rank, ranks.num_launchers, config.silent_rank_seconds)
+    with watch.before_training():
+        run = _ready(config, ranks, watch, prepare)
+    if run is None:
+        watch.close(clean=True)
+    return run
 
 
 def train(run: Run | None, objective: Objective) -> None:
-    """The one training loop: every step, then what is due after it. Nothing to do for a finished run."""
+    """The one training loop: every step, then what is due after it. Nothing to do for a finished run.
+
+    Raises:
+        SystemExit: 75 after a save, when the run was asked to stop; 1 when the last save fails or too many steps are skipped.
+    """
     if run is None:
         return
-    config = run.config
-    with _reporting(run) as report:
-        if run.first_step == 0 and config.eval_every_steps is not None:
-            report(_evaluate(run, 0))
+    config, progress, saved = run.config, run.progress, None
+    with run.watch.during_training(), _reporting(run) as report:
+        _begin(run, report)
         for step in range(run.first_step, config.num_steps):
-            started, skipped = time.perf_counter(), run.engine.skipped_steps
-            nats = run_step(run, objective, step)
-            if run.engine.skipped_steps > skipped:
-                report({"kind": "event", "step": step + 1, "event": "skipped", "loss": nats})
+            started = time.perf_counter()
+            taken = run_step(run, objective, step)
+            progress = advance(progress, taken, config)
+            for event in _bad_numbers(run, step, taken, progress):
+                report(event)
             if _due(step + 1, config.log_every_steps, config):
-                report(_measure(run, step + 1, nats, time.perf_counter() - started))
-            if _due(step + 1, config.eval_every_steps, config):
-                report(_evaluate(run, step + 1))
-            if _due(step + 1, config.sample_every_steps, config):
-                report(_sample(run, step + 1))
-            if _due(step + 1, config.save_every_steps, config):
-                report(_save(run, step + 1))
+                report(_measure(run, step + 1, taken.loss, progress, time.perf_counter() - started))
+                progress = progress._replace(tokens_digest=FRESH.tokens_digest, windows_digest=FRESH.windows_digest)
+            stop = taken.asked_to_stop and step + 1 < config.num_steps
+            progress = progress._replace(looked_around=not stop)
+            if not stop and _look_around(run, step + 1, report):
+                stop = _asked_to_stop(run)
+            if stop or _due(step + 1, config.save_every_steps, config):
+                _settle(run, step + 1, saved, report)
+                saved = _save(run, step + 1, progress, report)
+                stop = stop or _asked_to_stop(run)
+            if stop or step + 1 == config.num_steps:
+                _conclude(run, step + 1, saved, report)
+            _refuse_more_skips(run, step + 1, progress)
     _say(run.ranks, f"Finished: {config.num_steps} steps. {_summary(config)}")
 
 
@@ -114,19 +167,36 @@ def leave() -> None:
         torch.distributed.destroy_process_group()
 
 
-def run_step(run: Run, objective: Objective, step: int) -> float:
-    """One optimizer update over `tokens_per_step` tokens; returns the mean loss over the step and all ranks, a float."""
-    config, engine = run.config, run.engine
-    for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate_at(step, config)
-    total = torch.zeros((), device=run.device)
-    for windows in step_batches(run, step):
-        loss = objective(engine, windows, config)
-        engine.backward(loss)
-        engine.step()
-        total += loss.detach()
-    torch.distributed.all_reduce(total)
-    return total.item() / (config.accumulation_steps(run.ranks.world_size) * run.ranks.world_size)
+def run_step(run: Run, objective: Objective, step: int) -> Step:
+    """One optimizer update over `tokens_per_step` tokens. Every rank must call this."""
+    run.watch.step = step + 1
+    digests = np.zeros((2, 4), dtype=np.int64)
+    rate = learning_rate_at(step, run.config)
+    losses, skipped = _update(run.engine, objective, _digesting(run, step_batches(run, step), digests), rate, run.config)
+    return _agree(run, losses, digests, skipped)
+
+
+def advance(progress: Progress, taken: Step, config: TrainingConfig) -> Progress:
+    """The progress after one more step."""
+    finite = math.isfinite(taken.loss)
+    return Progress(
+        skipped_steps=progress.skipped_steps + taken.skipped,
+        skipped_in_a_row=progress.skipped_in_a_row + 1 if taken.skipped else 0,
+        recent_losses=(*progress.recent_losses, *([taken.loss] if finite else []))[-config.spike_window_steps :],
+        tokens_digest=tuple(map(sum, zip(progress.tokens_digest, taken.tokens_digest.tolist(), strict=True))),
+        windows_digest=tuple(map(sum, zip(progress.windows_digest, taken.windows_digest.tolist(), strict=True))),
+        looked_around=True,
+    )
+
+
+def is_spike(loss: float, before: tuple[float, ...], config: TrainingConfig) -> bool:
+    """Whether `loss` lies `spike_sigmas` standard deviations above the mean of the losses `before` it, as OLMo-core judges.
+
+    With fewer than half of `spike_window_steps` of them nothing is a spike.
+    """
+    if len(before) < max(2, config.spike_window_steps // 2):
+        return False
+    return bool(loss > np.mean(before) + config.spike_sigmas * np.std(before, ddof=1))
 
 
 def learning_rate_at(step: int, config: TrainingConfig) -> float:
@@ -145,20 +215,9 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
     return config.min_learning_rate + share * (config.learning_rate - config.min_learning_rate)
 
 
-def step_batches(run: Run, step: int) -> Iterator[Tensor]:
-    """This rank's micro-batches of one step on the device: windows (B, T + 1) int64."""
-    config = run.config
-    batches = micro_batches(
-        run.data.train,
-        step=step,
-        rank=run.ranks.rank,
-        world_size=run.ranks.world_size,
-        micro_batch_rows=config.micro_batch_rows,
-        rows_per_step=config.rows_per_step,
-        context_length=config.context_length,
-        seed=config.seed,
-    )
-    return (torch.from_numpy(windows).to(run.device, non_blocking=True) for windows in batches)
+def step_batches(run: Run, step: int) -> Iterator[MicroBatch]:
+    """This rank's micro-batches of one step, on the host."""
+    return micro_batches(run.data.train, rank=run.ranks.rank, context_length=run.config.context_length, **_order(run, step))
 
 
 def held_out_loss(run: Run) -> HeldOut:
@@ -179,6 +238,57 @@ def held_out_loss(run: Run) -> HeldOut:
     )
 
 
+def _order(run: Run, step: int) -> dict[str, int]:
+    config = run.config
+    return {
+        "step": step,
+        "world_size": run.ranks.world_size,
+        "micro_batch_rows": config.micro_batch_rows,
+        "rows_per_step": config.rows_per_step,
+        "seed": config.seed,
+    }
+
+
+def _on_device(batch: MicroBatch, run: Run) -> Tensor:
+    return torch.from_numpy(batch.ids).to(run.device, non_blocking=True)
+
+
+def _digesting(run: Run, batches: Iterator[MicroBatch], digests: np.ndarray) -> Iterator[Tensor]:
+    """The batches' windows on the device; adds to `digests` (2, 4) what was read: tokens and window numbers."""
+    for batch in batches:
+        digests += (digest_rows(batch.rows, batch.ids), digest_rows(batch.rows, batch.windows[:, None]))
+        yield _on_device(batch, run)
+
+
+def _update(
+    engine, objective: Objective, batches: Iterable[Tensor], learning_rate: float, config: TrainingConfig
+) -> tuple[Tensor, bool]:
+    """Accumulates over this rank's micro-batches and steps: their losses (G,), and whether the engine refused the update."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+    losses, skipped = [], engine.skipped_steps
+    for windows in batches:
+        loss = objective(engine, windows, config)
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.detach())
+    return torch.stack(losses), engine.skipped_steps > skipped
+
+
+def _agree(run: Run, losses: Tensor, digests: np.ndarray, skipped: bool) -> Step:
+    """One reduction over all ranks for everything that they must know of a step; words below 2**32 sum exactly in float64."""
+    ranks, num_micro_batches = run.ranks, len(losses)
+    head = torch.tensor([float(run.watch.reason is not None), *(digests.flatten() % 2**32)], dtype=torch.float64)
+    table = torch.zeros(ranks.world_size, num_micro_batches, dtype=torch.float64, device=run.device)
+    table[ranks.rank] = losses.double()
+    everything = torch.cat((head.to(run.device), table.flatten()))
+    torch.distributed.all_reduce(everything)
+    values = everything.cpu().numpy()
+    tokens, windows = values[1:9].astype(np.int64).reshape(2, 4)
+    losses_of_all = values[9:].reshape(ranks.world_size, num_micro_batches)
+    return Step(float(losses_of_all.mean()), losses_of_all, tokens, windows, skipped, bool(values[0]))
+
+
 def _slurm_as_torch(env) -> dict[str, str]:
     nodes = env["SLURM_STEP_NODELIST"]
     first = re.sub(r"\[(\w+).*", r"\1", nodes.split(",")[0] if "[" not in nodes.split(",")[0] else nodes)
@@ -192,16 +302,36 @@ def _slurm_as_torch(env) -> dict[str, str]:
     }
 
 
+def _ready(config: TrainingConfig, ranks: Ranks, watch: lifecycle.Watch, prepare: Callable) -> Run | None:
+    offload.refuse_other_versions()
+    refuse_unfit(config, ranks.world_size)
+    preflight.refuse_missing_compilers(config)
+    checkpoint.refuse_other_run(config)
+    found = _newest_checkpoint(config, ranks)
+    if found is not None and found.state["step"] == config.num_steps:
+        _say(ranks, f"This run is finished: {config.num_steps} steps. {_summary(config)}")
+        return None
+    _say(ranks, "Starting DeepSpeed. Its first start on a machine compiles the CPU Adam, which takes a minute or two.")
+    with _compiling(config, ranks):
+        _join(config, ranks)
+    _connect(ranks, watch)
+    return _build(config, ranks, watch, _prepare_in_turn(config, ranks, prepare), found)
+
+
 def _newest_checkpoint(config: TrainingConfig, ranks: Ranks) -> checkpoint.Checkpoint | None:
     found, faults = checkpoint.newest_verified(config)
     for fault in faults:
         _say(ranks, f"{fault}; going back to an older one")
+    lost = checkpoint.lost_steps(config) if found is None else 0
+    if lost:
+        _say(ranks, f"{config.run_dir} holds {lost} steps and no checkpoint yet: beginning again at step 0")
     return found
 
 
 def _join(config: TrainingConfig, ranks: Ranks) -> None:
     """Makes the process deterministic and joins the process group."""
     deepspeed_logger.setLevel("WARNING")
+    offload.ask_the_processor_once()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_size))
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
@@ -210,6 +340,16 @@ def _join(config: TrainingConfig, ranks: Ranks) -> None:
         torch.cuda.set_device(ranks.local_rank)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(backend, verbose=False, timeout=timedelta(minutes=config.rank_timeout_minutes))
+
+
+def _connect(ranks: Ranks, watch: lifecycle.Watch) -> None:
+    """The watches of all ranks find each other, through the process group."""
+    if ranks.world_size == 1:
+        return
+    address = torch.tensor(watch.listen() if ranks.rank == 0 else (0, 0), dtype=torch.int64, device=_device(ranks))
+    torch.distributed.broadcast(address, 0)
+    if ranks.rank != 0:
+        watch.connect(os.environ["MASTER_ADDR"], *address.tolist())
 
 
 def _prepare_in_turn(config: TrainingConfig, ranks: Ranks, prepare: Callable):
@@ -235,22 +375,49 @@ def _device(ranks: Ranks) -> torch.device:
     return torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _build(config: TrainingConfig, ranks: Ranks, data, found: checkpoint.Checkpoint | None) -> Run:
+def _build(config: TrainingConfig, ranks: Ranks, watch: lifecycle.Watch, data, found: checkpoint.Checkpoint | None) -> Run:
     if found is not None and found.state["data_fingerprint"] != data.fingerprint:
         raise ValueError(f"data_dir={config.data_dir!r} is not the data that {found.folder} was trained on; put that data back")
     first_step = 0 if found is None else found.state["step"]
     if _largest(first_step, ranks) != -_largest(-first_step, ranks):
         raise ValueError(f"run_dir={config.run_dir!r} does not hold the same on every machine; put it on a shared path")
     device = _device(ranks)
-    model = _model_to_train(config, device, found)
-    engine = _initialize(config, ranks, model)
+    with _compiling(config, ranks):
+        preflight.refuse_untrue_updates(config, ranks.rank, ranks.world_size, device, partial(_train_tiny, ranks))
+        engine = _initialize(config, ranks, _model_to_train(config, device, found))
     if found is not None:
         checkpoint.load_state(engine, found)
         _say(ranks, f"Continuing after step {first_step} from {found.folder}")
     if ranks.rank == 0:
         checkpoint.claim_run(config)
         checkpoint.rewind_metrics(config, -1 if found is None else first_step)
-    return Run(config, ranks, device, engine, data, first_step)
+    progress = FRESH if found is None else Progress(**found.state["progress"])
+    return Run(config, ranks, device, engine, data, first_step, progress, watch)
+
+
+@contextmanager
+def _compiling(config: TrainingConfig, ranks: Ranks) -> Iterator[None]:
+    """Around whatever may compile DeepSpeed's extensions."""
+    with preflight.compiling(config, ranks.local_rank) as lines:
+        for line in lines:
+            print(line, flush=True)
+        yield
+
+
+def _train_tiny(
+    ranks: Ranks, tiny: TrainingConfig, model: Decoder, steps: preflight.Steps, learning_rate: float
+) -> tuple[dict[str, Tensor], list[float]]:
+    """The truth check's updates through the same engine and loop: masters and gradient norms, NaN for one never taken."""
+    engine, norms = _initialize(tiny, ranks, model), []
+    for batches in steps:
+        skipped, tries = True, 0
+        while skipped and tries < preflight.MOST_TRIES:
+            tries += 1
+            _, skipped = _update(engine, preflight.tiny_objective, batches, learning_rate, tiny)
+        norms.append(math.nan if skipped else _gradient_norm(engine))
+    masters = offload.full_masters(engine, model)
+    engine.destroy()
+    return masters, norms
 
 
 def _initialize(config: TrainingConfig, ranks: Ranks, model: Decoder):
@@ -278,19 +445,121 @@ def _due(step: int, every: int | None, config: TrainingConfig) -> bool:
     return every is not None and (step % every == 0 or step == config.num_steps)
 
 
-def _measure(run: Run, step: int, nats: float, seconds: float) -> dict:
+def _begin(run: Run, report: Callable[[dict], None]) -> None:
+    """Tells the log what this launch reads from where on, and makes up for what a stop left out."""
+    config, step = run.config, run.first_step
+    num_windows = count_windows(run.data.train.num_tokens, config.context_length)
+    order = {"rows_per_step": config.rows_per_step, "num_windows": num_windows, "seed": config.seed}
+    report({"kind": "event", "step": step, "event": "started", "ranks": run.ranks.world_size, **order})
+    if step == 0 and config.eval_every_steps is not None:
+        report(_evaluate(run, 0))
+    if not run.progress.looked_around:
+        _look_around(run, step, report)
+
+
+def _look_around(run: Run, step: int, report: Callable[[dict], None]) -> bool:
+    """Evaluates and samples where that is due; whether anything was."""
+    config = run.config
+    evaluates, samples = _due(step, config.eval_every_steps, config), _due(step, config.sample_every_steps, config)
+    if evaluates:
+        report(_evaluate(run, step))
+    if samples:
+        report(_sample(run, step))
+    return evaluates or samples
+
+
+def _asked_to_stop(run: Run) -> bool:
+    return bool(_largest(float(run.watch.reason is not None), run.ranks))
+
+
+def _refuse_more_skips(run: Run, step: int, progress: Progress) -> None:
+    if progress.skipped_in_a_row < run.config.max_skipped_steps:
+        return
+    if run.ranks.rank == 0:
+        good, _ = checkpoint.newest_verified(run.config)
+        last = f"the last good checkpoint is {good.folder}" if good else "there is no checkpoint yet"
+        print(
+            f"failed: {progress.skipped_in_a_row} steps in a row up to step {step} had gradients that are not finite"
+            f" (max_skipped_steps); {last}; metrics.jsonl names their documents; remove them or lower learning_rate",
+            file=sys.stderr,
+            flush=True,
+        )
+    torch.distributed.barrier()
+    raise SystemExit(lifecycle.FAILED)
+
+
+def _bad_numbers(run: Run, step: int, taken: Step, progress: Progress) -> Iterator[dict]:
+    """Events for a skipped step and for a spike, with the documents that are to blame."""
+    event = {"kind": "event", "step": step + 1, "loss": _finite(taken.loss)}
+    if taken.skipped:
+        documents = _documents_of(run, step, ~np.isfinite(taken.losses))
+        yield event | {"event": "skipped", "skipped_steps": progress.skipped_steps, "documents": documents}
+    elif is_spike(taken.loss, progress.recent_losses[:-1], run.config):
+        yield event | {"event": "spike", "documents": _hardest_documents(run, step, taken.loss)}
+
+
+def _documents_of(run: Run, step: int, suspects: np.ndarray) -> list[dict]:
+    """The documents of `suspects` (ranks, micro-batches), or of the whole step if no micro-batch is suspected."""
+    if run.ranks.rank != 0:
+        return []
+    suspects = suspects if suspects.any() else np.ones_like(suspects)
+    config, stream, found = run.config, run.data.train, {}
+    for rank, micro_batch in np.argwhere(suspects).tolist():
+        num_windows = count_windows(stream.num_tokens, config.context_length)
+        _, windows = rank_windows(num_windows, rank=rank, **_order(run, step))
+        for start in (windows[micro_batch] * config.context_length).tolist():
+            for document in documents_between(stream, start, start + config.context_length + 1, run.data.end_of_text_id):
+                found[document.number] = document
+    return [{"document": number, "beginning": _beginning(run, found[number])} for number in sorted(found)]
+
+
+def _hardest_documents(run: Run, step: int, mean_nats: float) -> list[dict]:
+    """The documents that weigh most on a step's loss, in nats above its mean, hardest first. Every rank must call this."""
+    config, data = run.config, run.data
+    batches = ((_on_device(batch, run), batch.windows * config.context_length) for batch in step_batches(run, step))
+    own = hardest_pieces(
+        run.engine.module, batches, data.end_of_text_id, mean_nats, config.loss_chunk_rows, NUM_NAMED_DOCUMENTS
+    ).to(run.device)
+    gathered = [torch.empty_like(own) for _ in range(run.ranks.world_size)]
+    torch.distributed.all_gather(gathered, own)
+    if run.ranks.rank != 0:
+        return []
+    pieces, found = torch.cat(gathered).cpu(), {}
+    pieces = pieces[pieces[:, 0].isfinite()]
+    for _, nats_per_token, token in pieces[pieces[:, 0].argsort(descending=True)].tolist():
+        (document,) = documents_between(data.train, int(token), int(token) + 1, data.end_of_text_id)
+        words = {"nats_per_token": nats_per_token, "beginning": _beginning(run, document)}
+        found.setdefault(document.number, {"document": document.number, **words})
+    return list(found.values())[:NUM_NAMED_DOCUMENTS]
+
+
+def _beginning(run: Run, document) -> str:
+    return run.data.decode(run.data.train.read(document.start, min(document.stop, document.start + BEGINNING_TOKENS)).tolist())
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
+
+
+def _gradient_norm(engine) -> float:
+    return float(engine.get_global_grad_norm() or 0.0)
+
+
+def _measure(run: Run, step: int, nats: float, progress: Progress, seconds: float) -> dict:
     config = run.config
     return {
         "kind": "train",
         "step": step,
         "tokens": step * config.tokens_per_step,
-        "loss": nats,
-        "grad_norm": float(run.engine.get_global_grad_norm() or 0.0),
+        "loss": _finite(nats),
+        "grad_norm": _finite(_gradient_norm(run.engine)),
         "learning_rate": learning_rate_at(step - 1, config),
         "tokens_per_second": config.tokens_per_step / seconds,
         "seconds": seconds,
         "gpu_peak_gib": torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else 0.0,
         "host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
+        "tokens_hash": digest_hex(np.array(progress.tokens_digest)),
+        "windows_hash": digest_hex(np.array(progress.windows_digest)),
     }
 
 
@@ -317,11 +586,39 @@ def _sample(run: Run, step: int) -> dict:
     return {"kind": "event", "step": step, "event": "sample", "text": text}
 
 
-def _save(run: Run, step: int) -> dict:
+def _save(run: Run, step: int, progress: Progress, report: Callable[[dict], None]) -> checkpoint.Saved:
+    """Saves; a failure is told, and training goes on to the next save."""
     config = run.config
-    progress = {"step": step, "tokens": step * config.tokens_per_step, "data_fingerprint": run.data.fingerprint}
-    folder = checkpoint.save(run.engine, config, run.data.tokenizer_json, run.data.end_of_text_id, progress)
-    return {"kind": "event", "step": step, "event": "saved", "checkpoint": str(folder)}
+    state = {"step": step, "tokens": step * config.tokens_per_step, "data_fingerprint": run.data.fingerprint}
+    state["progress"] = progress._asdict()
+    saved = checkpoint.save(run.engine, config, run.data.tokenizer_json, run.data.end_of_text_id, state)
+    outcome = {"event": "saved", "checkpoint": str(saved.folder)}
+    report(
+        {"kind": "event", "step": step} | (outcome if saved.fault is None else {"event": "save_failed", "fault": saved.fault})
+    )
+    return saved
+
+
+def _settle(run: Run, step: int, saved: checkpoint.Saved | None, report: Callable[[dict], None]) -> bool:
+    """Whether the last save, if any, is good: before the next one, and at the end."""
+    if saved is None:
+        return True
+    good, words = checkpoint.settle(run.config, saved)
+    if words is not None:
+        report({"kind": "event", "step": step, "event": "save_failed", "fault": words})
+    return good
+
+
+def _conclude(run: Run, step: int, saved: checkpoint.Saved | None, report: Callable[[dict], None]) -> None:
+    """After the last step, or the last before a stop: that save has no next one to make up for it."""
+    good = _settle(run, step, saved, report)
+    torch.distributed.barrier()
+    if not good:
+        _say(run.ranks, "failed: the last steps are not saved; make room, and the same command makes them again")
+        raise SystemExit(lifecycle.FAILED)
+    if step < run.config.num_steps:
+        _say(run.ranks, f"Stopped on request after step {step}, saved in {saved and saved.folder}; the same command continues")
+        raise SystemExit(lifecycle.STOPPED)
 
 
 @contextmanager
@@ -330,37 +627,65 @@ def _reporting(run: Run) -> Iterator[Callable[[dict], None]]:
     if run.ranks.rank != 0:
         yield lambda record: None
         return
-    config = run.config
-    live = sys.stderr.isatty()
-    with (
-        tqdm(total=config.num_steps, initial=run.first_step, unit="step", dynamic_ncols=True, disable=not live) as bar,
-        SummaryWriter(str(checkpoint.tensorboard_dir(config)), purge_step=run.first_step + 1) as board,
-    ):
+    config, live, unwritten = run.config, sys.stderr.isatty(), []
+    bar = tqdm(total=config.num_steps, initial=run.first_step, unit="step", dynamic_ncols=True, disable=not live)
+    with bar, _board(run) as plot:
 
         def report(record: dict) -> None:
-            checkpoint.append_metrics(config, record)
-            _plot_scalars(board, record)
+            unwritten.append(record)
+            if checkpoint.append_metrics(config, unwritten):
+                unwritten.clear()
+            plot(record)
             if record["kind"] == "train" and live:
                 bar.set_postfix_str(_train_line(record), refresh=False)
                 bar.update(record["step"] - bar.n)
-            else:
+            elif record.get("event") != "started":
                 bar.write(_line(record, config), file=sys.stdout)
             if record.get("event") == "saved":
-                draw_losses(checkpoint.metrics_path(config), checkpoint.picture_path(config))
+                _draw(config)
 
         yield report
-    draw_losses(checkpoint.metrics_path(config), checkpoint.picture_path(config))
+    _draw(config)
+
+
+@contextmanager
+def _board(run: Run) -> Iterator[Callable[[dict], None]]:
+    """TensorBoard's scalars; a full disk ends them and not the training."""
+    board, faults = SummaryWriter(str(checkpoint.tensorboard_dir(run.config)), purge_step=run.first_step + 1), []
+
+    def attempt(write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as fault:
+            faults.append(fault)
+            _say(run.ranks, f"tensorboard/ is not written any more: {fault}")
+
+    def plot(record: dict) -> None:
+        if not faults:
+            attempt(lambda: _plot_scalars(board, record))
+
+    yield plot
+    if not faults:
+        attempt(board.close)
 
 
 def _plot_scalars(board: SummaryWriter, record: dict) -> None:
     if record["kind"] in ("train", "eval"):
         for name, value in record.items():
-            if name not in ("kind", "step"):
+            if name not in ("kind", "step") and isinstance(value, float):
                 board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
 
+def _draw(config: TrainingConfig) -> None:
+    try:
+        draw_losses(checkpoint.metrics_path(config), checkpoint.picture_path(config))
+    except OSError as fault:
+        print(f"{checkpoint.picture_path(config)} is not drawn: {fault}", flush=True)
+
+
 def _train_line(record: dict) -> str:
-    return f"loss {record['loss']:.3f}, {record['tokens_per_second']:,.0f} tokens/s"
+    loss = "not finite" if record["loss"] is None else f"{record['loss']:.3f}"
+    return f"loss {loss}, {record['tokens_per_second']:,.0f} tokens/s"
 
 
 def _line(record: dict, config: TrainingConfig) -> str:
@@ -372,8 +697,16 @@ def _line(record: dict, config: TrainingConfig) -> str:
     return {
         "sample": f"{where}: sample\n{_indented(record.get('text'))}",
         "saved": f"{where}: saved {record.get('checkpoint')}",
-        "skipped": f"{where}: skipped, its gradients are not finite (loss {record.get('loss')})",
+        "save_failed": f"{where}: {record.get('fault')}; training goes on",
+        "skipped": f"{where}: skipped, its gradients are not finite; {_named_documents(record)}",
+        "spike": f"{where}: the loss jumped to {record.get('loss') or math.nan:.3f}; {_named_documents(record)}",
     }[record["event"]]
+
+
+def _named_documents(record: dict) -> str:
+    named = [f"{each['document']} {each['beginning'][:60]!r}" for each in record.get("documents", [])]
+    more = f" and {len(named) - NUM_NAMED_DOCUMENTS} more in metrics.jsonl" if len(named) > NUM_NAMED_DOCUMENTS else ""
+    return f"documents: {', '.join(named[:NUM_NAMED_DOCUMENTS])}{more}"
 
 
 def _held_out_words(record: dict) -> str:

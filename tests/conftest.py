@@ -40,6 +40,19 @@ def launch(
     folder: Path, code: str, command: list[str], num_processes: int = 1, env: dict | None = None
 ) -> list[subprocess.CompletedProcess]:
     """Runs `code` as a script under a launcher's `command`, once a process; {index} and {port} in it are filled in."""
+    running = start(folder, code, command, num_processes, env)
+    try:
+        outputs = [process.communicate(timeout=400)[0] for process in running]
+    finally:
+        for process in running:
+            _kill_family(process)
+    return [subprocess.CompletedProcess(p.args, p.returncode, output) for p, output in zip(running, outputs, strict=True)]
+
+
+def start(
+    folder: Path, code: str, command: list[str], num_processes: int = 1, env: dict | None = None
+) -> list[subprocess.Popen]:
+    """As `launch`, but returns while they run, each in a session of its own."""
     script = folder / "script.py"
     script.write_text(code)
     port = str(free_port())
@@ -55,14 +68,10 @@ def launch(
                 text=True,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         )
-    try:
-        outputs = [process.communicate(timeout=400)[0] for process in running]
-    finally:
-        for process in running:
-            _kill_family(process)
-    return [subprocess.CompletedProcess(p.args, p.returncode, output) for p, output in zip(running, outputs, strict=True)]
+    return running
 
 
 def _kill_family(process: subprocess.Popen) -> None:
@@ -103,6 +112,35 @@ if __name__ == "__main__":
 """
 
 
+def training_script(config: TrainingConfig, before: str) -> str:
+    """A script that trains one configuration with `before`, code that may change what `objective` and others do, and that
+    leaves each rank's exit status in a file exit-<rank>.
+    """
+    return f"""
+import json, os, time
+from pathlib import Path
+import numpy as np
+import torch
+from scripts import checkpoint, offload, prepare_data, trainer
+from scripts.config import TrainingConfig, refusing
+from scripts.train_pretrain import next_token
+
+fields = json.loads({json.dumps(asdict(config))!r})
+fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude")}}
+config, rank, prepare, objective = TrainingConfig(**fields), int(os.environ.get("RANK", "0")), prepare_data.prepare, next_token
+{before}
+if __name__ == "__main__":
+    try:
+        with refusing():
+            run = trainer.ready(config, prepare)
+        trainer.train(run, objective)
+        trainer.leave()
+    except SystemExit as left:
+        Path(f"exit-{{rank}}").write_text(str(left.code))
+        raise
+"""
+
+
 def expect_success(results: list[subprocess.CompletedProcess]) -> str:
     """The whole output of a launch whose every process ended well."""
     output = "\n".join(result.stdout for result in results)
@@ -128,6 +166,10 @@ def as_if_stopped_after(step: int, config: TrainingConfig, folder: Path) -> Trai
 LAUNCHERS = {
     1: ["deepspeed", "--num_gpus", "1", "--master_port", "{port}"],
     2: ["deepspeed", "--num_gpus", "2", "--master_port", "{port}"],
+}
+TORCHRUN = {
+    1: ["torchrun", "--nproc-per-node", "1", "--master-port", "{port}"],
+    2: ["torchrun", "--nproc-per-node", "2", "--master-port", "{port}"],
 }
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -17,6 +18,7 @@ from conftest import (
     REPOSITORY,
     SAVE_EVERY,
     STEPS,
+    TORCHRUN,
     as_if_stopped_after,
     clean_environment,
     expect_success,
@@ -24,21 +26,22 @@ from conftest import (
     metrics,
     pretrain_script,
     tiny_config,
+    training_script,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+from ledger import prove
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ds.loader import micro_batches
-from scripts.checkpoint import file_sha256, refuse_other_run
+from scripts.checkpoint import file_sha256, find_fault, newest_folder, refuse_other_run
+from scripts.config import TrainingConfig
 from scripts.model import empty_model, initialise, parameter_groups
 from scripts.prepare_data import prepare
-from scripts.trainer import learning_rate_at, ranks_from_launcher
+from scripts.trainer import is_spike, learning_rate_at, ranks_from_launcher
 
 EXACT_STEPS = 6
-TORCHRUN = {
-    1: ["torchrun", "--nproc-per-node", "1", "--master-port", "{port}"],
-    2: ["torchrun", "--nproc-per-node", "2", "--master-port", "{port}"],
-}
 STEP_SCRIPT = """
 import hashlib, json
 from dataclasses import replace
@@ -53,7 +56,8 @@ if __name__ == "__main__":
         fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude")}}
         config = TrainingConfig(**fields)
         run = trainer.ready(config, prepare)
-        losses = [trainer.run_step(run, next_token, step) for step in range({steps})]
+        losses = [trainer.run_step(run, next_token, step).loss for step in range({steps})]
+        run.watch.close(clean=True)
         if run.ranks.rank == 0:
             weights = {{name: weight.detach().clone() for name, weight in run.engine.module.named_parameters()}}
             save_file(weights, config.run_dir + ".safetensors", {{"losses": json.dumps(losses)}})
@@ -85,7 +89,7 @@ def plain_adamw(config) -> tuple[dict[str, torch.Tensor], list[float]]:
             data.train, step=step, rank=0, world_size=1, micro_batch_rows=config.rows_per_step,
             rows_per_step=config.rows_per_step, context_length=config.context_length, seed=config.seed,
         ))  # fmt: skip
-        windows = torch.from_numpy(batch)
+        windows = torch.from_numpy(batch.ids)
         logits = torch.nn.functional.linear(model(windows[:, :-1]), model.head)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
         optimizer.zero_grad()
@@ -188,7 +192,7 @@ def test_the_train_line_has_the_fields_of_the_contract(finished_run):
     line = next(line for line in metrics(finished_run) if line["kind"] == "train")
     assert list(line) == [
         "kind", "step", "tokens", "loss", "grad_norm", "learning_rate", "tokens_per_second", "seconds", "gpu_peak_gib",
-        "host_peak_gib",
+        "host_peak_gib", "tokens_hash", "windows_hash",
     ]  # fmt: skip
     assert line["tokens"] == finished_run.tokens_per_step
 
@@ -217,7 +221,7 @@ def test_srun_variables_name_the_rank_and_the_first_node(monkeypatch, nodes, fir
     for name, value in given.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.setattr(os, "environ", environment := dict(os.environ))
-    assert ranks_from_launcher() == (9, 16, 1, 8)
+    assert ranks_from_launcher() == (9, 16, 1, 8, 0)
     assert environment["MASTER_ADDR"] == first
 
 
@@ -259,3 +263,276 @@ def test_a_flag_is_refused_with_a_pointer_to_the_configuration(tmp_path):
     )
     assert result.returncode == 2
     assert "--lr=1" in result.stderr and "scripts/config.py" in result.stderr.splitlines()[-1]
+
+
+def logged(config) -> list[tuple]:
+    names = ("kind", "step", "loss", "grad_norm", "learning_rate", "tokens_hash", "windows_hash", "val_loss")
+    return [tuple(line.get(name) for name in names) for line in metrics(config) if line["kind"] != "event"]
+
+
+def events(config, name: str) -> list[dict]:
+    return [line for line in metrics(config) if line.get("event") == name]
+
+
+def final_hashes(config) -> dict[str, str]:
+    folder = newest_folder(config)
+    assert folder is not None and find_fault(folder) is None
+    names = ("model.safetensors", "training/optimizer-00000-of-00001.safetensors")
+    return {name: file_sha256(folder / name) for name in names}
+
+
+KILLED_STEPS, NUM_KILLS, NUM_KILLS_IN_SAVES = 60, 20, 6
+KILLED = """
+import random, signal, threading
+chance = random.Random({seed})
+
+def die(*arguments, **keywords):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def dying(function, countdown):
+    def call(*arguments, **keywords):
+        nonlocal countdown
+        countdown -= 1
+        return die() if countdown < 0 else function(*arguments, **keywords)
+    return call
+
+def slowly(engine, windows, config):
+    time.sleep(0.01)
+    return next_token(engine, windows, config)
+
+objective = slowly
+if {in_save}:
+    module, name, calls = chance.choice([
+        (checkpoint, "_write_blocks", 20), (checkpoint, "_publish", 2), (checkpoint, "_prune", 2), (checkpoint.os, "fsync", 30),
+        (checkpoint, "_remove", 3), (checkpoint, "_read_back", 2), (checkpoint.os, "fdatasync", 9),
+    ])
+    setattr(module, name, dying(getattr(module, name), chance.randrange(calls)))
+elif chance.random() < 0.7:
+    started = threading.Timer(chance.uniform(0.0, 3.0), die)
+    begin = trainer._begin
+    trainer._begin = lambda *arguments: (started.start(), begin(*arguments))
+else:
+    threading.Timer(chance.uniform(0.0, 4.0), die).start()
+"""
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_anywhere_the_run_is_bitwise_the_uninterrupted_one(tmp_path):
+    config = tiny_config(
+        tmp_path,
+        run_dir=str(tmp_path / "whole"),
+        num_steps=KILLED_STEPS,
+        save_every_steps=3,
+        eval_every_steps=5,
+        keep_checkpoints=2,
+    )
+    expect_success(launch(tmp_path, training_script(config, ""), ["python"]))
+    killed, statuses = replace(config, run_dir=str(tmp_path / "killed")), []
+    for number in range(NUM_KILLS):
+        code = training_script(killed, KILLED.format(seed=number, in_save=number % 3 == 2 and number // 3 < NUM_KILLS_IN_SAVES))
+        (result,) = launch(tmp_path, code, ["python"])
+        statuses.append(result.returncode)
+        assert result.returncode == -signal.SIGKILL, result.stdout
+    expect_success(launch(tmp_path, training_script(killed, ""), ["python"]))
+    assert logged(killed) == logged(config)
+    assert [line["step"] for line in metrics(killed) if line["kind"] == "train"] == list(range(1, KILLED_STEPS + 1))
+    assert final_hashes(killed) == final_hashes(config)
+    assert prove(Path(killed.run_dir))
+    assert len(list((Path(killed.run_dir) / "checkpoints").iterdir())) == 2
+
+
+ELASTIC_STEPS = 60
+ELASTIC = """
+import json, os, signal
+from scripts import trainer
+from scripts.config import TrainingConfig
+from scripts.prepare_data import prepare
+from scripts.train_pretrain import next_token
+
+stop_after = {stop_after}
+
+def stopping(engine, windows, config):
+    if run.watch.step == stop_after and run.ranks.rank == run.ranks.world_size - 1:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    return next_token(engine, windows, config)
+
+if __name__ == "__main__":
+    for fields in json.loads({described!r}):
+        fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude")}}
+        run = trainer.ready(TrainingConfig(**fields), prepare)
+        try:
+            trainer.train(run, stopping)
+        except SystemExit as left:
+            assert left.code == 75
+    trainer.leave()
+"""
+
+
+def elastic_configs(folder: Path, name: str) -> list:
+    changes = dict(num_steps=ELASTIC_STEPS, save_every_steps=100, eval_every_steps=30)
+    return [tiny_config(folder, run_dir=str(folder / f"{name}-{kind}"), precision=kind, **changes) for kind in PRECISIONS]
+
+
+def launch_elastic(folder: Path, configs: list, ranks: int, stop_after: int | None) -> None:
+    code = ELASTIC.format(described=json.dumps([asdict(config) for config in configs]), stop_after=stop_after)
+    expect_success(launch(folder, code, TORCHRUN[ranks]))
+
+
+@pytest.fixture(scope="module")
+def elastic_runs(tmp_path_factory) -> tuple[list, list]:
+    """Sixty steps on one rank, and the same on one, two and again one rank; in each precision."""
+    folder = tmp_path_factory.mktemp("elastic")
+    whole, moved = elastic_configs(folder, "whole"), elastic_configs(folder, "moved")
+    launch_elastic(folder, whole, 1, None)
+    for ranks, stop_after in ((1, 20), (2, 40), (1, None)):
+        launch_elastic(folder, moved, ranks, stop_after)
+    return whole, moved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "tolerance"), [(0, 1e-4), (1, 1e-2)], ids=PRECISIONS)
+def test_one_two_and_one_rank_make_the_run_of_one(elastic_runs, number, tolerance):
+    whole, moved = (runs[number] for runs in elastic_runs)
+    assert [event["ranks"] for event in events(moved, "started")] == [1, 2, 1]
+    assert [event["step"] for event in events(moved, "started")] == [0, 20, 40]
+    for name in ("tokens_hash", "windows_hash", "step", "tokens", "learning_rate"):
+        ours, theirs = ([line[name] for line in metrics(run) if line["kind"] == "train"] for run in (moved, whole))
+        assert ours == theirs, name
+    np.testing.assert_allclose([row[1] for row in losses(moved)], [row[1] for row in losses(whole)], rtol=tolerance)
+    np.testing.assert_allclose([row[1] for row in held_out(moved)], [row[1] for row in held_out(whole)], rtol=tolerance)
+    assert prove(Path(moved.run_dir))
+
+
+def test_the_log_of_every_run_proves_that_no_window_was_skipped_or_read_twice(finished_runs, resumed_runs, num_ranks):
+    for config in (finished_runs[num_ranks, "bf16"], resumed_runs["bf16"], resumed_runs["elastic"]):
+        assert prove(Path(config.run_dir))
+
+
+def test_another_number_of_ranks_reads_the_same_tokens_in_each_step(finished_runs):
+    hashes = [
+        [line["tokens_hash"] for line in metrics(finished_runs[ranks, "fp32"]) if line["kind"] == "train"] for ranks in (1, 2)
+    ]
+    assert hashes[0] == hashes[1] and len(set(hashes[0])) == STEPS
+
+
+POISON, POISONED_STEPS = 1, 40
+POISONED = """
+def objective(engine, windows, config):
+    loss = next_token(engine, windows, config)
+    return loss * float("nan") if (windows == {poison}).any() else loss
+"""
+
+
+def poisoned_config(folder: Path, **changes):
+    config = tiny_config(folder, num_steps=POISONED_STEPS, precision="fp32", save_every_steps=10, **changes)
+    (folder / "corpus" / "poison.txt").write_bytes(b"poison: " + bytes([POISON]) * 40)
+    return config
+
+
+def poisoned_steps(config) -> list[int]:
+    stream = prepare(config).train
+    order = dict(rank=0, world_size=1, micro_batch_rows=config.rows_per_step, rows_per_step=config.rows_per_step)
+    batches = [
+        next(micro_batches(stream, step=step, context_length=config.context_length, seed=config.seed, **order))
+        for step in range(config.num_steps)
+    ]
+    return [step + 1 for step, batch in enumerate(batches) if (batch.ids == POISON).any()]
+
+
+@pytest.fixture(scope="module")
+def poisoned_run(tmp_path_factory) -> tuple:
+    folder = tmp_path_factory.mktemp("poisoned")
+    config = poisoned_config(folder)
+    output = expect_success(launch(folder, training_script(config, POISONED.format(poison=POISON)), TORCHRUN[2]))
+    return config, output
+
+
+def test_a_micro_batch_that_is_not_finite_is_skipped_counted_and_its_document_named(poisoned_run):
+    config, output = poisoned_run
+    skipped = events(config, "skipped")
+    assert [event["step"] for event in skipped] == poisoned_steps(config) != []
+    assert [event["skipped_steps"] for event in skipped] == list(range(1, len(skipped) + 1))
+    for event in skipped:
+        assert any(document["beginning"].startswith("poison: ") for document in event["documents"])
+        assert f"step {event['step']}/{POISONED_STEPS}: skipped" in output
+
+
+def test_a_skipped_step_keeps_the_schedule_the_count_of_tokens_and_the_weights(poisoned_run):
+    config, _ = poisoned_run
+    train = [line for line in metrics(config) if line["kind"] == "train"]
+    assert [line["tokens"] for line in train] == [config.tokens_per_step * step for step in range(1, POISONED_STEPS + 1)]
+    assert [line["learning_rate"] for line in train] == [learning_rate_at(step, config) for step in range(POISONED_STEPS)]
+    bad, folder = set(poisoned_steps(config)), newest_folder(config)
+    assert folder is not None
+    assert all((line["loss"] is None) == (line["step"] in bad) for line in train)
+    assert all(torch.isfinite(weight).all() for weight in load_file(folder / "model.safetensors").values())
+    state = json.loads((folder / "training" / "state.json").read_text())
+    assert state["optimizer"]["adam_steps"] == POISONED_STEPS - len(bad)
+    assert state["progress"]["skipped_steps"] == len(bad)
+    assert prove(Path(config.run_dir))
+
+
+OVERFLOWING = """
+calls = []
+
+def objective(engine, windows, config):
+    calls.append(1)
+    loss = next_token(engine, windows, config)
+    return loss * float("inf") if len(calls) > 5 * 8 else loss
+"""
+
+
+def test_too_many_skipped_steps_in_a_row_stop_the_run_with_the_last_good_checkpoint_named(tmp_path):
+    config = tiny_config(tmp_path, num_steps=40, max_skipped_steps=3)
+    (result,) = launch(tmp_path, training_script(config, OVERFLOWING), ["python"])
+    assert result.returncode == 1 and "Traceback" not in result.stdout, result.stdout
+    assert "failed: 3 steps in a row up to step 8" in result.stdout
+    assert f"the last good checkpoint is {newest_folder(config)}" in result.stdout
+    assert [event["step"] for event in events(config, "skipped")] == [6, 7, 8]
+
+
+GARBAGE_STEPS = 160
+
+
+def test_a_loss_spike_names_the_garbage_that_was_planted(tmp_path):
+    config = tiny_config(
+        tmp_path, num_steps=GARBAGE_STEPS, tokens_per_step=64, micro_batch_rows=1, spike_window_steps=16, save_every_steps=None,
+        eval_every_steps=None, learning_rate=3e-3, validation_fraction=0.0,
+    )  # fmt: skip
+    garbage = np.random.default_rng(0).integers(128, 256, 160, dtype=np.uint8).tobytes()
+    (tmp_path / "corpus" / "garbage.txt").write_bytes(b"garbage " + garbage)
+    output = expect_success(launch(tmp_path, training_script(config, ""), TORCHRUN[2]))
+    spikes = events(config, "spike")
+    assert spikes, output
+    for event in spikes:
+        assert event["documents"][0]["beginning"].startswith("garbage "), event
+        assert f"step {event['step']}/{GARBAGE_STEPS}: the loss jumped to" in output
+
+
+@given(st.lists(st.floats(0.1, 20.0), min_size=0, max_size=40), st.floats(0.1, 100.0))
+def test_a_spike_is_sigmas_above_the_mean_of_half_a_window_or_more(before, loss):
+    config = TrainingConfig(spike_window_steps=16, spike_sigmas=6.0)
+    expected = len(before) >= 8 and loss > np.mean(before) + 6 * np.std(before, ddof=1)
+    assert is_spike(loss, tuple(before), config) == bool(expected)
+
+
+LOSING = """
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as Optimizer
+
+kept = Optimizer.async_accumulate_grad_in_cpu_via_gpu
+
+def first_and_last_only(self, weight):
+    if self.micro_step_id in (0, self.gradient_accumulation_steps - 1):
+        kept(self, weight)
+
+Optimizer.async_accumulate_grad_in_cpu_via_gpu = first_and_last_only
+"""
+
+
+def test_a_deepspeed_that_loses_micro_batches_is_refused_before_the_first_step(tmp_path):
+    """The fault of DeepSpeed's issue 6550, mended by its pull request 7967: all but the first and the last were dropped."""
+    config = tiny_config(tmp_path, precision="fp32")
+    (result,) = launch(tmp_path, training_script(config, LOSING), ["python"])
+    refusal = [line for line in result.stdout.splitlines() if line.startswith("refused: ")]
+    assert result.returncode == 2 and len(refusal) == 1 and "update" in refusal[0], result.stdout
+    assert "Traceback" not in result.stdout and not Path(config.run_dir).exists()

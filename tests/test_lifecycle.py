@@ -1,0 +1,257 @@
+"""Laws of stopping: requests, lost launchers, ranks that die or hang; real signals to real launchers with real ranks."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import pytest
+from conftest import LAUNCHERS, TORCHRUN, expect_success, launch, metrics, start, tiny_config, training_script
+
+from scripts import lifecycle
+from scripts.checkpoint import newest_verified
+from scripts.config import TrainingConfig
+
+COMMANDS = {"deepspeed": LAUNCHERS[2], "torchrun": TORCHRUN[2]}
+SILENT_SECONDS = 3
+GONE_SECONDS = 5
+CASES = [
+    ("deepspeed", "launcher", "SIGTERM", "training"),
+    ("torchrun", "launcher", "SIGINT", "saving"),
+    ("deepspeed", "launcher", "SIGUSR1", "preparation"),
+    ("torchrun", "launcher", "SIGTERM", "evaluation"),
+    ("deepspeed", "rank 0", "SIGINT", "evaluation"),
+    ("torchrun", "rank 0", "SIGUSR1", "training"),
+    ("torchrun", "rank 0", "SIGTERM", "saving"),
+    ("deepspeed", "rank 0", "SIGINT", "preparation"),
+    ("deepspeed", "rank 1", "SIGUSR1", "saving"),
+    ("torchrun", "rank 1", "SIGTERM", "preparation"),
+    ("torchrun", "rank 1", "SIGINT", "training"),
+    ("deepspeed", "rank 1", "SIGUSR1", "evaluation"),
+]
+PHASES = """
+phase = {phase!r}
+
+def marked(function, wait):
+    def call(*arguments):
+        Path(f"in-{{phase}}-{{rank}}").touch()
+        time.sleep(wait)
+        return function(*arguments)
+    return call
+
+if "training" in phase:
+    objective = marked(next_token, 1.0 if "slow" in phase else 0.05)
+if phase == "preparation":
+    prepare = marked(prepare_data.prepare, 60)
+if phase == "evaluation":
+    trainer.evaluate = marked(trainer.evaluate, 1.0)
+if phase == "saving":
+    offload.optimizer_tensors = marked(offload.optimizer_tensors, 1.0)
+"""
+
+
+class Ended(NamedTuple):
+    """How a launch ended: its status, output, seconds from the last signal to the last process, and each rank's status."""
+
+    status: int | None
+    output: str
+    seconds: float
+    ranks: dict[int, str]
+
+
+def stop(
+    folder: Path, config: TrainingConfig, launcher: str, phase: str, signals: list[tuple[str, str]], pause: float
+) -> Ended:
+    """Launches two ranks, and when `phase` has begun sends each of `signals`, (target, name), `pause` seconds apart."""
+    (running,) = start(folder, training_script(config, PHASES.format(phase=phase)), COMMANDS[launcher])
+    family = []
+    try:
+        wait_for(lambda: (folder / f"in-{phase}-0").exists(), running)
+        time.sleep(0.3)
+        family = [psutil.Process(running.pid), *psutil.Process(running.pid).children(recursive=True)]
+        ranks = {f"rank {rank}": find_rank(family, rank) for rank in (0, 1)}
+        targets = {"launcher": family[0], "parent": ranks["rank 0"].parent(), **ranks}
+        for number, (target, name) in enumerate(signals):
+            time.sleep(pause if number else 0)
+            if target == "group":
+                os.killpg(running.pid, getattr(signal, name))
+            else:
+                targets[target].send_signal(getattr(signal, name))
+        began = time.monotonic()
+        gone, left = psutil.wait_procs(family, timeout=60)
+        seconds = time.monotonic() - began
+        assert not left, left
+        (status,) = (getattr(process, "returncode", None) for process in gone if process.pid == running.pid)
+        return Ended(status, running.communicate()[0], seconds, exits(folder))
+    finally:
+        for process in family:
+            if process.is_running():
+                process.kill()
+
+
+def wait_for(happened, running: subprocess.Popen) -> None:
+    limit = time.monotonic() + 200
+    while not happened():
+        assert running.poll() is None, running.communicate()[0]
+        assert time.monotonic() < limit, "it did not happen"
+        time.sleep(0.05)
+
+
+def find_rank(family: list[psutil.Process], rank: int) -> psutil.Process:
+    scripts = [process for process in family if "script.py" in " ".join(process.cmdline()[:4])]
+    return next(process for process in scripts if process.environ().get("RANK") == str(rank))
+
+
+def exits(folder: Path) -> dict[int, str]:
+    return {int(path.name.removeprefix("exit-")): path.read_text() for path in folder.glob("exit-*")}
+
+
+def stopping_config(folder: Path, **changes) -> TrainingConfig:
+    return tiny_config(folder, precision="fp32", silent_rank_seconds=SILENT_SECONDS, **changes)
+
+
+def expect_stopped(ended: Ended, config: TrainingConfig, phase: str) -> None:
+    assert ended.ranks == {0: "75", 1: "75"}, ended.output
+    if phase == "preparation":
+        assert "before training went on" in ended.output
+        return
+    found, faults = newest_verified(config)
+    assert found is not None and not faults
+    assert f"saved in {found.folder}" in ended.output
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> TrainingConfig:
+    """The run that every stopped run must become."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    config = stopping_config(folder)
+    expect_success(launch(folder, training_script(config, ""), COMMANDS["torchrun"]))
+    return config
+
+
+def values(config: TrainingConfig) -> list[tuple]:
+    names = ("kind", "step", "loss", "grad_norm", "learning_rate", "tokens_hash", "windows_hash", "val_loss")
+    return [tuple(line.get(name) for name in names) for line in metrics(config) if line["kind"] != "event"]
+
+
+def test_a_request_stops_all_ranks_with_a_save_and_the_run_goes_on_as_if_never_stopped(uninterrupted, tmp_path):
+    config = stopping_config(tmp_path, data_dir=uninterrupted.data_dir, corpus=uninterrupted.corpus)
+    ended = stop(tmp_path, config, "deepspeed", "training", [("launcher", "SIGTERM")], 0)
+    expect_stopped(ended, config, "training")
+    expect_success(launch(tmp_path, training_script(config, ""), COMMANDS["deepspeed"]))
+    assert values(config) == values(uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "target", "name", "phase"), CASES, ids=[" ".join(case) for case in CASES])
+def test_every_request_anywhere_stops_all_ranks_with_a_save(launcher, target, name, phase, uninterrupted, tmp_path):
+    config = stopping_config(tmp_path, data_dir=uninterrupted.data_dir, corpus=uninterrupted.corpus)
+    ended = stop(tmp_path, config, launcher, phase, [(target, name)], 0)
+    expect_stopped(ended, config, phase)
+    expect_success(launch(tmp_path, training_script(config, ""), COMMANDS["torchrun"]))
+    assert values(config) == values(uninterrupted)
+
+
+def expect_failed(folder: Path, launcher: str, target: str, name: str, seconds: float, words: str) -> None:
+    config = stopping_config(folder)
+    ended = stop(folder, config, launcher, "training", [(target, name)], 0)
+    assert words in ended.output and "the same command continues from the newest checkpoint" in ended.output, ended.output
+    assert ended.status != 0 and ended.seconds < seconds, ended
+
+
+@pytest.mark.parametrize(("launcher", "target"), [("torchrun", "rank 1")])
+def test_a_hung_rank_is_named_and_all_stop_within_the_limit(launcher, target, tmp_path):
+    words = f"{target} has been silent for {SILENT_SECONDS} s, at step"
+    expect_failed(tmp_path, launcher, target, "SIGSTOP", SILENT_SECONDS + GONE_SECONDS, words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "target"), [("deepspeed", "rank 0"), ("deepspeed", "rank 1"), ("torchrun", "rank 0")])
+def test_whichever_rank_hangs_is_named(launcher, target, tmp_path):
+    test_a_hung_rank_is_named_and_all_stop_within_the_limit(launcher, target, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "target"), [("deepspeed", "rank 0"), ("deepspeed", "rank 1"), ("torchrun", "rank 0")])
+def test_a_killed_rank_is_named_and_all_stop(launcher, target, tmp_path):
+    expect_failed(tmp_path, launcher, target, "SIGKILL", GONE_SECONDS, f"{target} is gone, at step")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", COMMANDS)
+def test_a_second_interrupt_stops_at_once(launcher, tmp_path):
+    config = stopping_config(tmp_path, tokens_per_step=4096)
+    slow = [("rank 1", "SIGINT"), ("rank 1", "SIGINT")]
+    ended = stop(tmp_path, config, launcher, "slow training", slow, 2 * lifecycle.ONE_CTRL_C_SECONDS)
+    assert "Stopped at once, at step 1, without a save" in ended.output, ended.output
+    assert ended.status != 0 and ended.seconds < GONE_SECONDS
+    assert newest_verified(config) == (None, [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "target"), [("deepspeed", "launcher"), ("deepspeed", "parent"), ("torchrun", "launcher")])
+def test_workers_whose_launcher_is_killed_stop_with_a_save(launcher, target, tmp_path):
+    config = stopping_config(tmp_path)
+    ended = stop(tmp_path, config, launcher, "training", [(target, "SIGKILL")], 0)
+    expect_stopped(ended, config, "training")
+
+
+@pytest.mark.slow
+def test_one_ctrl_c_at_a_terminal_is_one_request(tmp_path):
+    """The terminal interrupts the launchers and the ranks, and launch.py adds a SIGTERM: still one orderly stop."""
+    config = stopping_config(tmp_path)
+    ended = stop(tmp_path, config, "deepspeed", "training", [("group", "SIGINT")], 0)
+    expect_stopped(ended, config, "training")
+
+
+def test_a_watch_leaves_the_process_as_it_found_it():
+    before = [signal.getsignal(number) for number in lifecycle.STOP_SIGNALS]
+    watch = lifecycle.Watch(0, 0, 0, SILENT_SECONDS)
+    assert signal.getsignal(signal.SIGTERM) != before[0]
+    watch.close(clean=True)
+    assert [signal.getsignal(number) for number in lifecycle.STOP_SIGNALS] == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_strangers_on_the_line_are_not_heard():
+    watch = lifecycle.Watch(0, 0, 0, SILENT_SECONDS)
+    port, _ = watch.listen()
+    try:
+        for words in (b"not json\n", b"[]\n", json.dumps({"token": "1", "reason": "SIGTERM"}).encode() + b"\n", b"\xff" * 99):
+            with socket.create_connection(("127.0.0.1", port)) as line:
+                line.sendall(words)
+                line.settimeout(5)
+                if words.endswith(b"\n"):
+                    assert line.recv(1) == b""
+        assert watch.reason is None
+    finally:
+        watch.close(clean=True)
+
+
+def test_a_request_before_training_ends_in_status_75_from_wherever_it_struck(capsys):
+    watch = lifecycle.Watch(0, 0, 0, SILENT_SECONDS)
+    with pytest.raises(SystemExit) as left, watch.before_training():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+    assert left.value.code == lifecycle.STOPPED
+    assert "Stopped by SIGTERM before training went on" in capsys.readouterr().out
+
+
+def test_a_refusal_before_training_stays_a_refusal():
+    watch = lifecycle.Watch(0, 0, 0, SILENT_SECONDS)
+    with pytest.raises(ValueError, match="law"), watch.before_training():
+        raise ValueError("a law is broken")
+
+
+def test_a_stop_leaves_no_compiler_behind():
+    watch = lifecycle.Watch(0, 0, 0, SILENT_SECONDS)
+    with pytest.raises(SystemExit), watch.before_training():
+        child = subprocess.Popen(["sh", "-c", "sleep 60 & wait"])
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(30)
+    assert child.wait(GONE_SECONDS) != 0

@@ -1,0 +1,502 @@
+"""Laws of what comes before step one: the truth check on real DeepSpeed with one and two ranks, compilers, dead locks."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import clean_environment, expect_success, launch, tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+from torch.utils.file_baton import FileBaton
+
+from scripts import preflight
+from scripts.config import TrainingConfig
+from scripts.model import empty_model
+
+BATCH_KEYS = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}
+BUCKET_KEYS = {"reduce_bucket_size", "allgather_bucket_size"}
+TRUTH_SCRIPT = """
+import cpuinfo, functools, gc, json, os, random, sys, time, weakref
+import deepspeed, numpy, torch
+from deepspeed.runtime.engine import DeepSpeedEngine as Engine
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as Optimizer
+from scripts import offload, preflight
+from scripts.config import TrainingConfig
+from scripts.losses import next_token_loss
+from scripts.model import empty_model, initialise, parameter_groups
+
+cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+rank, world_size, engines = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), []
+loss_of, groups_of, drift = preflight.tiny_objective, parameter_groups, 0.0
+
+
+def engine_of(config, model):
+    dictionary = TrainingConfig.deepspeed_config(config, world_size)
+    groups = groups_of(model, config.weight_decay)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=dictionary)
+    engines.extend(weakref.ref(each) for each in (engine, engine.optimizer, engine.optimizer.optimizer))
+    return engine
+
+
+def train_tiny(tiny, model, steps, learning_rate):
+    engine, norms = engine_of(tiny, model), []
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+    for micro_batches in steps:
+        for windows in micro_batches:
+            engine.backward(loss_of(engine, windows, tiny))
+            engine.step()
+        norms.append(float(engine.get_global_grad_norm()))
+    masters = offload.full_masters(engine, model)
+    engine.destroy()
+    model.head.data.add_(drift)
+    return masters, norms
+
+
+def check(config):
+    started = time.perf_counter()
+    try:
+        preflight.refuse_untrue_updates(config, rank, world_size, torch.device("cpu"), train_tiny)
+        refusal = ""
+    except ValueError as fault:
+        refusal = str(fault)
+    return refusal, time.perf_counter() - started
+
+
+def with_changed(owner, name, value, config):
+    kept = vars(owner)[name]
+    setattr(owner, name, value)
+    try:
+        return check(config)[0]
+    finally:
+        setattr(owner, name, kept)
+
+
+def is_in_the_middle(optimizer):
+    return 0 < optimizer.micro_step_id < optimizer.gradient_accumulation_steps - 1
+
+
+def without_middle_copies(kept):
+    def copied(self, *args, output_bucket=None, **others):
+        return kept(self, *args, output_bucket=None if is_in_the_middle(self) else output_bucket, **others)
+
+    return copied
+
+
+def without_middle_sums(kept):
+    return lambda self, weight: None if is_in_the_middle(self) else kept(self, weight)
+
+
+def without_mean_over_ranks(kept):
+    def summed(self, *args):
+        self.gradient_average = False
+        return kept(self, *args)
+
+    return summed
+
+
+def tied(share):
+    def loss(engine, windows, config):
+        head = share * engine.module.head + (1.0 - share) * engine.module.head.detach()
+        return next_token_loss(engine(windows[:, :-1]), head, windows[:, 1:], config.loss_chunk_rows)
+
+    return loss
+
+
+def decaying(decay):
+    return lambda model, given: [group | {{"weight_decay": decay}} for group in parameter_groups(model, given)]
+
+
+def faults(config):
+    here, old = sys.modules[__name__], dict(vars(Optimizer))
+    half = config.precision == "bf16"
+    lossy = (
+        ("allreduce_and_copy_with_multiple_ranks", without_middle_copies)
+        if half
+        else ("async_accumulate_grad_in_cpu_via_gpu", without_middle_sums)
+    )
+    changes = {{"middle micro-batches are lost": (Optimizer, lossy[0], lossy[1](old[lossy[0]]))}}
+    if world_size > 1:
+        return changes | {{
+            "ranks are not reduced": (Optimizer, "allreduce_bucket", lambda self, bucket, *a, **k: self.flatten(bucket)),
+            "the sum over ranks is not divided": (Optimizer, "average_tensor", without_mean_over_ranks(old["average_tensor"])),
+            "one rank's weights drift": (here, "drift", float(rank)),
+        }}
+    undivided = functools.partialmethod(Engine.backward, scale_wrt_gas=False)
+    unclipped = lambda self, grads, norm: old["unscale_and_clip_grads"](self, grads, 0 * norm)
+    return changes | {{
+        "the sum over micro-batches is not divided": (Engine, "backward", undivided),
+        "a tied head is not counted": (here, "loss_of", tied(0.0)),
+        "a tied head is counted twice": (here, "loss_of", tied(2.0)),
+        "no gradient is clipped": (Optimizer, "unscale_and_clip_grads", unclipped),
+        "norms decay": (here, "groups_of", decaying(config.weight_decay)),
+    }}
+
+
+def refusals(config):
+    return {{name: with_changed(*change, config) for name, change in faults(config).items()}}
+
+
+def losses(config):
+    torch.manual_seed(7)
+    engine, found = engine_of(config, initialise(empty_model(config, torch.device("cpu")))), []
+    for window in torch.randint(257, (12, 2, 33)):
+        loss = next_token_loss(engine(window[:, :-1]), engine.module.head, window[:, 1:], config.loss_chunk_rows)
+        engine.backward(loss)
+        engine.step()
+        found.append(loss.item().hex())
+    engine.destroy()
+    return found
+
+
+def states():
+    return str([random.getstate(), numpy.random.get_state(), torch.get_rng_state().tolist(), torch.get_num_threads()])
+
+
+if __name__ == "__main__":
+    deepspeed.init_distributed("gloo", verbose=False)
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    report = {{}}
+    for name, fields in json.loads({described!r}).items():
+        fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude")}}
+        config = TrainingConfig(**fields)
+        without, before = losses(config), states()
+        first, _ = check(config)
+        refusal, seconds = check(config)
+        unchanged = states() == before
+        gc.collect()
+        alive = sum(engine() is not None for engine in engines)
+        report[name] = {{
+            "refusals": [first, refusal], "seconds": seconds, "unchanged": unchanged, "alive": alive,
+            "without": without, "with": losses(config), "faults": refusals(config),
+        }}
+    with open(f"report-{{rank}}.json", "w") as file:
+        json.dump(report, file)
+    torch.distributed.destroy_process_group()
+"""
+HOLDER = """
+import os, signal, sys, time
+from scripts import preflight
+from scripts.config import TrainingConfig
+
+with preflight.compiling(TrainingConfig(), 0):
+    os.open(preflight.extension_folders(TrainingConfig())[0] / "lock", os.O_CREAT | os.O_EXCL)
+    print("compiling", flush=True)
+    time.sleep(100)
+"""
+
+
+@pytest.fixture(scope="module")
+def reports(num_ranks, tmp_path_factory) -> list[dict]:
+    """What each rank found: honest checks, faults put into DeepSpeed, and trainings without and with a check before them."""
+    folder = tmp_path_factory.mktemp(f"truth{num_ranks}")
+    return check_truth(
+        folder,
+        num_ranks,
+        {
+            "fp32": tiny_config(folder, precision="fp32", tokens_per_step=64 * num_ranks * 4),
+            "bf16": tiny_config(folder, precision="bf16", tokens_per_step=64 * num_ranks, qk_norm=True),
+        },
+    )
+
+
+def check_truth(folder: Path, ranks: int, configs: dict[str, TrainingConfig]) -> list[dict]:
+    described = json.dumps({name: vars(config) for name, config in configs.items()})
+    env = {"RANK": "{index}", "LOCAL_RANK": "{index}", "WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost"}
+    env |= {"MASTER_PORT": "{port}", "OMP_NUM_THREADS": "1"}
+    expect_success(launch(folder, TRUTH_SCRIPT.format(described=described), [sys.executable], ranks, env))
+    return [json.loads((folder / f"report-{rank}.json").read_text()) for rank in range(ranks)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_deepspeeds_updates_are_those_of_plain_torch(reports, precision):
+    assert [report[precision]["refusals"] for report in reports] == [["", ""]] * len(reports)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_fault_of_deepspeed_is_refused_in_one_line_by_every_rank(reports, precision):
+    for report in reports:
+        assert len(report[precision]["faults"]) == (6 if len(reports) == 1 else 4)
+        for fault, refusal in report[precision]["faults"].items():
+            assert refusal.startswith("DeepSpeed's updates are not those of plain torch: "), fault
+            assert "\n" not in refusal and "pip install --force-reinstall deepspeed==" in refusal
+    assert reports[0][precision]["faults"] == reports[-1][precision]["faults"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_refusal_names_what_is_wrong(reports, precision):
+    named = {
+        "the sum over micro-batches is not divided": "gradient norm",
+        "norms decay": "the update of model.layers.0.input_layernorm.weight",
+        "the sum over ranks is not divided": "gradient norm",
+        "one rank's weights drift": "weights unlike their masters",
+    }
+    for fault, refusal in reports[0][precision]["faults"].items():
+        assert named.get(fault, "") in refusal
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_check_leaves_no_trace(reports, precision):
+    for report in reports:
+        assert report[precision]["unchanged"]
+        assert report[precision]["alive"] == 0
+        assert len(report[precision]["without"]) == 12
+        assert report[precision]["without"] == report[precision]["with"]
+
+
+def test_check_takes_less_than_three_seconds(reports):
+    assert max(report[precision]["seconds"] for report in reports for precision in report) < 3.0
+
+
+@st.composite
+def runs(draw) -> tuple[TrainingConfig, int]:
+    """Configurations of every kind, each with a number of ranks over which its batch divides."""
+    ranks, accumulation, rows = draw(st.integers(1, 80)), draw(st.integers(1, 40)), draw(st.integers(1, 6))
+    context, kv_heads, schedule = draw(st.integers(1, 4096)), draw(st.integers(1, 3)), draw(st.sampled_from(["cosine", "wsd"]))
+    heads, head_size = kv_heads * draw(st.integers(1, 4)), draw(st.sampled_from([None, 2, 64]))
+    drawn = {
+        name: draw(st.floats(low, high, exclude_min=True))
+        for name, low, high in (
+            ("adam_eps", 0, 1), ("max_grad_norm", 0, 1e9), ("rope_theta", 0, 1e9), ("norm_eps", 0, 1),
+            ("weight_decay", -1e-9, 9), ("learning_rate", 0, 1), ("init_std", 0, 1),
+        )
+    }  # fmt: skip
+    names = ("qk_norm", "tie_embeddings", "offload_optimizer")
+    return TrainingConfig(
+        **(drawn | {"weight_decay": abs(drawn["weight_decay"]), "min_learning_rate": 0.0}),
+        **{name: draw(st.booleans()) for name in names},
+        context_length=context, micro_batch_rows=rows, tokens_per_step=ranks * accumulation * rows * context,
+        num_heads=heads, num_kv_heads=kv_heads, hidden_size=heads * 2 * draw(st.integers(1, 64)), head_size=head_size,
+        num_layers=draw(st.integers(1, 99)), mlp_size=draw(st.integers(1, 9999)), vocab_size=draw(st.integers(258, 2**17)),
+        tokenizer_path=draw(st.sampled_from([None, "tokenizer.json"])), eval_tokens=context, schedule=schedule,
+        decay_steps=9 if schedule == "wsd" else None, beta1=draw(st.floats(0, 0.999)), beta2=draw(st.floats(0, 0.999)),
+        precision=draw(st.sampled_from(["fp32", "bf16", "fp16"])), init_from=draw(st.sampled_from([None, "other"])),
+        activation_checkpointing=draw(st.sampled_from(["none", "block"])),
+    ), ranks  # fmt: skip
+
+
+@given(runs())
+def test_tiny_clone_is_valid_and_has_the_runs_own_deepspeed_dict(run):
+    config, ranks = run
+    tiny = preflight.tiny_clone(config, ranks)
+    own, small = (TrainingConfig.deepspeed_config(each, ranks) for each in (config, tiny))
+    assert {key for key in own if own[key] != small[key]} <= BATCH_KEYS | {"zero_optimization"}
+    zero, small_zero = own["zero_optimization"], small["zero_optimization"]
+    assert {key for key in zero if zero[key] != small_zero[key]} <= BUCKET_KEYS
+    assert own.keys() == small.keys() and zero.keys() == small_zero.keys()
+    assert tiny.accumulation_steps(ranks) == min(max(3, config.accumulation_steps(ranks)), 8)
+    assert tiny.tie_embeddings and tiny.num_parameters < 30000
+    assert (tiny.qk_norm, tiny.activation_checkpointing) == (config.qk_norm, config.activation_checkpointing)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(1, 20))
+def test_each_micro_batch_of_a_rank_has_tokens_of_its_own_and_ranks_differ(ranks, accumulation):
+    tiny = preflight.tiny_clone(TrainingConfig(tokens_per_step=1024 * ranks * accumulation), ranks)
+    windows = preflight.tiny_windows(tiny, ranks)
+    assert windows.shape == (3, ranks, tiny.accumulation_steps(ranks), tiny.micro_batch_rows, tiny.context_length + 1)
+    assert windows.min() >= 0 and windows.max() < tiny.vocab_size
+    for step in windows:
+        for micro_batches in step:
+            tokens = [set(micro_batch.flatten().tolist()) for micro_batch in micro_batches]
+            assert len(set.union(*tokens)) == sum(map(len, tokens))
+        assert all(not torch.equal(step[0], other) for other in step[1:])
+    for ours, theirs in zip(windows[0][0], windows[0][1 % ranks], strict=True):
+        assert ranks == 1 or not set(ours.flatten().tolist()) & set(theirs.flatten().tolist())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_plain_loss_and_its_gradients_are_the_models_own(precision, qk_norm):
+    config = TrainingConfig(precision=precision, qk_norm=qk_norm, rope_theta=100.0, norm_eps=1e-3)
+    tiny = preflight.tiny_clone(config, 1)
+    drawn = preflight._draw(empty_model(tiny, torch.device("cpu")))
+    plain, model = preflight._plain_copy(drawn), drawn.float()
+    windows = preflight.tiny_windows(tiny, 1)[1, 0, 0]
+    preflight.plain_loss(plain, windows, tiny).backward()
+    logits = functional.linear(model(windows[:, :-1]), model.head)
+    functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).backward()
+    for (name, right), (_, other) in zip(plain.named_parameters(), model.named_parameters(), strict=True):
+        assert other.grad is not None
+        torch.testing.assert_close(other.grad.double(), right.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch) -> list[Path]:
+    """The folders of DeepSpeed's extensions in a root of their own, nothing built in them."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    return preflight.extension_folders(TrainingConfig())
+
+
+@pytest.mark.parametrize(("missing", "remedy"), [("ninja", "pip install ninja"), ("c++", "apt install g++")])
+def test_missing_compiler_is_refused_with_its_remedy(folders, tmp_path, monkeypatch, missing, remedy):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in {"ninja", "c++"} - {missing}:
+        (tools / name).symlink_to(shutil.which(name) or "")
+    preflight.refuse_missing_compilers(TrainingConfig())
+    monkeypatch.setenv("PATH", str(tools))
+    with pytest.raises(ValueError, match=f"^[^\n]*{missing.replace('+', '.')} is not on PATH[^\n]*{remedy.replace('+', '.')}$"):
+        preflight.refuse_missing_compilers(TrainingConfig())
+
+
+def test_compiler_is_not_asked_for_once_everything_is_built(folders, tmp_path, monkeypatch):
+    (tmp_path / "ninja").symlink_to(shutil.which("ninja") or "")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for folder in folders[1:]:
+        (folder / f"{folder.name}.so").touch()
+    with pytest.raises(ValueError, match=f"must compile {folders[0].name} once"):
+        preflight.refuse_missing_compilers(TrainingConfig())
+    (folders[0] / f"{folders[0].name}.so").touch()
+    preflight.refuse_missing_compilers(TrainingConfig())
+
+
+def test_root_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
+    with pytest.raises(ValueError, match="^[^\n]*set TORCH_EXTENSIONS_DIR to a folder that can be written$"):
+        preflight.extension_folders(TrainingConfig())
+
+
+@pytest.fixture
+def holder(folders):
+    """A real process that holds a lock and has left its note."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER],
+        env=clean_environment() | {"TORCH_EXTENSIONS_DIR": str(folders[0].parent)},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout and "compiling\n" in iter(process.stdout.readline, "")
+        yield process
+        process.kill()
+
+
+def grow_old(*paths: Path) -> None:
+    for path in paths:
+        os.utime(path, (path.stat().st_atime - 100, path.stat().st_mtime - 100))
+
+
+def test_lock_of_a_killed_launch_is_removed_and_that_of_a_living_one_is_left(holder, folders):
+    lock, root = folders[0] / "lock", folders[0].parent
+    assert preflight.clear_dead_locks(folders) == [] and lock.exists()
+    grow_old(lock, *root.glob("tightfit-*"))
+    (line,) = preflight.clear_dead_locks(folders)
+    assert line.startswith(f"Waiting for {lock}") and lock.exists()
+    holder.send_signal(signal.SIGKILL)
+    os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
+    assert preflight.clear_dead_locks(folders) == [f"Removed {lock}: the launch that was compiling there was killed"]
+    assert FileBaton(str(lock)).try_acquire()
+    assert list(root.glob("*tightfit*")) == []
+
+
+def leave_dead_note(root: Path, host: str | None = None) -> Path:
+    """The note of a real process that is killed."""
+    with subprocess.Popen(["sleep", "100"]) as process:
+        text = f"{preflight._boot()} {preflight._process_space()} {preflight._started(process.pid)}"
+        process.kill()
+    note = root / f"tightfit-{host or os.uname().nodename}-{process.pid}"
+    note.write_text(text)
+    return note
+
+
+def test_lock_is_left_where_nothing_says_that_its_owner_is_dead(folders):
+    lock, root = folders[0] / "lock", folders[0].parent
+    lock.touch()
+    assert preflight.clear_dead_locks(folders) == [] and lock.exists(), "without a note"
+    note = leave_dead_note(root)
+    assert preflight.clear_dead_locks(folders) == [] and lock.exists(), "older than the note"
+    lock.unlink()
+    leave_dead_note(root, "other-machine")
+    lock.touch()
+    assert preflight.clear_dead_locks(folders) == [] and lock.exists(), "another machine's"
+    for path in root.glob("tightfit-*"):
+        path.unlink()
+    note = leave_dead_note(root)
+    note.write_text(note.read_text().replace("pid:[", "pid:[1"))
+    grow_old(note)
+    assert preflight.clear_dead_locks(folders) == [] and lock.exists(), "another container's"
+
+
+def test_lock_that_a_process_holds_open_is_left(folders):
+    lock, root = folders[0] / "lock", folders[0].parent
+    leave_dead_note(root)
+    baton = FileBaton(str(lock))
+    assert baton.try_acquire()
+    assert preflight.clear_dead_locks(folders) == [] and lock.exists()
+    baton.release()
+
+
+def test_reused_process_number_and_restarted_machine_do_not_pass_for_the_owner(folders):
+    lock, root = folders[0] / "lock", folders[0].parent
+    for word in (0, 2):
+        note = preflight._leave_note(root)
+        words = note.read_text().split()
+        words[word] = "1"
+        note.write_text(" ".join(words))
+        lock.touch()
+        assert len(preflight.clear_dead_locks(folders)) == 1 and not lock.exists()
+
+
+def test_of_several_launches_one_removes_a_lock(folders):
+    lock, root = folders[0] / "lock", folders[0].parent
+    for _ in range(10):
+        for _ in range(3):
+            leave_dead_note(root)
+        lock.touch()
+        with ThreadPoolExecutor(8) as pool:
+            lines = list(pool.map(lambda _: preflight.clear_dead_locks(folders), range(8)))
+        assert sum(map(len, lines)) == 1 and not lock.exists()
+
+
+def test_compiler_that_outlives_its_launch_is_waited_for(folders, tmp_path):
+    lock, root = folders[0] / "lock", folders[0].parent
+    shutil.copy(shutil.which("sleep") or "", tmp_path / "ninja")
+    leave_dead_note(root)
+    lock.touch()
+    with subprocess.Popen([tmp_path / "ninja", "1"], cwd=folders[0]) as orphan:
+        assert len(preflight.clear_dead_locks(folders)) == 1 and not lock.exists()
+        assert orphan.poll() is not None or preflight._started(orphan.pid) is None
+
+
+def test_note_stands_while_a_launch_may_compile(folders):
+    root = folders[0].parent
+    with pytest.raises(RuntimeError), preflight.compiling(TrainingConfig(), 0) as lines:
+        (note,) = root.glob("tightfit-*")
+        assert lines == [] and not preflight._names_the_dead(note)
+        raise RuntimeError
+    assert list(root.glob("*tightfit*")) == []
+
+
+def test_other_local_ranks_wait_until_an_older_lock_is_gone(folders):
+    (folders[0] / "lock").touch()
+    entered = threading.Event()
+
+    def enter() -> None:
+        with preflight.compiling(TrainingConfig(), 1) as lines:
+            assert lines == []
+            entered.set()
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    assert not entered.wait(0.5)
+    (folders[0] / "lock").unlink()
+    assert entered.wait(5)
+    thread.join()
+
+
+def test_adam_with_unbounded_updates_is_compared_after_one():
+    bounded = preflight.tiny_clone(TrainingConfig(beta1=0.9, beta2=0.98), 1)
+    assert len(preflight.tiny_windows(bounded, 1)) == 3
+    assert len(preflight.tiny_windows(replace(bounded, beta1=0.99, beta2=0.5), 1)) == 1
