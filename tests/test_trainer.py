@@ -281,7 +281,7 @@ def final_hashes(config) -> dict[str, str]:
     return {name: file_sha256(folder / name) for name in names}
 
 
-KILLED_STEPS, NUM_KILLS, NUM_KILLS_IN_SAVES = 60, 20, 6
+KILLED_STEPS, NUM_KILLS, NUM_KILLS_IN_SAVES = 200, 20, 6
 KILLED = """
 import random, signal, threading
 chance = random.Random({seed})
@@ -304,11 +304,11 @@ objective = slowly
 if {in_save}:
     module, name, calls = chance.choice([
         (checkpoint, "_write_blocks", 20), (checkpoint, "_publish", 2), (checkpoint, "_prune", 2), (checkpoint.os, "fsync", 30),
-        (checkpoint, "_remove", 3), (checkpoint, "_read_back", 2), (checkpoint.os, "fdatasync", 9),
+        (checkpoint, "_remove", 3), (checkpoint, "_read_back", 2),
     ])
     setattr(module, name, dying(getattr(module, name), chance.randrange(calls)))
 elif chance.random() < 0.7:
-    started = threading.Timer(chance.uniform(0.0, 3.0), die)
+    started = threading.Timer(chance.uniform(0.0, 1.0), die)
     begin = trainer._begin
     trainer._begin = lambda *arguments: (started.start(), begin(*arguments))
 else:
