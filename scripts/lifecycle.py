@@ -63,6 +63,7 @@ class Watch:
         for end in (self._waker, self._wakened):
             end.setblocking(False)
         self._selector.register(self._wakened, selectors.EVENT_READ, self._hear_signals)
+        self._wakeup_before = -1
         self._handlers = self._take_signals() if threading.current_thread() is threading.main_thread() else None
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
         self._thread.start()
@@ -115,7 +116,7 @@ class Watch:
         self._wake()
         self._thread.join()
         if self._handlers is not None:
-            signal.set_wakeup_fd(-1)
+            signal.set_wakeup_fd(self._wakeup_before)
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
         if clean:
@@ -126,7 +127,7 @@ class Watch:
 
     def _take_signals(self) -> dict:
         """Takes over the stop signals; a hang-up that was to be ignored (nohup) stays ignored."""
-        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+        self._wakeup_before = signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         taken = [each for each in STOP_SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
         return {number: signal.signal(number, self._on_signal) for number in taken}
 

@@ -353,16 +353,25 @@ def _connect(ranks: Ranks, watch: lifecycle.Watch) -> None:
 
 
 def _prepare_in_turn(config: TrainingConfig, ranks: Ranks, prepare: Callable):
-    """Rank 0 first, then the others; when one is refused, all leave with it instead of waiting for it."""
-    data, refusal = None, None
-    for turn in (ranks.rank == 0, ranks.rank != 0):
-        try:
-            data = prepare(config) if turn else data
-        except ValueError as fault:
-            refusal = fault
-        if _largest(float(refusal is not None), ranks):
-            raise refusal or ValueError("another rank's data is refused; its line says why")
-    return data
+    """Rank 0 first, then the others."""
+    turns = [_refuse_together(lambda turn=turn: prepare(config) if turn else None, ranks) for turn in _turns(ranks)]
+    return next(data for data in turns if data is not None)
+
+
+def _turns(ranks: Ranks) -> tuple[bool, bool]:
+    return ranks.rank == 0, ranks.rank != 0
+
+
+def _refuse_together(work: Callable, ranks: Ranks) -> Any:
+    """`work` on this rank; when it is refused on any, all leave with that one instead of waiting for it."""
+    result, refusal = None, None
+    try:
+        result = work()
+    except ValueError as fault:
+        refusal = fault
+    if _largest(float(refusal is not None), ranks):
+        raise refusal or ValueError("another rank is refused; its line says why")
+    return result
 
 
 def _largest(number: float, ranks: Ranks) -> float:
@@ -388,11 +397,17 @@ def _build(config: TrainingConfig, ranks: Ranks, watch: lifecycle.Watch, data, f
     if found is not None:
         checkpoint.load_state(engine, found)
         _say(ranks, f"Continuing after step {first_step} from {found.folder}")
-    if ranks.rank == 0:
-        checkpoint.claim_run(config)
-        checkpoint.rewind_metrics(config, -1 if found is None else first_step)
+    _refuse_together(lambda: _claim(config, -1 if found is None else first_step) if ranks.rank == 0 else None, ranks)
     progress = FRESH if found is None else Progress(**found.state["progress"])
     return Run(config, ranks, device, engine, data, first_step, progress, watch)
+
+
+def _claim(config: TrainingConfig, step: int) -> None:
+    try:
+        checkpoint.claim_run(config)
+        checkpoint.rewind_metrics(config, step)
+    except OSError as fault:
+        raise ValueError(f"run_dir={config.run_dir!r} cannot be written: {fault.strerror}; make room in it") from None
 
 
 @contextmanager
@@ -651,21 +666,22 @@ def _reporting(run: Run) -> Iterator[Callable[[dict], None]]:
 @contextmanager
 def _board(run: Run) -> Iterator[Callable[[dict], None]]:
     """TensorBoard's scalars; a full disk ends them and not the training."""
-    board, faults = SummaryWriter(str(checkpoint.tensorboard_dir(run.config)), purge_step=run.first_step + 1), []
+    boards: list[SummaryWriter] = []
 
     def attempt(write: Callable[[], None]) -> None:
         try:
             write()
         except OSError as fault:
-            faults.append(fault)
+            boards.clear()
             _say(run.ranks, f"tensorboard/ is not written any more: {fault}")
 
     def plot(record: dict) -> None:
-        if not faults:
-            attempt(lambda: _plot_scalars(board, record))
+        for board in boards:
+            attempt(partial(_plot_scalars, board, record))
 
+    attempt(lambda: boards.append(SummaryWriter(str(checkpoint.tensorboard_dir(run.config)), purge_step=run.first_step + 1)))
     yield plot
-    if not faults:
+    for board in list(boards):
         attempt(board.close)
 
 

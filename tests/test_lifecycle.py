@@ -11,7 +11,17 @@ from typing import NamedTuple
 
 import psutil
 import pytest
-from conftest import LAUNCHERS, TORCHRUN, expect_success, launch, metrics, start, tiny_config, training_script
+from conftest import (
+    LAUNCHERS,
+    TORCHRUN,
+    expect_success,
+    launch,
+    metrics,
+    pretrain_script,
+    start,
+    tiny_config,
+    training_script,
+)
 
 from scripts import lifecycle
 from scripts.checkpoint import newest_verified
@@ -147,13 +157,27 @@ def test_a_request_stops_all_ranks_with_a_save_and_the_run_goes_on_as_if_never_s
     assert values(config) == values(uninterrupted)
 
 
+@pytest.fixture(scope="module")
+def stopped_runs(uninterrupted, tmp_path_factory) -> dict[tuple, tuple[Ended, TrainingConfig]]:
+    """A run stopped in the way of each case; then all of them are continued."""
+    runs = {}
+    for case in CASES:
+        launcher, target, name, phase = case
+        folder = tmp_path_factory.mktemp("stopped")
+        config = stopping_config(folder, data_dir=uninterrupted.data_dir, corpus=uninterrupted.corpus)
+        ended = stop(folder, config, launcher, phase, [(target, name)], 0)
+        expect_stopped(ended, config, phase)
+        runs[case] = ended, config
+    configs = [config for _, config in runs.values()]
+    expect_success(launch(tmp_path_factory.mktemp("continued"), pretrain_script(configs), COMMANDS["torchrun"]))
+    return runs
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("launcher", "target", "name", "phase"), CASES, ids=[" ".join(case) for case in CASES])
-def test_every_request_anywhere_stops_all_ranks_with_a_save(launcher, target, name, phase, uninterrupted, tmp_path):
-    config = stopping_config(tmp_path, data_dir=uninterrupted.data_dir, corpus=uninterrupted.corpus)
-    ended = stop(tmp_path, config, launcher, phase, [(target, name)], 0)
-    expect_stopped(ended, config, phase)
-    expect_success(launch(tmp_path, training_script(config, ""), COMMANDS["torchrun"]))
+@pytest.mark.parametrize("case", CASES, ids=[" ".join(case) for case in CASES])
+def test_every_request_anywhere_stops_all_ranks_and_the_run_goes_on_as_if_never_stopped(case, stopped_runs, uninterrupted):
+    ended, config = stopped_runs[case]
+    assert ended.ranks == {0: "75", 1: "75"} and ended.seconds < 2 * GONE_SECONDS
     assert values(config) == values(uninterrupted)
 
 
