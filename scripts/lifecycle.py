@@ -5,6 +5,7 @@ processes, signals and sockets; nothing of training but the number of the step, 
 """
 
 import json
+import math
 import os
 import secrets
 import selectors
@@ -17,12 +18,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 STOPPED, FAILED = 75, 1
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-HARDER_SIGNALS = ("SIGINT", "SIGTERM")
+SECOND_AFTER_SECONDS = {"SIGINT": 0.3, "SIGTERM": 2.0}
 BEAT_SECONDS = 0.25
-ONE_CTRL_C_SECONDS = 1.0
 LEAVE_SECONDS = 3.0
 CONNECT_SECONDS = 60.0
 READ_BYTES = 65536
@@ -135,7 +136,7 @@ class Watch:
         """In the main thread, where only an exception can end what it does."""
         if self._training or self._closing or self._raised:
             return
-        self._raised = True
+        self._raised, self._asked_at = True, time.monotonic()
         self.reason = self.reason or signal.Signals(number).name
         _end_descendants()
         raise SystemExit(STOPPED)
@@ -168,9 +169,9 @@ class Watch:
                 self._hear_signal(signal.Signals(number).name)
 
     def _hear_signal(self, name: str) -> None:
-        """Launchers turn one Ctrl-C into a SIGINT and a SIGINT or SIGTERM right after it; what comes later is the second."""
-        late = time.monotonic() - self._asked_at > ONE_CTRL_C_SECONDS
-        if self._training and self.reason == "SIGINT" and name in HARDER_SIGNALS and late:
+        """launch.py adds a SIGTERM to the first Ctrl-C, and torchrun makes a SIGTERM of the second: they differ in time."""
+        waited = time.monotonic() - self._asked_at
+        if self._training and self.reason == "SIGINT" and waited > SECOND_AFTER_SECONDS.get(name, math.inf):
             self._leave_at_once()
         self._request(name)
 
@@ -181,7 +182,11 @@ class Watch:
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 
     def _accept(self, listener: socket.socket) -> None:
-        self._add_link(listener.accept()[0], None)
+        try:
+            line, _ = listener.accept()
+        except OSError:
+            return
+        self._add_link(line, None)
 
     def _add_link(self, line: socket.socket, rank: int | None) -> None:
         line.setblocking(False)
@@ -250,7 +255,7 @@ class Watch:
     def _fail(self, verdict: str, silent: _Link | None = None) -> None:
         self._verdict = verdict
         if self._rank <= 1 or self._local_rank == 0:
-            print(f"failed: {verdict}; all ranks stop; {SAME_COMMAND}", file=sys.stderr, flush=True)
+            say(f"failed: {verdict}; all ranks stop; {SAME_COMMAND}", sys.stderr)
         if silent is not None:
             _kill_sibling(silent.said)
         self._tell()
@@ -260,12 +265,28 @@ class Watch:
         self._at_once = True
         self._tell()
         if self._rank == 0:
-            print(f"Stopped at once, at step {self.step}, without a save; {SAME_COMMAND}", flush=True)
+            say(f"Stopped at once, at step {self.step}, without a save; {SAME_COMMAND}", sys.stdout)
         os._exit(FAILED)
 
     def _say_stopped(self) -> None:
         if self._rank == 0:
-            print(f"Stopped by {self.reason} before training went on; {SAME_COMMAND}", flush=True)
+            say(f"Stopped by {self.reason} before training went on; {SAME_COMMAND}", sys.stdout)
+
+
+def say(line: str, file: TextIO) -> None:
+    """Prints a line; when the terminal or the pipe behind it is gone, all output goes nowhere from then on."""
+    try:
+        print(line, file=file, flush=True)
+    except OSError:
+        lose_terminal()
+
+
+def lose_terminal() -> None:
+    """Points standard output and error at nothing: a lost terminal must not end a run."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2):
+        os.dup2(nothing, number)
+    os.close(nothing)
 
 
 def _parse(line: bytes) -> dict:
@@ -300,7 +321,7 @@ def _parent(process: int) -> int:
 def _kill_sibling(said: dict) -> None:
     """A stopped process hears nothing but SIGKILL; only a child of this process's own launcher is meant."""
     if said.get("host") == socket.gethostname() and said.get("parent") == os.getppid() == _parent(said["process"]):
-        os.kill(said["process"], signal.SIGKILL)
+        _signal(said["process"], signal.SIGKILL)
 
 
 def _end_descendants() -> None:
@@ -310,7 +331,13 @@ def _end_descendants() -> None:
     while grown := {process for process, parent in parents.items() if parent in family} - family:
         family |= grown
     for process in family - {os.getpid()}:
-        try:
-            os.kill(process, signal.SIGTERM)
-        except ProcessLookupError:
-            continue
+        _signal(process, signal.SIGTERM)
+
+
+def _signal(process: int, number: signal.Signals) -> bool:
+    """Whether the process was still there to be signalled."""
+    try:
+        os.kill(process, number)
+    except ProcessLookupError:
+        return False
+    return True

@@ -415,7 +415,7 @@ def _compiling(config: TrainingConfig, ranks: Ranks) -> Iterator[None]:
     """Around whatever may compile DeepSpeed's extensions."""
     with preflight.compiling(config, ranks.local_rank) as lines:
         for line in lines:
-            print(line, flush=True)
+            lifecycle.say(line, sys.stdout)
         yield
 
 
@@ -493,11 +493,10 @@ def _refuse_more_skips(run: Run, step: int, progress: Progress) -> None:
     if run.ranks.rank == 0:
         good, _ = checkpoint.newest_verified(run.config)
         last = f"the last good checkpoint is {good.folder}" if good else "there is no checkpoint yet"
-        print(
+        lifecycle.say(
             f"failed: {progress.skipped_in_a_row} steps in a row up to step {step} had gradients that are not finite"
             f" (max_skipped_steps); {last}; metrics.jsonl names their documents; remove them or lower learning_rate",
-            file=sys.stderr,
-            flush=True,
+            sys.stderr,
         )
     torch.distributed.barrier()
     raise SystemExit(lifecycle.FAILED)
@@ -642,8 +641,9 @@ def _reporting(run: Run) -> Iterator[Callable[[dict], None]]:
     if run.ranks.rank != 0:
         yield lambda record: None
         return
-    config, live, unwritten = run.config, sys.stderr.isatty(), []
-    bar = tqdm(total=config.num_steps, initial=run.first_step, unit="step", dynamic_ncols=True, disable=not live)
+    config, unwritten = run.config, []
+    silent = not sys.stderr.isatty()
+    bar = tqdm(total=config.num_steps, initial=run.first_step, unit="step", dynamic_ncols=True, disable=silent)
     with bar, _board(run) as plot:
 
         def report(record: dict) -> None:
@@ -651,16 +651,24 @@ def _reporting(run: Run) -> Iterator[Callable[[dict], None]]:
             if checkpoint.append_metrics(config, unwritten):
                 unwritten.clear()
             plot(record)
-            if record["kind"] == "train" and live:
-                bar.set_postfix_str(_train_line(record), refresh=False)
-                bar.update(record["step"] - bar.n)
-            elif record.get("event") != "started":
-                bar.write(_line(record, config), file=sys.stdout)
+            try:
+                _show(record, config, bar)
+            except OSError:
+                lifecycle.lose_terminal()
             if record.get("event") == "saved":
                 _draw(config)
 
         yield report
     _draw(config)
+
+
+def _show(record: dict, config: TrainingConfig, bar: tqdm) -> None:
+    if record["kind"] == "train" and not bar.disable:
+        bar.set_postfix_str(_train_line(record), refresh=False)
+        bar.update(record["step"] - bar.n)
+    elif record.get("event") != "started":
+        bar.write(_line(record, config), file=sys.stdout)
+        sys.stdout.flush()
 
 
 @contextmanager
@@ -696,7 +704,7 @@ def _draw(config: TrainingConfig) -> None:
     try:
         draw_losses(checkpoint.metrics_path(config), checkpoint.picture_path(config))
     except OSError as fault:
-        print(f"{checkpoint.picture_path(config)} is not drawn: {fault}", flush=True)
+        lifecycle.say(f"{checkpoint.picture_path(config)} is not drawn: {fault}", sys.stdout)
 
 
 def _train_line(record: dict) -> str:
@@ -751,4 +759,4 @@ def _summary(config: TrainingConfig) -> str:
 
 def _say(ranks: Ranks, line: str) -> None:
     if ranks.rank == 0:
-        print(line, flush=True)
+        lifecycle.say(line, sys.stdout)

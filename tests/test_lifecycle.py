@@ -135,13 +135,10 @@ def expect_stopped(ended: Ended, config: TrainingConfig, phase: str) -> None:
     assert f"saved in {found.folder}" in ended.output
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory) -> TrainingConfig:
+@pytest.fixture(scope="session")
+def uninterrupted(finished_runs) -> TrainingConfig:
     """The run that every stopped run must become."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    config = stopping_config(folder)
-    expect_success(launch(folder, training_script(config, ""), COMMANDS["torchrun"]))
-    return config
+    return finished_runs[2, "fp32"]
 
 
 def values(config: TrainingConfig) -> list[tuple]:
@@ -211,7 +208,7 @@ def test_a_killed_rank_is_named_and_all_stop(launcher, target, tmp_path):
 def test_a_second_interrupt_stops_at_once(launcher, tmp_path):
     config = stopping_config(tmp_path, tokens_per_step=4096)
     slow = [("rank 1", "SIGINT"), ("rank 1", "SIGINT")]
-    ended = stop(tmp_path, config, launcher, "slow training", slow, 2 * lifecycle.ONE_CTRL_C_SECONDS)
+    ended = stop(tmp_path, config, launcher, "slow training", slow, 1.5)
     assert "Stopped at once, at step 1, without a save" in ended.output, ended.output
     assert ended.status != 0 and ended.seconds < GONE_SECONDS
     assert newest_verified(config) == (None, [])
@@ -279,3 +276,14 @@ def test_a_stop_leaves_no_compiler_behind():
         os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(30)
     assert child.wait(GONE_SECONDS) != 0
+
+
+def test_a_lost_terminal_does_not_end_the_run(tmp_path):
+    config = stopping_config(tmp_path)
+    (running,) = start(tmp_path, training_script(config, PHASES.format(phase="training")), ["python"])
+    wait_for(lambda: (tmp_path / "in-training-0").exists(), running)
+    assert running.stdout is not None
+    running.stdout.close()
+    assert running.wait(100) == 0
+    found, _ = newest_verified(config)
+    assert found is not None and found.state["step"] == config.num_steps
