@@ -7,12 +7,14 @@ and none ever holds the whole.
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
 import struct
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -46,6 +48,8 @@ MANIFEST, STATE = "training/manifest.json", "training/state.json"
 FOLDERS = "step-" + "[0-9]" * 8
 CODE_ENDINGS = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", "model.safetensors.index.json")
 NOT_READ_BACK = errno.EBADMSG
+NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+POLL_SECONDS = 0.2
 GIB = 2**30
 
 
@@ -119,14 +123,49 @@ def refuse_other_run(config: TrainingConfig) -> None:
         )
 
 
-def claim_run(config: TrainingConfig) -> None:
-    """Creates run_dir and its config.json; clears away checkpoints that a killed process left half-written or replaced."""
+def hold_run(config: TrainingConfig, wait_seconds: float) -> int | None:
+    """Holds run_dir for this process, which ends with the process or when the descriptor is closed; None when it is not there.
+
+    A file system without locks is not held.
+
+    Raises:
+        ValueError: another launch still holds it after `wait_seconds`.
+    """
+    if not Path(config.run_dir).is_dir():
+        return None
+    descriptor, limit = os.open(config.run_dir, os.O_RDONLY), time.monotonic() + wait_seconds
+    while not _lock(descriptor):
+        if time.monotonic() > limit:
+            os.close(descriptor)
+            raise ValueError(f"run_dir={config.run_dir!r} is in use by another launch; wait for its end, or stop it")
+        time.sleep(POLL_SECONDS)
+    return descriptor
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as fault:
+        return fault.errno in NO_LOCKS
+    return True
+
+
+def claim_run(config: TrainingConfig, step: int) -> None:
+    """Creates run_dir and its config.json; clears away checkpoints that a killed process left half-written or replaced, and
+    sets aside, as step-XXXXXXXX.faulty, those newer than the `step` that the run continues from: they did not verify.
+    """
     folder = Path(config.run_dir)
     _checkpoints(config).mkdir(parents=True, exist_ok=True)
     kept = _folders(config).values()
     for leftover in [*_checkpoints(config).glob(".step-*.draft"), *_checkpoints(config).glob(".step-*.replaced")]:
         if leftover not in kept:
             shutil.rmtree(leftover)
+    for at, newer in _folders(config).items():
+        if at > step:
+            shutil.rmtree(aside := _faulty(newer), ignore_errors=True)
+            newer.rename(aside)
     _write_text(folder / "config.json", json.dumps(config_record(config), indent=2) + "\n")
 
 
@@ -171,9 +210,16 @@ def read_metrics(config: TrainingConfig) -> list[dict]:
     return [_parse_record(line, f"{path}: line {number}") for number, line in enumerate(lines, 1) if line.endswith("\n")]
 
 
-def rewind_metrics(config: TrainingConfig, step: int) -> None:
-    """Drops every line after `step`, and a half-written last one, so that a resumed run logs each step once."""
-    kept = [record for record in read_metrics(config) if record["step"] <= step]
+def rewind_metrics(config: TrainingConfig, step: int, looked_around: bool) -> None:
+    """Drops every line after `step`, and a half-written last one, so that a resumed run logs each step once; without
+    `looked_around` the evaluation and the sample of `step` too, which are then made again.
+    """
+
+    def is_kept(record: dict) -> bool:
+        repeated = not looked_around and (record["kind"] == "eval" or record.get("event") == "sample")
+        return record["step"] < step or (record["step"] == step and not repeated)
+
+    kept = [record for record in read_metrics(config) if is_kept(record)]
     _write_text(metrics_path(config), "".join(json.dumps(record) + "\n" for record in kept))
 
 
@@ -205,6 +251,7 @@ def save(engine, config: TrainingConfig, tokenizer_json: str, end_of_text_id: in
     num_bytes = save_num_bytes(config, tokenizer_json)
     try:
         _together(lambda: _begin(draft, num_bytes) if rank == 0 else None)
+        _together(lambda: _sync_metrics(config) if rank == 0 else None)
         records = _together(lambda: _write_files(draft, engine, config, tokenizer_json, end_of_text_id, progress))
         gathered = _gather_records(records)
         _together(lambda: _publish(draft, folder, gathered) if rank == 0 else None)
@@ -397,6 +444,13 @@ def _begin(draft: Path, num_bytes: int) -> None:
     (draft / "training").mkdir(parents=True)
 
 
+def _sync_metrics(config: TrainingConfig) -> None:
+    """The log up to this step must outlive a power cut if the checkpoint does."""
+    if metrics_path(config).exists():
+        with metrics_path(config).open("rb") as file:
+            os.fsync(file.fileno())
+
+
 def _write_files(
     draft: Path, engine, config: TrainingConfig, tokenizer_json: str, end_of_text_id: int, progress: dict
 ) -> dict[str, FileRecord]:
@@ -526,8 +580,17 @@ def _publish(draft: Path, folder: Path, records: dict[str, FileRecord]) -> None:
     _remove(replaced)
 
 
+def _faulty(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name.lstrip('.').removesuffix('.replaced')}.faulty")
+
+
 def _prune(config: TrainingConfig, step: int) -> None:
-    """Deletes all but `keep_checkpoints` of the checkpoints up to `step`, never the one at `step` nor a newer one."""
+    """Deletes all but `keep_checkpoints` of the checkpoints up to `step`, never the one at `step` nor a newer one, and those
+    set aside that training has made anew.
+    """
+    for aside in _checkpoints(config).glob(f"{FOLDERS}.faulty"):
+        if int(aside.name[5:13]) <= step:
+            shutil.rmtree(aside)
     older = [folder for at, folder in sorted(_folders(config).items()) if at < step]
     for folder in older[: max(0, len(older) + 1 - config.keep_checkpoints)]:
         _remove(folder)

@@ -25,6 +25,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SECOND_AFTER_SECONDS = {"SIGINT": 0.3, "SIGTERM": 2.0}
 BEAT_SECONDS = 0.25
 LEAVE_SECONDS = 3.0
+HANG_UP_SECONDS = SAY_SECONDS = 1.0
 CONNECT_SECONDS = 60.0
 READ_BYTES = 65536
 SAME_COMMAND = "the same command continues from the newest checkpoint"
@@ -58,6 +59,7 @@ class Watch:
         self._verdict: str | None = None
         self._token, self._links, self._listener = "", [], None
         self._asked_at = self._looked_at = time.monotonic()
+        self._interrupted_at = math.inf
         self._num_launchers, self._launchers = num_launchers, [] if _is_orphan(num_launchers) else _ancestors(num_launchers)
         self._selector = selectors.DefaultSelector()
         self._waker, self._wakened = socket.socketpair()
@@ -86,7 +88,7 @@ class Watch:
 
     @contextmanager
     def before_training(self) -> Iterator[None]:
-        """Around everything before step one: a stop request ends in status 75, whatever it interrupted."""
+        """Around everything before step one: a stop request ends in status 75, whatever it interrupted; later ones wait."""
         try:
             yield
         except BaseException as fault:
@@ -96,11 +98,11 @@ class Watch:
             self._say_stopped()
             self.close(clean=True)
             raise SystemExit(STOPPED) from None
+        self._training = True
 
     @contextmanager
     def during_training(self) -> Iterator[None]:
-        """Around the loop: from here a request waits for the step boundary where all ranks agree."""
-        self._training = True
+        """Around the loop, where a request waits for the step boundary at which all ranks agree."""
         try:
             yield
         except SystemExit:
@@ -119,12 +121,25 @@ class Watch:
         if self._handlers is not None:
             signal.set_wakeup_fd(self._wakeup_before)
             for number, handler in self._handlers.items():
-                signal.signal(number, handler)
+                signal.signal(number, handler or signal.SIG_DFL)
         if clean:
             self._tell()
+            self._hang_up()
         for each in (*(link.line for link in self._links), self._listener, self._waker, self._wakened, self._selector):
             if each is not None:
                 each.close()
+
+    def _hang_up(self) -> None:
+        """Lets the last words arrive: a line that is closed with something unread in it takes them back."""
+        limit = time.monotonic() + HANG_UP_SECONDS
+        for link in self._links:
+            link.line.settimeout(max(0.01, limit - time.monotonic()))
+            try:
+                link.line.shutdown(socket.SHUT_WR)
+                while link.line.recv(READ_BYTES) and time.monotonic() < limit:
+                    continue
+            except OSError:
+                continue
 
     def _take_signals(self) -> dict:
         """Takes over the stop signals; a hang-up that was to be ignored (nohup) stays ignored."""
@@ -165,14 +180,16 @@ class Watch:
 
     def _hear_signals(self, wakened: socket.socket) -> None:
         for number in wakened.recv(READ_BYTES):
-            if number:
+            if number in STOP_SIGNALS:
                 self._hear_signal(signal.Signals(number).name)
 
     def _hear_signal(self, name: str) -> None:
         """launch.py adds a SIGTERM to the first Ctrl-C, and torchrun makes a SIGTERM of the second: they differ in time."""
-        waited = time.monotonic() - self._asked_at
-        if self._training and self.reason == "SIGINT" and waited > SECOND_AFTER_SECONDS.get(name, math.inf):
+        waited = time.monotonic() - self._interrupted_at
+        if self._training and waited > SECOND_AFTER_SECONDS.get(name, math.inf):
             self._leave_at_once()
+        if name == "SIGINT":
+            self._interrupted_at = min(self._interrupted_at, time.monotonic())
         self._request(name)
 
     def _request(self, reason: str) -> None:
@@ -190,6 +207,7 @@ class Watch:
 
     def _add_link(self, line: socket.socket, rank: int | None) -> None:
         line.setblocking(False)
+        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         link = _Link(line, -1 if rank is None else rank, time.monotonic())
         self._links = [*self._links, link]
         self._selector.register(line, selectors.EVENT_READ, lambda _: self._hear(link))
@@ -247,25 +265,26 @@ class Watch:
                     f"rank {link.rank} has been silent for {self._silent_seconds:g} s, at step {link.said['step']}", link
                 )
         if self.reason is not None and not self._training and now - self._asked_at > LEAVE_SECONDS and not self._closing:
-            self._say_stopped()
+            self._leaving = True
             self._tell()
+            self._say_stopped()
             _end_descendants()
             os._exit(STOPPED)
 
     def _fail(self, verdict: str, silent: _Link | None = None) -> None:
         self._verdict = verdict
-        if self._rank <= 1 or self._local_rank == 0:
-            say(f"failed: {verdict}; all ranks stop; {SAME_COMMAND}", sys.stderr)
+        self._tell()
         if silent is not None:
             _kill_sibling(silent.said)
-        self._tell()
+        if self._rank <= 1 or self._local_rank == 0:
+            _say_briefly(f"failed: {verdict}; all ranks stop; {SAME_COMMAND}", sys.stderr)
         os._exit(FAILED)
 
     def _leave_at_once(self) -> None:
         self._at_once = True
         self._tell()
         if self._rank == 0:
-            say(f"Stopped at once, at step {self.step}, without a save; {SAME_COMMAND}", sys.stdout)
+            _say_briefly(f"Stopped at once, at step {self.step}, without a save; {SAME_COMMAND}", sys.stdout)
         os._exit(FAILED)
 
     def _say_stopped(self) -> None:
@@ -287,6 +306,13 @@ def lose_terminal() -> None:
     for number in (1, 2):
         os.dup2(nothing, number)
     os.close(nothing)
+
+
+def _say_briefly(line: str, file: TextIO) -> None:
+    """As `say`, from a process that must end even if its output is blocked."""
+    speaker = threading.Thread(target=say, args=(line, file), daemon=True)
+    speaker.start()
+    speaker.join(SAY_SECONDS)
 
 
 def _parse(line: bytes) -> dict:
@@ -314,7 +340,7 @@ def _is_orphan(count: int) -> bool:
 def _parent(process: int) -> int:
     try:
         return int(Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[1])
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return 0
 
 

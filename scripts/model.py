@@ -429,8 +429,8 @@ def architecture_fields(description: dict) -> dict:
 def continue_ids(model: Decoder, ids: Tensor, num_tokens: int, temperature: float, top_k: int, seed: int) -> Iterator[int]:
     """Samples up to `num_tokens` ids after the prompt `ids` (T,) with a key/value cache; a seed gives one continuation.
 
-    Temperature 0 (or below 1e-6) takes the likeliest id. The prompt is cut to its last `context_length` ids; positions beyond
-    `context_length` are reached by dropping the older half of the context.
+    Temperature 0 (or below 1e-6) takes the likeliest id; where a logit is not finite it ends. The prompt is cut to its last
+    `context_length` ids; positions beyond `context_length` are reached by dropping the older half of the context.
     """
     generator = torch.Generator().manual_seed(seed)
     limit = min(model.config.context_length, len(ids) + num_tokens)
@@ -442,7 +442,10 @@ def continue_ids(model: Decoder, ids: Tensor, num_tokens: int, temperature: floa
         fresh = torch.tensor([context[filled:]], device=model.head.device)
         hidden = model(fresh, cache, filled)[0, -1]
         filled = len(context)
-        context.append(_sample(functional.linear(hidden, model.head).float().cpu(), temperature, top_k, generator))
+        logits = functional.linear(hidden, model.head).float().cpu()
+        if not logits.isfinite().all():
+            return
+        context.append(_sample(logits, temperature, top_k, generator))
         yield context[-1]
 
 

@@ -39,7 +39,9 @@ def _plot_losses(axes: Axes, train: list[dict], held_out: list[dict]) -> None:
     _plot_line(axes, train, "loss", "loss (nats per token)", TRAIN, "training")
     if held_out:
         axes.plot(*_series(held_out, "val_loss"), color=HELD_OUT, marker="o", markersize=4, label="held out")
-        last = held_out[-1]
+    finite = [record for record in held_out if record["val_loss"] is not None]
+    if finite:
+        last = finite[-1]
         words = f"{last['val_loss']:.2f} nats, {last['val_bits_per_byte']:.2f} bits per byte"
         at = (last["tokens"], last["val_loss"])
         axes.annotate(words, at, (0, 14), textcoords="offset points", ha="right", color=HELD_OUT)

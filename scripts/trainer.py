@@ -40,6 +40,7 @@ from scripts.report import draw_losses
 
 GIB = 2**30
 NUM_NAMED_DOCUMENTS, BEGINNING_TOKENS = 3, 48
+HOLD_SECONDS = 60
 Objective = Callable[..., Tensor]
 
 
@@ -82,7 +83,9 @@ class Step(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What the loop works on. `first_step` is 0, or the step of the checkpoint that the run continues from."""
+    """What the loop works on. `first_step` is 0, or the step of the checkpoint that the run continues from; `hold` keeps other
+    launches out of run_dir, on rank 0.
+    """
 
     config: TrainingConfig
     ranks: Ranks
@@ -92,6 +95,7 @@ class Run(NamedTuple):
     first_step: int
     progress: Progress
     watch: lifecycle.Watch
+    hold: int | None
 
 
 FRESH = Progress(0, 0, (), (0,) * 4, (0,) * 4, True)
@@ -136,7 +140,7 @@ def train(run: Run | None, objective: Objective) -> None:
     if run is None:
         return
     config, progress, saved = run.config, run.progress, None
-    with run.watch.during_training(), _reporting(run) as report:
+    with run.watch.during_training(), _holding(run), _reporting(run) as report:
         _begin(run, report)
         for step in range(run.first_step, config.num_steps):
             started = time.perf_counter()
@@ -307,15 +311,45 @@ def _ready(config: TrainingConfig, ranks: Ranks, watch: lifecycle.Watch, prepare
     refuse_unfit(config, ranks.world_size)
     preflight.refuse_missing_compilers(config)
     checkpoint.refuse_other_run(config)
-    found = _newest_checkpoint(config, ranks)
-    if found is not None and found.state["step"] == config.num_steps:
-        _say(ranks, f"This run is finished: {config.num_steps} steps. {_summary(config)}")
-        return None
     _say(ranks, "Starting DeepSpeed. Its first start on a machine compiles the CPU Adam, which takes a minute or two.")
     with _compiling(config, ranks):
         _join(config, ranks)
     _connect(ranks, watch)
-    return _build(config, ranks, watch, _prepare_in_turn(config, ranks, prepare), found)
+    hold = _refuse_together(lambda: checkpoint.hold_run(config, HOLD_SECONDS) if ranks.rank == 0 else None, ranks)
+    try:
+        run = _continue_or_begin(config, ranks, watch, hold, prepare)
+    except BaseException:
+        _release(hold)
+        raise
+    if run is None:
+        _release(hold)
+    return run
+
+
+def _continue_or_begin(
+    config: TrainingConfig, ranks: Ranks, watch: lifecycle.Watch, hold: int | None, prepare: Callable
+) -> Run | None:
+    found = _refuse_together(lambda: _newest_checkpoint(config, ranks), ranks)
+    first_step = 0 if found is None else found.state["step"]
+    if _largest(first_step, ranks) != -_largest(-first_step, ranks):
+        raise ValueError(f"run_dir={config.run_dir!r} does not hold the same on every machine; put it on a shared path")
+    if first_step == config.num_steps:
+        _say(ranks, f"This run is finished: {config.num_steps} steps. {_summary(config)}")
+        return None
+    return _build(config, ranks, watch, hold, _prepare_in_turn(config, ranks, prepare), found)
+
+
+@contextmanager
+def _holding(run: Run) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        _release(run.hold)
+
+
+def _release(hold: int | None) -> None:
+    if hold is not None:
+        os.close(hold)
 
 
 def _newest_checkpoint(config: TrainingConfig, ranks: Ranks) -> checkpoint.Checkpoint | None:
@@ -384,30 +418,31 @@ def _device(ranks: Ranks) -> torch.device:
     return torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _build(config: TrainingConfig, ranks: Ranks, watch: lifecycle.Watch, data, found: checkpoint.Checkpoint | None) -> Run:
-    if found is not None and found.state["data_fingerprint"] != data.fingerprint:
-        raise ValueError(f"data_dir={config.data_dir!r} is not the data that {found.folder} was trained on; put that data back")
-    first_step = 0 if found is None else found.state["step"]
-    if _largest(first_step, ranks) != -_largest(-first_step, ranks):
-        raise ValueError(f"run_dir={config.run_dir!r} does not hold the same on every machine; put it on a shared path")
-    device = _device(ranks)
+def _build(
+    config: TrainingConfig, ranks: Ranks, watch: lifecycle.Watch, hold: int | None, data, found: checkpoint.Checkpoint | None
+) -> Run:
+    device, first_step, progress = _device(ranks), 0, FRESH
+    if found is not None:
+        first_step, progress = found.state["step"], Progress(**found.state["progress"])
+    model = _refuse_together(lambda: _model_to_train(config, device, data, found), ranks)
     with _compiling(config, ranks):
         preflight.refuse_untrue_updates(config, ranks.rank, ranks.world_size, device, partial(_train_tiny, ranks))
-        engine = _initialize(config, ranks, _model_to_train(config, device, found))
+        engine = _initialize(config, ranks, model)
     if found is not None:
-        checkpoint.load_state(engine, found)
+        _refuse_together(lambda: checkpoint.load_state(engine, found), ranks)
         _say(ranks, f"Continuing after step {first_step} from {found.folder}")
-    _refuse_together(lambda: _claim(config, -1 if found is None else first_step) if ranks.rank == 0 else None, ranks)
-    progress = FRESH if found is None else Progress(**found.state["progress"])
-    return Run(config, ranks, device, engine, data, first_step, progress, watch)
+    held = _refuse_together(lambda: _claim(config, first_step, progress, hold) if ranks.rank == 0 else None, ranks)
+    return Run(config, ranks, device, engine, data, first_step, progress, watch, held)
 
 
-def _claim(config: TrainingConfig, step: int) -> None:
+def _claim(config: TrainingConfig, step: int, progress: Progress, hold: int | None) -> int | None:
     try:
-        checkpoint.claim_run(config)
-        checkpoint.rewind_metrics(config, step)
+        checkpoint.claim_run(config, step)
+        held = checkpoint.hold_run(config, 0) if hold is None else hold
+        checkpoint.rewind_metrics(config, step if step else -1, progress.looked_around)
     except OSError as fault:
         raise ValueError(f"run_dir={config.run_dir!r} cannot be written: {fault.strerror}; make room in it") from None
+    return held
 
 
 @contextmanager
@@ -448,7 +483,9 @@ def _initialize(config: TrainingConfig, ranks: Ranks, model: Decoder):
     return engine
 
 
-def _model_to_train(config: TrainingConfig, device: torch.device, found: checkpoint.Checkpoint | None) -> Decoder:
+def _model_to_train(config: TrainingConfig, device: torch.device, data, found: checkpoint.Checkpoint | None) -> Decoder:
+    if found is not None and found.state["data_fingerprint"] != data.fingerprint:
+        raise ValueError(f"data_dir={config.data_dir!r} is not the data that {found.folder} was trained on; put that data back")
     model, source = empty_model(config, device), config.init_from if found is None else found.folder
     if source is None:
         return initialise(model)
@@ -583,8 +620,8 @@ def _evaluate(run: Run, step: int) -> dict:
         "kind": "eval",
         "step": step,
         "tokens": tokens,
-        "val_loss": found.nats_per_token,
-        "val_bits_per_byte": found.bits_per_byte,
+        "val_loss": _finite(found.nats_per_token),
+        "val_bits_per_byte": _finite(found.bits_per_byte),
     }
 
 
@@ -653,7 +690,7 @@ def _reporting(run: Run) -> Iterator[Callable[[dict], None]]:
             plot(record)
             try:
                 _show(record, config, bar)
-            except OSError:
+            except (OSError, UnicodeEncodeError):
                 lifecycle.lose_terminal()
             if record.get("event") == "saved":
                 _draw(config)
@@ -734,6 +771,8 @@ def _named_documents(record: dict) -> str:
 
 
 def _held_out_words(record: dict) -> str:
+    if record["val_loss"] is None:
+        return "not finite"
     return f"{record['val_loss']:.3f} nats per token, {record['val_bits_per_byte']:.3f} bits per byte"
 
 

@@ -153,15 +153,47 @@ def test_a_run_of_another_configuration_is_refused_with_every_field_that_differs
 def test_rewinding_drops_later_lines_and_a_half_written_one(copied_run):
     with checkpoint.metrics_path(copied_run).open("a") as file:
         file.write('{"kind": "train", "st')
-    checkpoint.rewind_metrics(copied_run, SAVE_EVERY)
+    checkpoint.rewind_metrics(copied_run, SAVE_EVERY, True)
     assert {line["step"] for line in metrics(copied_run)} == set(range(SAVE_EVERY + 1))
+
+
+def test_an_evaluation_that_will_be_made_again_is_dropped(copied_run):
+    checkpoint.rewind_metrics(copied_run, SAVE_EVERY, False)
+    lines = metrics(copied_run)
+    assert {line["step"] for line in lines if line["kind"] == "train"} == set(range(1, SAVE_EVERY + 1))
+    assert {line["step"] for line in lines if line["kind"] == "eval"} == {0}
+
+
+def test_a_run_that_another_launch_holds_is_refused_until_it_ends(copied_run):
+    held = checkpoint.hold_run(copied_run, 0)
+    assert held is not None
+    with pytest.raises(ValueError, match="in use by another launch"):
+        checkpoint.hold_run(copied_run, 0.3)
+    os.close(held)
+    again = checkpoint.hold_run(copied_run, 0)
+    assert again is not None
+    os.close(again)
+    assert checkpoint.hold_run(replace(copied_run, run_dir=copied_run.run_dir + "-new"), 0) is None
+
+
+def test_newer_checkpoints_that_did_not_verify_are_set_aside_until_training_has_passed_them(copied_run):
+    newest = newest_folder(copied_run)
+    (newest / "config.json").write_text("{}")
+    checkpoint.claim_run(copied_run, SAVE_EVERY)
+    aside = newest.with_name(newest.name + ".faulty")
+    assert aside.is_dir() and not newest.exists()
+    assert checkpoint.newest_verified(copied_run)[1] == []
+    checkpoint._prune(copied_run, SAVE_EVERY)
+    assert aside.is_dir()
+    checkpoint._prune(copied_run, STEPS)
+    assert not aside.exists()
 
 
 def test_half_written_checkpoints_are_cleared_away_and_never_taken(copied_run):
     draft = newest_folder(copied_run).rename(newest_folder(copied_run).with_name(".step-00000009.draft"))
     found, faults = checkpoint.newest_verified(copied_run)
     assert found is not None and found.state["step"] == SAVE_EVERY and not faults
-    checkpoint.claim_run(copied_run)
+    checkpoint.claim_run(copied_run, SAVE_EVERY)
     assert not draft.exists()
 
 
@@ -240,7 +272,7 @@ def kept_whole_when_killed(config: TrainingConfig, work) -> int:
         for _ in range(2):
             found, _ = checkpoint.newest_verified(config)
             assert found is not None and found.state["step"] == STEPS
-            checkpoint.claim_run(config)
+            checkpoint.claim_run(config, STEPS)
         leftovers = [path for path in (Path(config.run_dir) / "checkpoints").iterdir() if path.suffix == ".draft"]
         assert not leftovers
     raise AssertionError("it never ends")
@@ -306,7 +338,7 @@ def test_a_damaged_line_of_the_log_is_named(copied_run, line):
 
 def test_a_field_that_is_newer_than_the_run_counts_as_its_default(tmp_path):
     config = tiny_config(tmp_path, save_every_steps=TrainingConfig.save_every_steps)
-    checkpoint.claim_run(config)
+    checkpoint.claim_run(config, 0)
     path = Path(config.run_dir) / "config.json"
     stored = json.loads(path.read_text())
     path.write_text(json.dumps({name: value for name, value in stored.items() if name != "save_every_steps"}))
@@ -707,7 +739,7 @@ armed, report, others = [], {}, {}
 sys.addaudithook(hook)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 if rank == 0:
-    checkpoint.claim_run(config)
+    checkpoint.claim_run(config, 0)
 own = f"{rank:05d}-of-00002.safetensors"
 tried("first", 1)
 tried("too little room", 2, lambda: fill(num_bytes // 2), lambda: on_opening(own, flip))

@@ -287,3 +287,15 @@ def test_a_lost_terminal_does_not_end_the_run(tmp_path):
     assert running.wait(100) == 0
     found, _ = newest_verified(config)
     assert found is not None and found.state["step"] == config.num_steps
+
+
+def test_other_programs_signals_are_no_stop_requests():
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    watch = lifecycle.Watch(0, 0, 0, SILENT_SECONDS)
+    try:
+        os.kill(os.getpid(), signal.SIGALRM)
+        time.sleep(3 * lifecycle.BEAT_SECONDS)
+        assert watch.reason is None
+    finally:
+        watch.close(clean=True)
+        signal.signal(signal.SIGALRM, before)
