@@ -40,7 +40,8 @@ HASH_BYTES = 2**22
 DIGEST_BYTES = 32
 HASH_THREADS, READ_THREADS = 2, 8
 WRITE_BACK_BYTES = 2**25
-CHUNK_BYTES, SAVE_BYTES = 2**26, 2**26
+PIECE_ELEMENTS = 2**20
+SAVE_BYTES = 2**26
 TEXTS_BYTES = 2**20
 LARGEST_JSON_BYTES = 2**26
 LARGEST_STEP = 10**8 - 1
@@ -349,7 +350,7 @@ def described_config(folder: Path) -> TrainingConfig:
 def load_weights(model: Decoder, folder: Path) -> None:
     """Copies a transformers folder's safetensors weights, sharded or not, into `model`.
 
-    Memory beside the model's: none where the dtypes agree on the host, else one chunk of CHUNK_BYTES. Files are read, not
+    Memory beside the model's: none where the dtypes agree on the host, else READ_THREADS pieces of PIECE_ELEMENTS. Files are read, not
     mapped, so that a failing disk is an error and not the end of the process.
 
     Raises:
@@ -784,15 +785,20 @@ def _tensors_in(path: Path) -> dict[str, Stored]:
 
 
 def _read_into(path: Path, position: int, dtype: torch.dtype, target: Tensor) -> None:
-    """Fills the flat `target` (n,) from the file's elements of `dtype` at byte `position`."""
-    direct = target.dtype == dtype and target.device.type == "cpu"
-    with path.open("rb", buffering=0) as file:
-        for piece in target.split(CHUNK_BYTES // 8):
-            landing = piece if direct else torch.empty(len(piece), dtype=dtype)
-            _read_all(file.fileno(), _bytes_of(landing), position)
-            if not direct:
-                piece.copy_(landing)
-            position += len(piece) * dtype.itemsize
+    """Fills the flat `target` (n,) from the file's elements of `dtype` at byte `position`, READ_THREADS pieces at a time."""
+    pieces = target.split(PIECE_ELEMENTS)
+    starts = range(position, position + len(target) * dtype.itemsize, PIECE_ELEMENTS * dtype.itemsize)
+    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(READ_THREADS) as pool:
+        list(pool.map(lambda piece, start: _read_piece(file.fileno(), start, dtype, piece), pieces, starts))
+
+
+def _read_piece(descriptor: int, position: int, dtype: torch.dtype, piece: Tensor) -> None:
+    if piece.dtype == dtype and piece.device.type == "cpu":
+        _read_all(descriptor, _bytes_of(piece), position)
+        return
+    landing = torch.empty(len(piece), dtype=dtype)
+    _read_all(descriptor, _bytes_of(landing), position)
+    piece.copy_(landing)
 
 
 def _write_safetensors(path: Path, tensors: dict[str, Tensor]) -> FileRecord:
