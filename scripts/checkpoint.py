@@ -350,8 +350,8 @@ def described_config(folder: Path) -> TrainingConfig:
 def load_weights(model: Decoder, folder: Path) -> None:
     """Copies a transformers folder's safetensors weights, sharded or not, into `model`.
 
-    Memory beside the model's: none where the dtypes agree on the host, else READ_THREADS pieces of PIECE_ELEMENTS. Files are read, not
-    mapped, so that a failing disk is an error and not the end of the process.
+    Memory beside the model's: none where the dtypes agree on the host, else READ_THREADS pieces of PIECE_ELEMENTS. Files are
+    read, not mapped, so that a failing disk is an error and not the end of the process.
 
     Raises:
         ValueError: the folder is no plain Llama or Qwen3 of this shape, or a tensor is missing, extra or misshapen.
