@@ -38,9 +38,9 @@ SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float1
 READABLE_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()} | {"F64": torch.float64}
 HASH_BYTES = 2**22
 DIGEST_BYTES = 32
-HASH_THREADS, READ_THREADS = 2, 8
+HASH_THREADS, READ_THREADS, LOAD_THREADS = 2, 8, 2
 WRITE_BACK_BYTES = 2**25
-PIECE_ELEMENTS = 2**20
+PIECE_ELEMENTS = 2**22
 SAVE_BYTES = 2**26
 TEXTS_BYTES = 2**20
 LARGEST_JSON_BYTES = 2**26
@@ -350,7 +350,7 @@ def described_config(folder: Path) -> TrainingConfig:
 def load_weights(model: Decoder, folder: Path) -> None:
     """Copies a transformers folder's safetensors weights, sharded or not, into `model`.
 
-    Memory beside the model's: none where the dtypes agree on the host, else READ_THREADS pieces of PIECE_ELEMENTS. Files are
+    Memory beside the model's: none where the dtypes agree on the host, else LOAD_THREADS pieces of PIECE_ELEMENTS. Files are
     read, not mapped, so that a failing disk is an error and not the end of the process.
 
     Raises:
@@ -785,10 +785,10 @@ def _tensors_in(path: Path) -> dict[str, Stored]:
 
 
 def _read_into(path: Path, position: int, dtype: torch.dtype, target: Tensor) -> None:
-    """Fills the flat `target` (n,) from the file's elements of `dtype` at byte `position`, READ_THREADS pieces at a time."""
+    """Fills the flat `target` (n,) from the file's elements of `dtype` at byte `position`, LOAD_THREADS pieces at a time."""
     pieces = target.split(PIECE_ELEMENTS)
     starts = range(position, position + len(target) * dtype.itemsize, PIECE_ELEMENTS * dtype.itemsize)
-    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(READ_THREADS) as pool:
+    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(LOAD_THREADS) as pool:
         list(pool.map(lambda piece, start: _read_piece(file.fileno(), start, dtype, piece), pieces, starts))
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 RESULT = Path(__file__).parent / "results" / "checkpoint_vs_stock.json"
-ROUNDS = 5
+ROUNDS = 9
 BLOCK_BYTES, WRITE_BACK_BYTES = 2**23, 2**25
 FIELDS = dict(
     corpus_exclude=(), validation_fraction=0.0, vocab_size=257, context_length=32, hidden_size=768, num_layers=8, num_heads=12,
