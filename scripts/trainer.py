@@ -798,4 +798,5 @@ def _summary(config: TrainingConfig) -> str:
 
 def _say(ranks: Ranks, line: str) -> None:
     if ranks.rank == 0:
-        lifecycle.say(line, sys.stdout)
+        with tqdm.external_write_mode(sys.stdout):
+            lifecycle.say(line, sys.stdout)
