@@ -4,6 +4,7 @@ The thread hears signals through a pipe whatever the main thread does, looks whe
 processes, signals and sockets; nothing of training but the number of the step, which it repeats to the others.
 """
 
+import atexit
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 STOPPED, FAILED = 75, 1
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -290,6 +291,17 @@ class Watch:
     def _say_stopped(self) -> None:
         if self._rank == 0:
             say(f"Stopped by {self.reason} before training went on; {SAME_COMMAND}", sys.stdout)
+
+
+def end(status: int) -> NoReturn:
+    """Ends the process after its exit handlers, all output written."""
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        lose_terminal()
+    os._exit(status)
 
 
 def say(line: str, file: TextIO) -> None:

@@ -36,8 +36,8 @@ def main() -> None:
         refuse_arguments(sys.argv[1:])
         run = _ready(PRETRAIN)
     trainer.train(run, next_token)
-    trainer.leave()
 
 
 if __name__ == "__main__":
-    main()
+    with trainer.leaving():
+        main()

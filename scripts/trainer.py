@@ -7,6 +7,7 @@ import re
 import resource
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -165,10 +166,23 @@ def train(run: Run | None, objective: Objective) -> None:
     _say(run.ranks, f"Finished: {config.num_steps} steps. {_summary(config)}")
 
 
-def leave() -> None:
-    """Leaves the process group, at the end of a process that trains no more."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+@contextmanager
+def leaving() -> Iterator[None]:
+    """Leaves the process group after what is inside and ends the process with its status, without Python's own teardown:
+    in that a thread of gloo's that frees a tensor aborts the process (pytorch/pytorch#179291).
+    """
+    status = lifecycle.FAILED
+    try:
+        yield
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        status = 0
+    except SystemExit as left:
+        status = left.code if isinstance(left.code, int) else status
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        lifecycle.end(status)
 
 
 def run_step(run: Run, objective: Objective, step: int) -> Step:

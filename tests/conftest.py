@@ -130,14 +130,14 @@ fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude")}}
 config, rank, prepare, objective = TrainingConfig(**fields), int(os.environ.get("RANK", "0")), prepare_data.prepare, next_token
 {before}
 if __name__ == "__main__":
-    try:
-        with refusing():
-            run = trainer.ready(config, prepare)
-        trainer.train(run, objective)
-        trainer.leave()
-    except SystemExit as left:
-        Path(f"exit-{{rank}}").write_text(str(left.code))
-        raise
+    with trainer.leaving():
+        try:
+            with refusing():
+                run = trainer.ready(config, prepare)
+            trainer.train(run, objective)
+        except SystemExit as left:
+            Path(f"exit-{{rank}}").write_text(str(left.code))
+            raise
 """
 
 

@@ -621,7 +621,7 @@ import errno, json, os, resource, signal, sys, threading, time
 from pathlib import Path
 import deepspeed, torch
 from ds.tokenizer import raw_bytes, to_json
-from scripts import checkpoint, offload
+from scripts import checkpoint, lifecycle, offload
 from scripts.config import TrainingConfig
 from scripts.model import empty_model, initialise, parameter_groups
 fields = json.loads({fields!r})
@@ -681,7 +681,7 @@ weights, _ = most_during(lambda: checkpoint.load_weights(model, found.folder))
 loading, _ = most_during(lambda: checkpoint.load_state(engine, found))
 assert all(bool((tensor == number + 0.5).all()) for number, tensor in enumerate(tensors.values()))
 print("MEASURED " + json.dumps([fault, 3 * largest, saving, verifying, weights, loading]))
-torch.distributed.destroy_process_group()
+lifecycle.end(0)
 """
 
 
@@ -765,7 +765,7 @@ if rank == 0:
     except OSError as fault:
         report["text"] = [fault.errno, sorted(path.name for path in folders.parent.iterdir() if "text" in path.name)]
 print(f"REPORT{rank} " + json.dumps(others if rank else report))
-torch.distributed.destroy_process_group()
+lifecycle.end(0)
 """
 FULL_DISK_STEPS = {
     "first": (1, None),

@@ -30,6 +30,17 @@ from scripts.config import TrainingConfig
 COMMANDS = {"deepspeed": LAUNCHERS[2], "torchrun": TORCHRUN[2]}
 SILENT_SECONDS = 3
 GONE_SECONDS = 5
+LEAVING = """
+import torch
+from scripts import trainer
+
+with trainer.leaving():
+    torch.distributed.init_process_group("gloo")
+    tensors = [torch.ones(200_000) for _ in range(200)]
+    torch.distributed.barrier()
+    sums = [torch.distributed.all_reduce(tensor, async_op=True) for tensor in tensors]
+    raise SystemExit(75)
+"""
 CASES = [
     ("deepspeed", "launcher", "SIGTERM", "training"),
     ("torchrun", "launcher", "SIGINT", "saving"),
@@ -286,6 +297,12 @@ def test_a_lost_terminal_does_not_end_the_run(tmp_path):
     assert running.wait(100) == 0
     found, _ = newest_verified(config)
     assert found is not None and found.state["step"] == config.num_steps
+
+
+def test_the_exit_status_stands_while_gloos_threads_still_hold_tensors(tmp_path):
+    env = {"RANK": "{index}", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "{port}"}
+    results = launch(tmp_path, LEAVING, ["python"], 2, env)
+    assert [result.returncode for result in results] == [75, 75], results[0].stdout
 
 
 def test_other_programs_signals_are_no_stop_requests():

@@ -30,7 +30,7 @@ import cpuinfo, functools, gc, json, os, random, sys, time, weakref
 import deepspeed, numpy, torch
 from deepspeed.runtime.engine import DeepSpeedEngine as Engine
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as Optimizer
-from scripts import offload, preflight
+from scripts import lifecycle, offload, preflight
 from scripts.config import TrainingConfig
 from scripts.losses import next_token_loss
 from scripts.model import empty_model, initialise, parameter_groups
@@ -183,7 +183,7 @@ if __name__ == "__main__":
         }}
     with open(f"report-{{rank}}.json", "w") as file:
         json.dump(report, file)
-    torch.distributed.destroy_process_group()
+    lifecycle.end(0)
 """
 HOLDER = """
 import os, signal, sys, time

@@ -46,7 +46,7 @@ STEP_SCRIPT = """
 import hashlib, json
 from dataclasses import replace
 from safetensors.torch import save_file
-from scripts import trainer
+from scripts import lifecycle, trainer
 from scripts.config import TrainingConfig
 from scripts.prepare_data import prepare
 from scripts.train_pretrain import next_token
@@ -61,7 +61,7 @@ if __name__ == "__main__":
         if run.ranks.rank == 0:
             weights = {{name: weight.detach().clone() for name, weight in run.engine.module.named_parameters()}}
             save_file(weights, config.run_dir + ".safetensors", {{"losses": json.dumps(losses)}})
-    trainer.leave()
+    lifecycle.end(0)
 """
 
 
@@ -357,7 +357,7 @@ def test_killed_twenty_times_anywhere_the_run_is_bitwise_the_uninterrupted_one(t
 ELASTIC_STEPS = 60
 ELASTIC = """
 import json, os, signal
-from scripts import trainer
+from scripts import lifecycle, trainer
 from scripts.config import TrainingConfig
 from scripts.prepare_data import prepare
 from scripts.train_pretrain import next_token
@@ -377,7 +377,7 @@ if __name__ == "__main__":
             trainer.train(run, stopping)
         except SystemExit as left:
             assert left.code == 75
-    trainer.leave()
+    lifecycle.end(0)
 """
 
 
