@@ -19,7 +19,8 @@ import torch.utils.cpp_extension
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCHEDULES = ("cosine", "wsd")
-ACTIVATION_CHECKPOINTING = ("none", "block")
+ACTIVATION_CHECKPOINTING = ("none", "block", "block_offload")
+PLACES = ("cpu", "gpu")
 STANDARD_LIBRARY = sysconfig.get_path("stdlib") + "/**/*.py"
 AT_LEAST = {
     "tokens_per_shard": 1, "tokenizer_sample_bytes": 1, "vocab_size": 257, "context_length": 1, "hidden_size": 1,
@@ -99,6 +100,8 @@ class TrainingConfig:
 
     precision: str = "bf16"
     offload_optimizer: bool = True
+    accumulate_on: str = "cpu"
+    accumulation_precision: str = "fp32"
     activation_checkpointing: str = "none"
     loss_chunk_rows: int = 1024
 
@@ -122,7 +125,7 @@ class TrainingConfig:
     teacher_dir: str | None = None
 
     def __post_init__(self) -> None:
-        for law in (_check_types, _check_ranges, _check_choices, _check_model, _check_batch, _check_schedule, _check_data):
+        for law in LAWS:
             law(self)
 
     @property
@@ -330,10 +333,29 @@ def _check_ranges(config: TrainingConfig) -> None:
 
 
 def _check_choices(config: TrainingConfig) -> None:
-    choices = {"precision": tuple(PRECISIONS), "schedule": SCHEDULES, "activation_checkpointing": ACTIVATION_CHECKPOINTING}
+    choices = {
+        "schedule": SCHEDULES,
+        "precision": tuple(PRECISIONS),
+        "accumulate_on": PLACES,
+        "accumulation_precision": ("bf16", "fp32"),
+        "activation_checkpointing": ACTIVATION_CHECKPOINTING,
+    }
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise ValueError(f"{name}={getattr(config, name)!r} is unknown; one of {', '.join(map(repr, allowed))} works")
+
+
+def _check_accumulation(config: TrainingConfig) -> None:
+    if not config.offload_optimizer and config.accumulate_on == "cpu":
+        raise ValueError('accumulate_on="cpu" has no effect with offload_optimizer=False; set accumulate_on="gpu"')
+    if config.accumulation_precision == "bf16" and config.accumulate_on == "cpu":
+        raise ValueError(
+            'accumulation_precision="bf16" does not go with accumulate_on="cpu", which is exact; set accumulation_precision="fp32"'
+        )
+    if config.accumulation_precision == "bf16" and config.precision != "bf16":
+        raise ValueError(
+            f'accumulation_precision="bf16" is not for precision="{config.precision}"; set accumulation_precision="fp32"'
+        )
 
 
 def _check_model(config: TrainingConfig) -> None:
@@ -411,6 +433,10 @@ def _check_data(config: TrainingConfig) -> None:
     if config.tokenizer_path is not None and config.vocab_size == 257:
         raise ValueError("vocab_size=257 means raw bytes and tokenizer_path names a tokenizer; set tokenizer_path=None")
 
+
+LAWS = (
+    _check_types, _check_ranges, _check_choices, _check_accumulation, _check_model, _check_batch, _check_schedule, _check_data,
+)  # fmt: skip
 
 with refusing():
     PRETRAIN = TrainingConfig()

@@ -89,6 +89,11 @@ BAD = [
     ("precision", {"precision": ""}),
     ("schedule", {"schedule": "linear"}),
     ("activation_checkpointing", {"activation_checkpointing": "full"}),
+    ("accumulate_on", {"accumulate_on": "disk"}),
+    ("accumulate_on", {"offload_optimizer": False}),
+    ("accumulation_precision", {"accumulation_precision": "fp16"}),
+    ("accumulation_precision", {"accumulation_precision": "bf16"}),
+    ("accumulation_precision", {"accumulate_on": "gpu", "accumulation_precision": "bf16", "precision": "fp32"}),
     ("decay_steps", {"schedule": "wsd"}),
     ("decay_steps", {"decay_steps": 10}),
     ("decay_steps", {"schedule": "wsd", "decay_steps": 281}),
@@ -300,7 +305,7 @@ def test_buckets_are_even_when_a_block_is_not():
 
 
 def test_optimizer_stays_on_the_device_when_it_is_not_offloaded():
-    dictionary = TrainingConfig.deepspeed_config(made(offload_optimizer=False), 1)
+    dictionary = TrainingConfig.deepspeed_config(made(offload_optimizer=False, accumulate_on="gpu"), 1)
     assert dictionary["zero_optimization"]["offload_optimizer"]["device"] == "none"
 
 
