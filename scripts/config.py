@@ -350,7 +350,8 @@ def _check_accumulation(config: TrainingConfig) -> None:
         raise ValueError('accumulate_on="cpu" has no effect with offload_optimizer=False; set accumulate_on="gpu"')
     if config.accumulation_precision == "bf16" and config.accumulate_on == "cpu":
         raise ValueError(
-            'accumulation_precision="bf16" does not go with accumulate_on="cpu", which is exact; set accumulation_precision="fp32"'
+            'accumulation_precision="bf16" does not go with accumulate_on="cpu", which is exact;'
+            ' set accumulation_precision="fp32"'
         )
     if config.accumulation_precision == "bf16" and config.precision != "bf16":
         raise ValueError(

@@ -272,7 +272,7 @@ def runs(draw) -> tuple[TrainingConfig, int]:
             ("weight_decay", -1e-9, 9), ("learning_rate", 0, 1), ("init_std", 0, 1),
         )
     }  # fmt: skip
-    names = ("qk_norm", "tie_embeddings", "offload_optimizer")
+    names = ("qk_norm", "tie_embeddings")
     return TrainingConfig(
         **(drawn | {"weight_decay": abs(drawn["weight_decay"]), "min_learning_rate": 0.0}),
         **{name: draw(st.booleans()) for name in names},
@@ -282,7 +282,9 @@ def runs(draw) -> tuple[TrainingConfig, int]:
         tokenizer_path=draw(st.sampled_from([None, "tokenizer.json"])), eval_tokens=context, schedule=schedule,
         decay_steps=9 if schedule == "wsd" else None, beta1=draw(st.floats(0, 0.999)), beta2=draw(st.floats(0, 0.999)),
         precision=draw(st.sampled_from(["fp32", "bf16", "fp16"])), init_from=draw(st.sampled_from([None, "other"])),
-        activation_checkpointing=draw(st.sampled_from(["none", "block"])),
+        activation_checkpointing=draw(st.sampled_from(["none", "block", "block_offload"])), **draw(
+            st.sampled_from([{}, {"accumulate_on": "gpu"}, {"accumulate_on": "gpu", "offload_optimizer": False}])
+        ),
     ), ranks  # fmt: skip
 
 
