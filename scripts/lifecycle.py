@@ -26,7 +26,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SECOND_AFTER_SECONDS = {"SIGINT": 0.3, "SIGTERM": 2.0}
 BEAT_SECONDS = 0.25
 LEAVE_SECONDS = 3.0
-HANG_UP_SECONDS = SAY_SECONDS = 1.0
+HANG_UP_SECONDS = SAY_SECONDS = VERDICT_SECONDS = 1.0
 CONNECT_SECONDS = 60.0
 READ_BYTES = 65536
 SAME_COMMAND = "the same command continues from the newest checkpoint"
@@ -103,13 +103,18 @@ class Watch:
 
     @contextmanager
     def during_training(self) -> Iterator[None]:
-        """Around the loop, where a request waits for the step boundary at which all ranks agree."""
+        """Around the loop, where a request waits for the step boundary at which all ranks agree.
+
+        A collective that fails here because a rank died may be known before the watch knows of that rank: it is given time to.
+        """
         try:
             yield
         except SystemExit:
             self.close(clean=True)
             raise
         except BaseException:
+            if self._links:
+                self._thread.join(VERDICT_SECONDS)
             self.close(clean=False)
             raise
         self.close(clean=True)
