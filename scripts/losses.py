@@ -16,21 +16,25 @@ class _NextTokenLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, chunk_rows: int) -> Tensor:
-        total = hidden.new_zeros((), dtype=torch.float32)
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        total, needed = hidden.new_zeros((), dtype=torch.float32), ctx.needs_input_grad
         wide = head.to(product_dtype(head.dtype, head.device))
-        for rows in _chunks(hidden.shape[0], chunk_rows):
+        grad_hidden = torch.empty_like(hidden) if needed[0] else None
+        is_split = len(hidden) > chunk_rows
+        grad_head = torch.zeros_like(head, dtype=torch.float32) if needed[1] and is_split else None
+        for rows in _chunks(len(hidden), chunk_rows):
             inputs = hidden[rows].to(wide.dtype)
-            logits = functional.linear(inputs, wide).float()
-            total += functional.cross_entropy(logits, targets[rows], ignore_index=IGNORED, reduction="sum")
-            if grad_hidden is None and grad_head is None:
+            if not any(needed):
+                total += _nats(inputs, wide, targets[rows]).sum()
                 continue
-            slope = _cross_entropy_slope(logits, targets[rows]).to(wide.dtype)
+            nats, slope = _nats_and_slope(inputs, wide, targets[rows])
+            total += nats.sum()
             if grad_hidden is not None:
                 grad_hidden[rows] = slope @ wide
             if grad_head is not None:
-                grad_head += slope.T @ inputs
+                _add_product(grad_head, slope, inputs)
+            elif needed[1]:
+                grad_head = slope.T @ inputs
+            del slope
         count = (targets != IGNORED).sum().clamp_(min=1)
         ctx.grads, ctx.count, ctx.dtype = (grad_hidden, grad_head), count, head.dtype
         return total / count
@@ -38,12 +42,12 @@ class _NextTokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, slope: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_hidden, grad_head = ctx.grads
-        scale = slope / ctx.count
-        if grad_hidden is not None:
-            grad_hidden *= scale
-        if grad_head is not None:
-            grad_head = grad_head.mul_(scale).to(ctx.dtype)
         ctx.grads = None
+        scale = (slope / ctx.count).reshape(1)
+        if grad_hidden is not None:
+            torch.mul(grad_hidden, scale, out=grad_hidden)
+        if grad_head is not None:
+            grad_head = torch.mul(grad_head, scale, out=grad_head).to(ctx.dtype)
         return grad_hidden, grad_head, None, None
 
 
@@ -59,20 +63,40 @@ def next_token_loss(hidden: Tensor, head: Tensor, targets: Tensor, chunk_rows: i
 def token_nats(hidden: Tensor, head: Tensor, targets: Tensor, chunk_rows: int) -> Tensor:
     """Cross-entropy of each token in nats, for evaluation: (B, T, D), (V, D), (B, T) int64 -> (B, T) float32."""
     flat, wanted, wide = hidden.flatten(0, 1), targets.flatten(), head.to(product_dtype(head.dtype, head.device))
-    nats = [
-        functional.cross_entropy(functional.linear(flat[rows].to(wide.dtype), wide).float(), wanted[rows], reduction="none")
-        for rows in _chunks(flat.shape[0], chunk_rows)
-    ]
-    return torch.cat(nats).view_as(targets)
+    chunks = _chunks(len(flat), chunk_rows)
+    return torch.cat([_nats(flat[rows].to(wide.dtype), wide, wanted[rows]) for rows in chunks]).view_as(targets)
 
 
 def _chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
     return (slice(start, start + chunk_rows) for start in range(0, num_rows, chunk_rows))
 
 
-def _cross_entropy_slope(logits: Tensor, targets: Tensor) -> Tensor:
-    """d cross_entropy / d logits = softmax - one_hot, zero where ignored; (C, V) float32, in the logits' own storage."""
-    kept = targets != IGNORED
+def _add_product(total: Tensor, slope: Tensor, inputs: Tensor) -> None:
+    """total += slope.T @ inputs, by parts no larger than slope: (V, D) float32, (C, V), (C, D)."""
+    for part in _chunks(len(total), max(1, slope.numel() // inputs.shape[1])):
+        total[part] += slope[:, part].T @ inputs
+
+
+def _nats(inputs: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each row, zero where ignored: (C, D), (V, D), (C,) -> (C,) float32."""
+    logits = functional.linear(inputs, head).float()
+    logs = torch.log_softmax(logits, dim=-1, out=logits)
+    return -_of(logs, targets).masked_fill_(targets == IGNORED, 0.0)
+
+
+def _nats_and_slope(inputs: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_nats`, and its slope by the logits, softmax - one_hot, (C, V) in the inputs' dtype; one (C, V) float32 lives in all.
+
+    The likeliest id's probability gives the logarithm of the softmax's denominator without a second (C, V).
+    """
+    logits, ignored = functional.linear(inputs, head).float(), targets == IGNORED
+    (largest, best), own = logits.max(dim=-1), _of(logits, targets)
     slope = torch.softmax(logits, dim=-1, out=logits)
+    nats = (largest - own - slope.gather(1, best.unsqueeze(1)).squeeze(1).log_()).masked_fill_(ignored, 0.0)
     slope[torch.arange(len(targets), device=targets.device), targets.clamp(min=0)] -= 1.0
-    return slope.mul_(kept.unsqueeze(1))
+    return nats, slope.masked_fill_(ignored.unsqueeze(1), 0.0).to(inputs.dtype)
+
+
+def _of(logits: Tensor, targets: Tensor) -> Tensor:
+    """What each row holds at its target, and at 0 where ignored: (C, V), (C,) -> (C,)."""
+    return logits.gather(1, targets.masked_fill(targets == IGNORED, 0).unsqueeze(1)).squeeze(1)

@@ -5,6 +5,9 @@ Shape letters, here and everywhere: B rows, T positions, D width, H heads, G kv 
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import cache, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,15 +35,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.RMSNorm, rotary: Tensor, cache: tuple[Tensor, Tensor] | None, start: int) -> Tensor:
         """Attention over norm(x); with `cache`, over the keys that it holds before `start` too."""
-        q, k, v = (self._heads(each) for each in normed_products(x, norm, self.q_proj, self.k_proj, self.v_proj))
-        q, k = self.q_norm(q), self.k_norm(k)
-        mixed = (
-            attend(q, k, v, rotary) if cache is None else attend_cached(rotate(q, rotary), rotate(k, rotary), v, cache, start)
-        )
+        products = normed_products(x, norm, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (each.unflatten(-1, (-1, self.head_width)) for each in products)
+        if isinstance(self.q_norm, nn.RMSNorm) and isinstance(self.k_norm, nn.RMSNorm):
+            q, k = normalise(q, self.q_norm), normalise(k, self.k_norm)
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+        mixed = attend(q, k, v, rotary) if cache is None else attend_cached(q, k, v, rotary, cache, start)
         return product(mixed.transpose(1, 2).flatten(2), self.o_proj)
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -58,7 +59,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm decoder layer: (B, T, D) -> (B, T, D)."""
+    """One pre-norm decoder layer: (B, T, D) -> (B, T, D).
+
+    For the backward it keeps, a token, 2D + (2H + 2G) K + 2F numbers in the training dtype (x, the middle residual, rotated q
+    and k, v, what attention mixed, gate and up) and H float32 (the log-sums); with `qk_norm` (H + G) K numbers and H + G
+    float32 more (q and k before their norms, and the norms' scales). A card without flash attention keeps 2 (H - G) K more.
+    """
 
     def __init__(self, config: TrainingConfig) -> None:
         super().__init__()
@@ -101,12 +107,15 @@ class Decoder(nn.Module):
         """ids (B, T) int64 at positions start..start+T -> hidden (B, T, D); keys before `start` are read from `cache`."""
         x = embed(ids, self.model.embed_tokens)
         rotary = rotary_table(self.config, start, start + ids.shape[1], x.device)
+        mode = self.config.activation_checkpointing if torch.is_grad_enabled() else "none"
+        parking = _Parking(x.device, self.config.num_layers) if mode == "block_offload" else None
         for layer, block in enumerate(self.model.layers):
-            if self.config.activation_checkpointing == "block" and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotary, use_reentrant=False, preserve_rng_state=False)
-            else:
+            if mode == "none":
                 x = block(x, rotary, None if cache is None else cache[layer], start)
-        return self.model.norm(x)
+            else:
+                with nullcontext() if parking is None else parking.hooks():
+                    x = checkpoint(partial(block, rotary=rotary), x, use_reentrant=False, preserve_rng_state=False)
+        return normalise(x, self.model.norm)
 
 
 def empty_model(config: TrainingConfig, device: torch.device) -> Decoder:
@@ -156,13 +165,15 @@ def new_cache(model: Decoder, rows: int, length: int) -> Cache:
     return [(head.new_empty(shape), head.new_empty(shape)) for _ in range(config.num_layers)]
 
 
-def attend_cached(q: Tensor, k: Tensor, v: Tensor, cache: tuple[Tensor, Tensor], start: int) -> Tensor:
-    """Writes k, v (B, G, T, K) into the cache at `start`; q (B, H, T, K) sees every position up to its own."""
-    stop = start + q.shape[2]
-    cache[0][:, :, start:stop], cache[1][:, :, start:stop] = k, v
+def attend_cached(q: Tensor, k: Tensor, v: Tensor, rotary: Tensor, cache: tuple[Tensor, Tensor], start: int) -> Tensor:
+    """As `attend`, and writes rotated k and v into the cache at `start`; q sees every cached position before its own too."""
+    stop, turned = start + q.shape[2], rotate(k, rotary)
+    cache[0][:, :, start:stop], cache[1][:, :, start:stop] = turned, v
+    if start == 0:
+        return attend(q, k, v, rotary)
     seen = torch.ones(q.shape[2], stop, dtype=torch.bool, device=q.device).tril(start)
     keys, values = cache[0][:, :, :stop], cache[1][:, :, :stop]
-    return functional.scaled_dot_product_attention(q, keys, values, attn_mask=seen, enable_gqa=True)
+    return functional.scaled_dot_product_attention(rotate(q, rotary), keys, values, attn_mask=seen, enable_gqa=True)
 
 
 def rotary_table(config: TrainingConfig, start: int, stop: int, device: torch.device) -> Tensor:
@@ -174,51 +185,216 @@ def rotary_table(config: TrainingConfig, start: int, stop: int, device: torch.de
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Turns the pairs (i, i + K/2) of x (B, H, T, K) by their position's angle; computed in float32."""
-    cos, sin = rotary
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    """Turns the pairs (i, i + K/2) of x (B, H, T, K) by their position's angle, in float32; keeps nothing of x."""
+    return _Rotation.apply(x, rotary)  # pyright: ignore[reportReturnType]
 
 
 def embed(ids: Tensor, table: nn.Embedding) -> Tensor:
     """Rows of the table: (B, T) int64 -> (B, T, D)."""
-    return _HostEmbedding.apply(ids, table.weight) if _trains_on_host(table.weight) else table(ids)
+    return _HostEmbedding.apply(ids, table.weight) if _on_host(table.weight) else table(ids)  # pyright: ignore
+
+
+def normalise(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+    """norm(x) over the last dimension; x and a scale a row are kept for the backward."""
+    return _Norm.apply(x, norm.weight, norm.eps)  # pyright: ignore[reportReturnType]
 
 
 def normed_products(x: Tensor, norm: nn.RMSNorm, *layers: nn.Linear) -> tuple[Tensor, ...]:
-    """Each layer's product with norm(x); on the host only x is kept for the backward: (B, T, D) -> (B, T, out) each."""
-    if _trains_on_host(x):
-        return _HostNormedProducts.apply(x, norm.weight, norm.eps, *(layer.weight for layer in layers))  # pyright: ignore
-    normed = norm(x)
-    return tuple(product(normed, layer) for layer in layers)
+    """Each layer's product with norm(x); only x is kept for the backward: (B, T, D) -> (B, T, out) each."""
+    kind = _HostNormedProducts if _on_host(x) else _NormedProducts
+    return kind.apply(x, norm.weight, norm.eps, *(layer.weight for layer in layers))  # pyright: ignore[reportReturnType]
 
 
 def gated_product(gate: Tensor, up: Tensor, layer: nn.Linear) -> Tensor:
-    """layer(silu(gate) * up); on the host only gate and up are kept for the backward: (B, T, F) twice -> (B, T, D)."""
-    if _trains_on_host(gate):
-        return _HostGatedProduct.apply(gate, up, layer.weight)  # pyright: ignore[reportReturnType]
-    return product(functional.silu(gate) * up, layer)
+    """layer(silu(gate) * up); only gate and up are kept for the backward: (B, T, F) twice -> (B, T, D)."""
+    kind = _HostGatedProduct if _on_host(gate) else _GatedProduct
+    return kind.apply(gate, up, layer.weight)  # pyright: ignore[reportReturnType]
 
 
 def product(x: Tensor, layer: nn.Linear) -> Tensor:
     """layer(x) in the dtype in which this device multiplies well: (B, T, in) -> (B, T, out)."""
-    wide = product_dtype(x.dtype, x.device)
+    wide = product_dtype(x.dtype, x.device) if _on_host(x) else x.dtype
     return functional.linear(x, layer.weight) if wide == x.dtype else _WideProduct.apply(x, layer.weight, wide)  # pyright: ignore
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, rotary: Tensor) -> Tensor:
     """Rotates and attends causally: q (B, H, T, K), k and v (B, G, T, K) -> (B, H, T, K)."""
-    if _trains_on_host(q):
+    if _on_host(q):
         return _HostAttention.apply(q, k, v, rotary)  # pyright: ignore[reportReturnType]
-    return functional.scaled_dot_product_attention(rotate(q, rotary), rotate(k, rotary), v, is_causal=True, enable_gqa=True)
+    q, k = rotate(q, rotary), rotate(k, rotary)
+    if not _has_flash_attention(q):
+        k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], 1) for each in (k, v))
+    return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
 
 
-def _trains_on_host(x: Tensor) -> bool:
-    return x.device.type == "cpu" and torch.is_grad_enabled()
+def _on_host(x: Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
+def _has_flash_attention(x: Tensor) -> bool:
+    """Flash attention shares kv heads; the kernel that takes its place does not, and without it memory would be quadratic."""
+    if x.device.type != "cuda":
+        return True
+    return x.dtype != torch.float32 and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def _chunks(num_rows: int) -> list[slice]:
     return [slice(start, start + HOST_CHUNK_ROWS) for start in range(0, num_rows, HOST_CHUNK_ROWS)]
+
+
+class _Kept(NamedTuple):
+    """What stands for a block's input in the graph; `x` only for the last block's, which stays on the device."""
+
+    layer: int
+    x: Tensor | None
+
+
+class _Parking:
+    """Inputs of all blocks but the last, on the host from a block's forward to its backward, each back one block ahead.
+
+    On CUDA a stream of its own copies. The compute stream waits for the copy down before the input's memory is used again, and
+    that stream waits for the compute stream before it copies up into its own memory; so the memory needs no `record_stream`,
+    which would hold it until the GPU has caught up with the host.
+    """
+
+    def __init__(self, device: torch.device, num_blocks: int) -> None:
+        self.device, self.num_blocks = device, num_blocks
+        self.stream = _copying_stream(device) if device.type == "cuda" else None
+        self.parked: list[Tensor] = []
+        self.leaving: tuple[Tensor, torch.cuda.Event | None] | None = None
+        self.arriving: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}
+
+    def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
+        """The context in which a block is called; blocks must be called in their order."""
+        return torch.autograd.graph.saved_tensors_hooks(self._leave, self._come_back)
+
+    def _leave(self, x: Tensor) -> Tensor | _Kept:
+        if not x.numel():
+            return x
+        self._let_go()
+        if len(self.parked) == self.num_blocks - 1:
+            return _Kept(len(self.parked), x.detach())
+        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=self.stream is not None)
+        self.leaving = x.detach(), self._copy(x, host)
+        self.parked.append(host)
+        return _Kept(len(self.parked) - 1, None)
+
+    def _let_go(self) -> None:
+        if self.leaving is not None:
+            self._await(self.leaving[1])
+        self.leaving = None
+
+    def _come_back(self, kept: Tensor | _Kept) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        x = self._arrived(kept.layer) if kept.x is None else kept.x
+        if kept.layer:
+            self._send_for(kept.layer - 1)
+        return x
+
+    def _arrived(self, layer: int) -> Tensor:
+        if layer not in self.arriving:
+            self._send_for(layer)
+        x, arrival = self.arriving.pop(layer)
+        self._await(arrival)
+        return x
+
+    def _send_for(self, layer: int) -> None:
+        host = self.parked[layer]
+        with torch.cuda.stream(self.stream):
+            x = torch.empty(host.shape, dtype=host.dtype, device=self.device)
+        self.arriving[layer] = x, self._copy(host, x)
+
+    def _copy(self, source: Tensor, target: Tensor) -> torch.cuda.Event | None:
+        if self.stream is None:
+            target.copy_(source)
+            return None
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        done = torch.cuda.Event()
+        with torch.cuda.stream(self.stream):
+            target.copy_(source, non_blocking=True)
+            done.record()
+        return done
+
+    def _await(self, event: torch.cuda.Event | None) -> None:
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
+
+
+@cache
+def _copying_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+class _Norm(torch.autograd.Function):
+    """RMSNorm (Zhang & Sennrich 2019)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+        normed, scale = _norm(x, gain, eps)
+        ctx.save_for_backward(x, gain, scale)
+        return normed
+
+    @staticmethod
+    def backward(ctx, slope: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return *_norm_slopes(slope, *ctx.saved_tensors), None
+
+
+class _Rotation(torch.autograd.Function):
+    """A rotation of pairs, whose slope is turned back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rotary: Tensor) -> Tensor:
+        ctx.save_for_backward(rotary)
+        return _rotate_(x.to(torch.float32, copy=True), *rotary).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, slope: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        cos, sin = ctx.saved_tensors[0]
+        return _rotate_(slope.to(torch.float32, copy=True), cos, -sin).to(slope.dtype), None
+
+
+class _NormedProducts(torch.autograd.Function):
+    """RMSNorm and several products of its result, which the backward makes again and then writes over."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gain: Tensor, eps: float, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, gain, *weights)
+        ctx.eps = eps
+        normed = _norm(x, gain, eps)[0]
+        return tuple(functional.linear(normed, weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx, *slopes: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, gain, *weights = ctx.saved_tensors
+        normed, scale = _norm(x, gain, ctx.eps)
+        inner, pieces = normed.flatten(0, -2), [slope.flatten(0, -2) for slope in slopes]
+        grads = [piece.T @ inner for piece in pieces]
+        torch.mm(pieces[0], weights[0], out=inner)
+        for piece, weight in zip(pieces[1:], weights[1:], strict=True):
+            inner.addmm_(piece, weight)
+        return *_norm_slopes(inner.view_as(x), x, gain, scale), None, *grads
+
+
+class _GatedProduct(torch.autograd.Function):
+    """(silu(gate) * up) @ weight.T; the backward has two tensors of gate's size besides gate and up, and returns them."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up, weight)
+        return functional.linear(functional.silu(gate).mul_(up), weight)
+
+    @staticmethod
+    def backward(ctx, slope: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        gate, up, weight = ctx.saved_tensors
+        gates, ups, piece = (each.flatten(0, -2) for each in (gate, up, slope))
+        active = functional.silu(gates)
+        inner = active * ups
+        grad = piece.T @ inner
+        torch.mm(piece, weight, out=inner)
+        active.mul_(inner)
+        torch.ops.aten.silu_backward.grad_input(inner.mul_(ups), gates, grad_input=inner)
+        return inner.view_as(gate), active.view_as(up), grad
 
 
 class _HostEmbedding(torch.autograd.Function):
@@ -332,8 +508,9 @@ class _HostAttention(torch.autograd.Function):
         repeats = q.shape[1] // k.shape[1]
         wide = (turned_q, turned_k.repeat_interleave(repeats, 1), v.float().repeat_interleave(repeats, 1))
         mixed, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*wide, 0.0, True)
-        ctx.save_for_backward(turned_q.to(q.dtype), turned_k.to(q.dtype), v, mixed.to(q.dtype), log_sums, rotary)
-        return mixed.to(q.dtype)
+        narrow = mixed.to(q.dtype)
+        ctx.save_for_backward(turned_q.to(q.dtype), turned_k.to(q.dtype), v, narrow, log_sums, rotary)
+        return narrow
 
     @staticmethod
     def backward(ctx, slope: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -345,6 +522,30 @@ class _HostAttention(torch.autograd.Function):
         )
         grad_k, grad_v = grad_k.view(groups).sum(2), grad_v.view(groups).sum(2)
         return _rotate_(grad_q, cos, -sin).to(q.dtype), _rotate_(grad_k, cos, -sin).to(q.dtype), grad_v.to(q.dtype), None
+
+
+def _norm(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """gain * x / rms(x) over the last dimension, and 1 / rms(x) in float32, (..., 1)."""
+    if x.device.type == "cuda":
+        return torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], gain, eps)
+    normed, scale = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+    flat, results, scales = x.flatten(0, -2), normed.flatten(0, -2), scale.flatten(0, -2)
+    for rows in _chunks(len(flat)):
+        results[rows], _, scales[rows] = _normalise(flat[rows].float(), gain.float(), eps)
+    return normed, scale
+
+
+def _norm_slopes(slope: Tensor, x: Tensor, gain: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The slopes by x and gain from the slope by gain * x * scale."""
+    if x.device.type == "cuda":
+        return torch.ops.aten._fused_rms_norm_backward(slope, x, [x.shape[-1]], scale, gain, [True, True])
+    grad_x, grad_gain = torch.empty_like(x), torch.zeros_like(gain, dtype=torch.float32)
+    flat, slopes, scales, results = (each.flatten(0, -2) for each in (x, slope, scale, grad_x))
+    for rows in _chunks(len(flat)):
+        unit, inner = flat[rows].float() * scales[rows], slopes[rows].to(torch.float32, copy=True)
+        grad_gain += torch.linalg.vecdot(inner, unit, dim=0)
+        results[rows] = _norm_slope(inner.mul_(gain), unit, scales[rows])
+    return grad_x, grad_gain.to(gain.dtype)
 
 
 def _normalise(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,5 +1,7 @@
 """Laws of scripts/losses.py: plain cross-entropy in value and gradients, without the logits ever being whole."""
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from scripts import losses
 from scripts.losses import IGNORED, next_token_loss, token_nats
 
 SIZES = {
@@ -149,6 +152,66 @@ def test_logits_never_exist_whole(dtype):
     with Sizes() as sizes:
         plain_loss(hidden, head, targets)
     assert max(sizes.seen) == tokens * vocabulary
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes alive at once of what operations make; a storage counts once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        given = {leaf.untyped_storage()._cdata for leaf in tree_iter((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        for leaf in tree_iter(made):
+            if isinstance(leaf, torch.Tensor) and (key := leaf.untyped_storage()._cdata) not in given and key not in self.alive:
+                self.alive[key] = leaf.untyped_storage().nbytes()
+                weakref.finalize(leaf.untyped_storage(), self.alive.pop, key)
+        self.most = max(self.most, sum(self.alive.values()))
+        return made
+
+
+@pytest.mark.parametrize(("dtype", "chunk_rows"), [(torch.bfloat16, 64), (torch.bfloat16, 256), (torch.float32, 64)])
+def test_peak_is_one_chunk_in_float32_and_one_in_the_training_dtype_beside_the_gradients(monkeypatch, dtype, chunk_rows):
+    monkeypatch.setattr(losses, "product_dtype", lambda storage, device: storage)
+    tokens, width, vocabulary, size = 256, 256, 2048, dtype.itemsize
+    hidden, head, targets = drawn(2, tokens // 2, width, vocabulary, 3, seed=0, dtype=dtype)
+    logits, weights, is_split = chunk_rows * vocabulary, vocabulary * width, chunk_rows < tokens
+    gradients_bytes = size * tokens * width + (4 if is_split else 0) * weights
+    with LiveBytes() as live:
+        loss = next_token_loss(hidden, head, targets, chunk_rows)
+    forward_bytes = (4 if size == 4 else 4 + size) * logits
+    chunk_bytes = max(forward_bytes, size * (logits + min(logits, weights)))
+    assert gradients_bytes + chunk_bytes <= live.most <= gradients_bytes + chunk_bytes + 64 * chunk_rows + 16 * tokens
+    held = sum(live.alive.values())
+    assert held <= size * tokens * width + (4 if is_split else size) * weights + 16 * tokens
+    with LiveBytes() as live:
+        loss.backward()
+    assert live.most <= (size if is_split and size < 4 else 0) * weights + 64
+    with LiveBytes() as live:
+        token_nats(hidden, head, targets, chunk_rows)
+    assert forward_bytes <= live.most <= forward_bytes + 64 * chunk_rows + 16 * tokens
+
+
+@pytest.mark.parametrize("gap", [1.0, 50.0, 200.0, 1e4])
+def test_loss_of_a_prediction_that_is_far_off_is_its_distance(gap):
+    hidden, head = torch.tensor([[[gap]]]), torch.tensor([[1.0], [0.0], [-1.0]], requires_grad=True)
+    for target in range(3):
+        targets = torch.tensor([[target]])
+        loss, nats = next_token_loss(hidden, head, targets, 4), token_nats(hidden, head, targets, 4)
+        assert_same(loss, plain_loss(hidden, head, targets))
+        assert_same(nats.sum(), loss.detach())
+
+
+@pytest.mark.parametrize("wrong", [-1, 9])
+def test_target_outside_the_vocabulary_is_an_error(wrong):
+    hidden, head, targets = drawn(1, 3, 4, 9, 0, seed=0)
+    targets[0, 1] = wrong
+    for objective in (next_token_loss, token_nats):
+        with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+            objective(hidden, head, targets, 2)
 
 
 @given(**SIZES)

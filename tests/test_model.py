@@ -1,11 +1,14 @@
 """Laws of scripts/model.py: transformers' own numbers, causality, a cache that changes nothing, weights from a seed alone."""
 
+import gc
 import json
 import math
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +19,12 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from scripts import losses, model
 from scripts.checkpoint import described_config, load_weights
 from scripts.config import TrainingConfig
 from scripts.losses import next_token_loss
 from scripts.model import (
+    Block,
     Decoder,
     architecture_fields,
     continue_ids,
@@ -37,6 +42,8 @@ TINY = TrainingConfig(
     tokens_per_step=24, micro_batch_rows=1, eval_tokens=24, precision="fp32", init_std=0.2, logits_init_std=2.0,
 )  # fmt: skip
 LLAMA = transformers_config(replace(TINY, qk_norm=False), 256)
+MODES = ("none", "block", "block_offload")
+paths = pytest.mark.parametrize("on_host", [True, False], ids=["host", "device"])
 
 
 @st.composite
@@ -62,6 +69,13 @@ def fresh(config: TrainingConfig) -> Decoder:
             if weight.dim() == 1:
                 weight.copy_(torch.rand(weight.shape, generator=generator) + 0.5)
     return model
+
+
+def take_path(monkeypatch: pytest.MonkeyPatch, on_host: bool) -> None:
+    """Chooses what is computed and kept on a GPU also for tensors of the CPU."""
+    if not on_host:
+        monkeypatch.setattr(model, "_on_host", lambda x: False)
+        monkeypatch.setattr(losses, "product_dtype", lambda storage, device: storage)
 
 
 def some_ids(config: TrainingConfig, rows: int, positions: int, seed: int = 0) -> torch.Tensor:
@@ -110,22 +124,27 @@ def test_transformers_own_folder_gives_the_same_logits_here(tmp_path_factory, co
     assert_same_logits_and_gradients(model, theirs, some_ids(config, rows, data.draw(st.integers(1, config.context_length))))
 
 
+@paths
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_positions_beyond_one_chunk_of_the_host_kernels_give_transformers_logits_and_gradients(tmp_path, qk_norm):
+def test_positions_beyond_one_chunk_of_the_host_kernels_give_transformers_logits_and_gradients(
+    tmp_path, monkeypatch, qk_norm, on_host
+):
     config = replace(TINY, qk_norm=qk_norm, context_length=700, tokens_per_step=700, eval_tokens=700)
-    model = fresh(config)
-    assert_same_logits_and_gradients(
-        model, AutoModelForCausalLM.from_pretrained(written(model, tmp_path)), some_ids(config, 3, 700)
-    )
+    decoder = fresh(config)
+    theirs = AutoModelForCausalLM.from_pretrained(written(decoder, tmp_path))
+    take_path(monkeypatch, on_host)
+    assert_same_logits_and_gradients(decoder, theirs, some_ids(config, 3, 700))
 
 
+@paths
 @pytest.mark.parametrize("tied", [False, True])
-def test_bf16_gradients_are_near_those_of_fp32(tied):
+def test_bf16_gradients_are_near_those_of_fp32(monkeypatch, tied, on_host):
+    take_path(monkeypatch, on_host)
     narrow = fresh(replace(TINY, precision="bf16", tie_embeddings=tied, init_std=0.05))
     wide, ids = empty_model(replace(narrow.config, precision="fp32"), CPU), some_ids(TINY, 8, 25)
     wide.load_state_dict(narrow.state_dict())
-    for model in (narrow, wide):
-        next_token_loss(model(ids[:, :-1]), model.head, ids[:, 1:], 50).backward()
+    for decoder in (narrow, wide):
+        next_token_loss(decoder(ids[:, :-1]), decoder.head, ids[:, 1:], 50).backward()
     for (name, weight), exact in zip(narrow.named_parameters(), wide.parameters(), strict=True):
         assert weight.grad is not None and exact.grad is not None and weight.grad.dtype == torch.bfloat16
         assert (weight.grad - exact.grad).norm() < 0.03 * exact.grad.norm(), name
@@ -187,32 +206,152 @@ def test_every_past_token_moves_the_last_logits(tiny):
         assert not torch.equal(logits_of(tiny, ids)[0, -1], logits_of(tiny, other)[0, -1])
 
 
+@paths
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_activation_checkpointing_gives_bitwise_the_same_loss_and_gradients(qk_norm):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activation_checkpointing_gives_bitwise_the_same_loss_and_gradients(monkeypatch, precision, qk_norm, on_host):
+    take_path(monkeypatch, on_host)
     found = []
-    for kind in ("none", "block"):
-        config = replace(TINY, activation_checkpointing=kind, qk_norm=qk_norm)
-        model, ids = fresh(config), some_ids(TINY, 3, 25)
-        loss = next_token_loss(model(ids[:, :-1]), model.head, ids[:, 1:], 7)
+    for mode in MODES:
+        config = replace(TINY, activation_checkpointing=mode, qk_norm=qk_norm, precision=precision, num_layers=3)
+        decoder = fresh(config)
+        loss = loss_of(decoder, 3)
         loss.backward()
-        found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+        found.append([loss.detach(), *(parameter.grad for parameter in decoder.parameters())])
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
 
 
-def test_activation_checkpointing_keeps_fewer_activations():
-    kept = []
-    for kind in ("none", "block"):
-        model, sizes = fresh(replace(TINY, activation_checkpointing=kind)), []
-        own = {weight.data_ptr() for weight in model.parameters()}
+def loss_of(decoder: Decoder, rows: int) -> torch.Tensor:
+    ids = some_ids(decoder.config, rows, 25)
+    return next_token_loss(decoder(ids[:, :-1]), decoder.head, ids[:, 1:], 7)
 
-        def pack(tensor: torch.Tensor, own=own, sizes=sizes) -> torch.Tensor:
-            sizes.append(0 if tensor.data_ptr() in own else tensor.numel())
-            return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            model(some_ids(TINY, 3, 24))
-        kept.append(sum(sizes))
-    assert kept[1] < kept[0] / 2
+@paths
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("mode", MODES)
+def test_bytes_kept_for_the_backward_are_those_of_the_formula(monkeypatch, mode, precision, qk_norm, on_host):
+    take_path(monkeypatch, on_host)
+    config = replace(TINY, activation_checkpointing=mode, precision=precision, qk_norm=qk_norm, num_layers=3)
+    decoder, rows, positions = fresh(config), 3, 24
+    own = {weight.untyped_storage().data_ptr() for weight in decoder.parameters()}
+    kept = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = decoder(some_ids(config, rows, positions))
+    inputs = {"none": config.num_layers * bytes_of_block(config), "block": config.num_layers * bytes_of_input(config)}
+    last_norm = bytes_of_input(config) + 4
+    rotary, ids = positions * config.head_width * 4, rows * positions * 8
+    # The inputs of block_offload have hooks of their own, so that these see nothing of them.
+    assert sum(kept.values()) == rows * positions * (inputs.get(mode, 0) + last_norm) + (mode == "none") * rotary + ids
+    assert hidden.requires_grad
+
+
+def bytes_of_input(config: TrainingConfig) -> int:
+    return config.hidden_size * config.dtype.itemsize
+
+
+def bytes_of_block(config: TrainingConfig) -> int:
+    """The formula of `Block`, a token."""
+    heads, kv_heads, width = config.num_heads, config.num_kv_heads, config.head_width
+    numbers = 2 * config.hidden_size + (2 * heads + 2 * kv_heads) * width + 2 * config.mlp_size
+    if config.qk_norm:
+        return (numbers + (heads + kv_heads) * width) * config.dtype.itemsize + 4 * (2 * heads + kv_heads)
+    return numbers * config.dtype.itemsize + 4 * heads
+
+
+def blocks_of(decoder: Decoder) -> list[Block]:
+    return [block for block in decoder.model.layers if isinstance(block, Block)]
+
+
+class Inputs:
+    """Watches the storages of the blocks' inputs: those that a forward made, and those that come back."""
+
+    def __init__(self, decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made: list[weakref.ref] = []
+        self.back: dict[int, weakref.ref] = {}
+        self.parkings: list[Any] = []
+        self.most_back = 0
+        watch = self
+
+        class Watched(model._Parking):
+            def __init__(self, device: torch.device, num_blocks: int) -> None:
+                super().__init__(device, num_blocks)
+                watch.parkings.append(weakref.ref(self))
+
+            def _send_for(self, layer: int) -> None:
+                super()._send_for(layer)
+                watch.back[layer] = weakref.ref(self.arriving[layer][0].untyped_storage())
+                watch.most_back = max(watch.most_back, watch.num_back())
+
+        monkeypatch.setattr(model, "_Parking", Watched)
+        for block in blocks_of(decoder):
+            block.register_forward_pre_hook(lambda block, inputs: self.made.append(weakref.ref(inputs[0].untyped_storage())))
+
+    def alive(self) -> list[bool]:
+        return [storage() is not None for storage in self.made]
+
+    def num_back(self) -> int:
+        return sum(storage() is not None for storage in self.back.values())
+
+
+@paths
+def test_offloaded_inputs_leave_the_device_and_come_back_one_block_ahead(monkeypatch, on_host):
+    take_path(monkeypatch, on_host)
+    decoder = fresh(replace(TINY, activation_checkpointing="block_offload", num_layers=5))
+    inputs, at_gradient = Inputs(decoder, monkeypatch), {}
+    for layer, block in enumerate(blocks_of(decoder)):
+        weight = block.mlp.down_proj.weight
+        weight.register_post_accumulate_grad_hook(lambda _, layer=layer: at_gradient.update({layer: sorted(inputs.back)}))
+    loss = loss_of(decoder, 3)
+    assert inputs.alive() == [False] * 4 + [True]
+    assert [host.shape for host in inputs.parkings[0]().parked] == [(3, 24, 32)] * 4
+    assert inputs.num_back() == 0
+    loss.backward()
+    assert at_gradient == {layer: list(range(max(0, layer - 1), 4)) for layer in range(5)}
+    assert inputs.most_back == 2
+    del loss
+    assert inputs.num_back() == 0 and inputs.parkings[0]() is None and not any(inputs.alive())
+
+
+def test_offloaded_inputs_are_released_when_no_backward_comes(monkeypatch):
+    decoder = fresh(replace(TINY, activation_checkpointing="block_offload", num_layers=3))
+    inputs = Inputs(decoder, monkeypatch)
+    gc.disable()
+    try:
+        loss_of(decoder, 2)
+        assert not any(inputs.alive()) and inputs.parkings[0]() is None
+        failing = blocks_of(decoder)[1].mlp.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            loss_of(decoder, 2)
+    finally:
+        gc.enable()
+    gc.collect()
+    assert not any(inputs.alive()) and inputs.parkings[1]() is None
+    failing.remove()
+    with torch.no_grad():
+        loss_of(decoder, 2)
+    assert len(inputs.parkings) == 2
+
+
+def fail(*_) -> None:
+    raise RuntimeError("on purpose")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_second_backward_through_a_graph_that_was_kept_adds_the_same_gradients(mode):
+    decoder = fresh(replace(TINY, activation_checkpointing=mode, num_layers=3))
+    loss = decoder(some_ids(TINY, 2, 24)).square().mean()
+    weights = list(decoder.model.parameters())
+    once, again = torch.autograd.grad(loss, weights, retain_graph=True), torch.autograd.grad(loss, weights)
+    assert all(torch.equal(one, other) for one, other in zip(once, again, strict=True))
 
 
 @given(borders=st.sets(st.integers(1, 23)), qk_norm=st.booleans(), rows=st.integers(1, 3))
@@ -273,19 +412,39 @@ def test_samples_follow_the_softmax_at_the_temperature(tiny):
     assert ((shares - chances).abs() < 4 * (chances / num_samples) ** 0.5 + 4 / num_samples).all()
 
 
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that an operation makes, weights left out; `of_vocabulary` of logits."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.own = {weight.data_ptr() for weight in decoder.parameters()}
+        self.of_all = self.of_vocabulary = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.data_ptr() not in self.own:
+            self.of_all = max(self.of_all, result.numel())
+            if 300 in result.shape:
+                self.of_vocabulary = max(self.of_vocabulary, result.numel())
+        return result
+
+
 def test_sampling_never_makes_logits_of_more_than_one_position(tiny):
-    class LargestLogits(TorchDispatchMode):
-        largest = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor) and 300 in result.shape and result.data_ptr() != tiny.head.data_ptr():
-                self.largest = max(self.largest, result.numel())
-            return result
-
-    with LargestLogits() as mode:
+    with Largest(tiny) as largest:
         continued(tiny, some_ids(TINY, 1, 20)[0], 10)
-    assert mode.largest == 300
+    assert largest.of_vocabulary == 300
+
+
+@paths
+def test_long_prompt_needs_memory_in_proportion_to_its_length(monkeypatch, on_host):
+    take_path(monkeypatch, on_host)
+    config = replace(TINY, context_length=2000, tokens_per_step=2000, eval_tokens=2000)
+    decoder, sizes = fresh(config), []
+    for length in (900, 1800):
+        with Largest(decoder) as largest:
+            continued(decoder, some_ids(config, 1, length)[0], 3)
+        sizes.append(largest.of_all)
+    assert sizes[1] <= 2.01 * sizes[0] < 1800 * 1800 / 4
 
 
 @pytest.mark.parametrize("tied", [False, True])
