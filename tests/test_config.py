@@ -293,7 +293,7 @@ def test_deepspeed_dict_is_stage_2_and_its_batch_adds_up(batch, shape, norm, pre
     for bucket in (zero["reduce_bucket_size"], zero["allgather_bucket_size"]):
         assert bucket % 2 == 0 and 0 <= bucket - config.block_parameters <= 1
     assert dictionary["gradient_clipping"] == norm
-    assert dictionary["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert dictionary["data_types"] == {"grad_accum_dtype": precision} and not zero["offload_optimizer"]["pin_memory"]
     assert {name for name in ("bf16", "fp16") if dictionary[name]["enabled"]} == {precision} - {"fp32"}
     json.dumps(dictionary)
 

@@ -44,6 +44,7 @@ def engine_of(config, model):
     dictionary = TrainingConfig.deepspeed_config(config, world_size)
     groups = groups_of(model, config.weight_decay)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=dictionary)
+    offload.lighten(engine, config)
     engines.extend(weakref.ref(each) for each in (engine, engine.optimizer, engine.optimizer.optimizer))
     return engine
 
@@ -86,15 +87,15 @@ def is_in_the_middle(optimizer):
     return 0 < optimizer.micro_step_id < optimizer.gradient_accumulation_steps - 1
 
 
-def without_middle_copies(kept):
-    def copied(self, *args, output_bucket=None, **others):
-        return kept(self, *args, output_bucket=None if is_in_the_middle(self) else output_bucket, **others)
-
-    return copied
+def nowhere(gradient, target, is_first):
+    return None
 
 
 def without_middle_sums(kept):
-    return lambda self, weight: None if is_in_the_middle(self) else kept(self, weight)
+    def taken(optimizer, sums, send, weight, group):
+        return kept(optimizer, sums, nowhere if is_in_the_middle(optimizer) else send, weight, group)
+
+    return taken
 
 
 def without_mean_over_ranks(kept):
@@ -119,13 +120,7 @@ def decaying(decay):
 
 def faults(config):
     here, old = sys.modules[__name__], dict(vars(Optimizer))
-    half = config.precision == "bf16"
-    lossy = (
-        ("allreduce_and_copy_with_multiple_ranks", without_middle_copies)
-        if half
-        else ("async_accumulate_grad_in_cpu_via_gpu", without_middle_sums)
-    )
-    changes = {{"middle micro-batches are lost": (Optimizer, lossy[0], lossy[1](old[lossy[0]]))}}
+    changes = {{"middle micro-batches are lost": (offload, "_take", without_middle_sums(offload._take))}}
     if world_size > 1:
         return changes | {{
             "ranks are not reduced": (Optimizer, "allreduce_bucket", lambda self, bucket, *a, **k: self.flatten(bucket)),

@@ -1,0 +1,339 @@
+"""Laws of the gradients' path in scripts/offload.py: its results are stock DeepSpeed's, and it keeps and moves what it says."""
+
+import json
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import expect_success, launch, tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scripts.offload import ROW_ELEMENTS, Ring, _square
+
+PATH_SCRIPT = """
+import gc, json, math, os, threading, time
+from dataclasses import replace
+from functools import partial
+import deepspeed, torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from scripts import lifecycle, offload, preflight
+from scripts.config import TrainingConfig
+from scripts.model import empty_model, initialise, parameter_groups
+
+rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def of(config, num_micro_batches, rows=2, **changes):
+    tokens = rows * config.context_length * num_micro_batches * world_size
+    return replace(config, micro_batch_rows=rows, tokens_per_step=tokens, eval_tokens=config.context_length, **changes)
+
+
+def steps_of(config, num_steps):
+    shape = (num_steps, world_size, config.accumulation_steps(world_size), config.micro_batch_rows, config.context_length + 1)
+    drawn = torch.randint(257, shape, generator=torch.Generator().manual_seed(1))
+    return [list(step.to(device)) for step in drawn[:, rank]]
+
+
+def engine_of(config, kind):
+    model, dictionary = initialise(empty_model(config, device)), TrainingConfig.deepspeed_config(config, world_size)
+    if kind == "stock":
+        dictionary["data_types"]["grad_accum_dtype"] = "fp32"
+    groups = parameter_groups(model, config.weight_decay)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=dictionary)
+    if kind != "stock":
+        offload.lighten(engine, config)
+    if kind == "ring":
+        optimizer, ring = engine.optimizer, engine.optimizer._wait_for_offload_copies.__self__
+        name = "process_gradients" if world_size == 1 else "copy_grads_in_partition"
+        direct = getattr(optimizer, name)
+        setattr(optimizer, name, partial(direct.func, optimizer, direct.args[1], ring.send))
+    return engine
+
+
+def take_step(engine, windows, config, factors):
+    for factor, each in zip(factors, windows, strict=True):
+        engine.backward(factor * preflight.tiny_objective(engine, each, config))
+        engine.step()
+
+
+def trained(config, kind, steps, spoilt=()):
+    engine, norms = engine_of(config, kind), []
+    for number, windows in enumerate(steps):
+        factors = [1.0] * len(windows)
+        if number in spoilt and rank == world_size - 1:
+            factors[len(windows) // 2] = math.nan
+        take_step(engine, windows, config, factors)
+        norms.append(float(engine.get_global_grad_norm()))
+    found = {{
+        "masters": torch.cat([master.flatten() for master in offload.full_masters(engine, engine.module).values()]),
+        "gradient": torch.cat([master.grad for master in engine.optimizer.single_partition_of_fp32_groups]).double(),
+        "norms": norms, "skipped": engine.skipped_steps,
+    }}
+    engine.destroy()
+    found["threads"] = sum(thread.name.startswith("gradients") for thread in threading.enumerate())
+    return found
+
+
+def difference(ours, theirs):
+    return {{
+        "masters": float((ours["masters"] - theirs["masters"]).abs().max()),
+        "norms": max(abs(a / b - 1.0) for a, b in zip(ours["norms"], theirs["norms"], strict=True)),
+        "threads": ours["threads"],
+    }}
+
+
+def against_stock(config):
+    found = {{}}
+    clipped, whole = (("light", "cpu"),), (("light", "cpu"), ("ring", "cpu"), ("ring", "gpu"))
+    for name, num_micro_batches, max_norm, ways in (("clipped", 1, 0.1, clipped), ("whole", 3, 1e9, whole)):
+        same = of(config, num_micro_batches, max_grad_norm=max_norm)
+        steps = steps_of(same, 3)
+        stock = trained(same, "stock", steps)
+        for kind, place in ways:
+            ours = trained(replace(same, accumulate_on=place), kind, steps)
+            found[f"{{name}} {{kind}} {{place}}"] = difference(ours, stock)
+    return found
+
+
+def drifts(config, places):
+    own = 64 // world_size
+    small, large = of(config, own, rows=1, max_grad_norm=1e9), of(config, 1, rows=own, max_grad_norm=1e9)
+    windows = steps_of(small, 1)
+    whole = trained(large, "light", [[torch.cat(windows[0])]])["gradient"]
+    found = {{}}
+    for place, precision in places:
+        summed = trained(replace(small, accumulate_on=place, accumulation_precision=precision), "light", windows)["gradient"]
+        found[f"{{place}} {{precision}}"] = float((summed - whole).norm() / whole.norm())
+    return found
+
+
+def spoilt(config):
+    steps = steps_of(config, 3)
+    with_it, without = trained(config, "light", steps, (1,)), trained(config, "light", [steps[0], steps[2]])
+    return {{
+        "skipped": [with_it["skipped"], without["skipped"]],
+        "same": bool(torch.equal(with_it["masters"], without["masters"])),
+        "norms": [with_it["norms"][2], without["norms"][1]],
+    }}
+
+
+def storages():
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+    return {{each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}}
+
+
+class Uploads(TorchDispatchMode):
+    def __init__(self, sources, targets):
+        super().__init__()
+        self.sources, self.targets, self.num_bytes = sources, targets, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.copy_.default:
+            target, source = (each.untyped_storage().data_ptr() for each in args[:2])
+            self.num_bytes += args[1].nbytes * (source in self.sources and target in self.targets)
+        return func(*args, **(kwargs or {{}}))
+
+
+def footprint(config):
+    steps, before, kept, num_down = steps_of(config, 2), storages(), offload._add_up, [0]
+    gc.freeze()
+    engine = engine_of(config, "light")
+    optimizer = engine.optimizer
+    gradients = {{master.grad.untyped_storage().data_ptr() for master in optimizer.single_partition_of_fp32_groups}}
+    staging = {{buffer.untyped_storage().data_ptr() for buffer in optimizer.param_buffer_of_bit16_for_cpu_offload_groups}}
+    weights = {{flat.untyped_storage().data_ptr() for flat in optimizer.bit16_groups_flat}}
+
+    def counted(source, target, is_first):
+        num_down[0] += source.nbytes * (target.untyped_storage().data_ptr() in gradients)
+        return kept(source, target, is_first)
+
+    def held():
+        return min(map(held_after, (0.0, 0.02, 0.04)))
+
+    def held_after(seconds):  # gloo's threads let go of their tensors late
+        time.sleep(seconds)
+        return sum(size for place, size in storages().items() if place not in before and size > 64)
+
+    name = "process_gradients" if world_size == 1 else "copy_grads_in_partition"
+    direct = getattr(optimizer, name)
+    setattr(optimizer, name, partial(direct.func, optimizer, direct.args[1], counted))
+    at_first, between = held(), []
+    take_step(engine, steps[0], config, [1.0] * len(steps[0]))
+    num_down[0], uploads = 0, Uploads(staging, weights)
+    for each in steps[1]:
+        engine.backward(preflight.tiny_objective(engine, each, config))
+        between.append(held())
+        with uploads:
+            engine.step()
+    found = {{
+        "at_first": at_first, "between": between, "after": held(), "down": num_down[0], "up": uploads.num_bytes,
+        "weights": sum(flat.numel() for flat in optimizer.bit16_groups_flat),
+        "largest": max(map(int, optimizer.partition_size)), "num_parameters": config.num_parameters,
+    }}
+    engine.destroy()
+    gc.unfreeze()
+    return found
+
+
+if __name__ == "__main__":
+    offload.ask_the_processor_once()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+    torch.set_num_threads(1)
+    fields = json.loads({fields!r})
+    fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude")}}
+    bf16 = TrainingConfig(**fields)
+    fp32, bf16_on_gpu = replace(bf16, precision="fp32"), replace(bf16, accumulate_on="gpu", accumulation_precision="bf16")
+    places = ("cpu", "fp32"), ("gpu", "fp32"), ("gpu", "bf16")
+    report = {{
+        "stock": {{"fp32": against_stock(fp32), "bf16": against_stock(bf16)}},
+        "drift": {{"fp32": drifts(fp32, places[:2]), "bf16": drifts(bf16, places[::2])}},
+        "spoilt": [spoilt(of(config, 3)) for config in (fp32, bf16_on_gpu)],
+        "footprint": [footprint(of(config, 3)) for config in (fp32, bf16, bf16_on_gpu)],
+    }}
+    with open(f"report-{{rank}}.json", "w") as file:
+        json.dump(report, file)
+    lifecycle.end(0)
+"""
+
+
+def follow_gradients(folder: Path, ranks: int, hidden_gpus: dict[str, str]) -> list[dict]:
+    """Each rank's report of the script above."""
+    config = tiny_config(folder, context_length=8, tokens_per_step=16, loss_chunk_rows=64)
+    env = {"RANK": "{index}", "LOCAL_RANK": "{index}", "WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost"}
+    env |= {"MASTER_PORT": "{port}", "OMP_NUM_THREADS": "1"} | hidden_gpus
+    expect_success(launch(folder, PATH_SCRIPT.format(fields=json.dumps(vars(config))), [sys.executable], ranks, env))
+    return [json.loads((folder / f"report-{rank}.json").read_text()) for rank in range(ranks)]
+
+
+@pytest.fixture(scope="module")
+def reports(num_ranks, tmp_path_factory) -> list[dict]:
+    return follow_gradients(tmp_path_factory.mktemp(f"path{num_ranks}"), num_ranks, {"CUDA_VISIBLE_DEVICES": ""})
+
+
+def assert_stock(reports: list[dict]) -> None:
+    """Without clipping bitwise; a clip factor may differ in its last bit, because the norms are summed in another order."""
+    for report in reports:
+        for precision, found in report["stock"].items():
+            for name, difference in found.items():
+                assert difference["norms"] < 1e-6, (precision, name)
+                assert difference["masters"] <= (0.0 if name.startswith("whole") else 1e-6), (precision, name, difference)
+                assert difference["threads"] == 0
+
+
+def test_updates_are_those_of_stock_deepspeed_in_every_place(reports):
+    assert_stock(reports)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_updates_are_those_of_stock_deepspeed_on_a_gpu(tmp_path):
+    assert_stock(follow_gradients(tmp_path, 1, {"CUDA_VISIBLE_DEVICES": "0"}))
+
+
+def test_sixty_four_micro_batches_sum_to_one_large_batch(reports):
+    for report in reports:
+        print(f"drift against one large batch, relative: {report['drift']}")
+        assert max(report["drift"]["fp32"].values()) < 1e-6
+        assert report["drift"]["bf16"]["cpu fp32"] < report["drift"]["bf16"]["gpu bf16"] < 0.2
+
+
+def test_nan_in_a_middle_micro_batch_of_one_rank_skips_that_step_alone_on_all(reports):
+    for report in reports:
+        for found in report["spoilt"]:
+            assert found["skipped"] == [1, 0]
+            assert found["same"]
+            assert found["norms"][0] == found["norms"][1]
+
+
+PLACES = (("cpu", 4), ("cpu", 2), ("gpu", 2))
+
+
+def test_nothing_is_held_but_weights_their_state_the_staging_and_the_sums(reports):
+    ranks = len(reports)
+    for report in reports:
+        for (place, weight_bytes), found in zip(PLACES, report["footprint"], strict=True):
+            owned = found["weights"] // ranks
+            state, staging = 8 * owned, 2 * found["largest"] * weight_bytes
+            sums = owned * weight_bytes if place == "gpu" else 0
+            assert found["at_first"] == found["weights"] * weight_bytes + state + staging + sums
+            assert {*found["between"], found["after"]} == {found["at_first"] + 8 * owned}
+
+
+def test_bytes_that_move_in_a_step_are_those_of_the_formula(reports):
+    ranks = len(reports)
+    for (place, weight_bytes), *founds in zip(PLACES, *(report["footprint"] for report in reports), strict=True):
+        trips = 1 if place == "gpu" else 3
+        assert sum(found["down"] for found in founds) == trips * founds[0]["num_parameters"] * weight_bytes
+        assert all(found["up"] == found["weights"] // ranks * weight_bytes for found in founds)
+
+
+@given(
+    capacity=st.integers(1, 40), sizes=st.lists(st.integers(1, 90), min_size=1, max_size=12), firsts=st.integers(0, 2**12),
+    seed=st.integers(0, 2**16),
+)  # fmt: skip
+@settings(deadline=None, max_examples=60)
+def test_ring_adds_up_everything_in_the_order_in_which_it_was_sent(capacity, sizes, firsts, seed):
+    generator = torch.Generator().manual_seed(seed)
+    ring = Ring(torch.zeros(2 * capacity, dtype=torch.bfloat16), 2 * capacity, torch.device("cpu"))
+    arrived, expected = torch.zeros(90), torch.zeros(90)
+    for number, size in enumerate(sizes):
+        source, is_first = torch.randn(size, generator=generator).bfloat16(), bool(firsts >> number & 1)
+        ring.send(source, arrived[:size], is_first)
+        expected[:size] = source.float() + (0 if is_first else expected[:size])
+        source.zero_()
+    ring.drain()
+    assert torch.equal(arrived, expected)
+    ring.close()
+
+
+def test_sender_waits_for_room_in_the_ring():
+    ring, gate, sent = Ring(torch.zeros(8), 8, torch.device("cpu")), threading.Event(), threading.Event()
+    target = torch.zeros(12)
+    ring._thread.submit(gate.wait)
+    ring.send(torch.ones(8), target[:8], True)
+
+    def send_more() -> None:
+        ring.send(torch.ones(4), target[8:], True)
+        sent.set()
+
+    sender = threading.Thread(target=send_more)
+    sender.start()
+    assert not sent.wait(0.2) and not target.any()
+    gate.set()
+    sender.join(5)
+    ring.drain()
+    assert sent.is_set() and target.all()
+    ring.close()
+
+
+def test_fault_in_the_thread_is_raised_at_the_next_drain_and_the_rest_arrives():
+    ring, target = Ring(torch.zeros(8), 8, torch.device("cpu")), torch.zeros(2)
+    ring.send(torch.ones(2), torch.zeros(2, dtype=torch.int64), False)
+    ring.send(torch.ones(2), target, True)
+    with pytest.raises(RuntimeError, match="can't be cast"):
+        ring.drain()
+    ring.drain()
+    assert target.all()
+    ring.close()
+
+
+@given(size=st.integers(0, 3 * ROW_ELEMENTS), scale=st.sampled_from([1e-12, 1.0, 1e12]), seed=st.integers(0, 2**16))
+@settings(deadline=None)
+def test_sum_of_squares_is_that_of_float64(size, scale, seed):
+    vector = scale * torch.randn(size, generator=torch.Generator().manual_seed(seed))
+    assert _square(vector) == pytest.approx(float(vector.double().square().sum()), rel=1e-6)
+
+
+@given(size=st.integers(1, 3 * ROW_ELEMENTS), place=st.integers(0, 2**20), bad=st.sampled_from([float("nan"), float("inf")]))
+@settings(deadline=None)
+def test_one_number_that_is_not_finite_makes_the_sum_of_squares_not_finite(size, place, bad):
+    vector = torch.zeros(size)
+    vector[place % size] = bad
+    assert not torch.tensor(_square(vector)).isfinite()
