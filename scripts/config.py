@@ -10,7 +10,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from glob import has_magic
 from pathlib import Path
 
@@ -187,7 +187,7 @@ class TrainingConfig:
         Raises:
             ValueError: the batch does not divide over `world_size` ranks.
         """
-        on_gpu = torch.cuda.is_available()
+        sums = config.precision if config.offload_optimizer else config.accumulation_precision
         return {
             "train_batch_size": config.rows_per_step,
             "train_micro_batch_size_per_gpu": config.micro_batch_rows,
@@ -200,11 +200,11 @@ class TrainingConfig:
                 "reduce_scatter": True,
                 "reduce_bucket_size": config.bucket_elements,
                 "allgather_bucket_size": config.bucket_elements,
-                "offload_optimizer": {"device": "cpu" if config.offload_optimizer else "none", "pin_memory": on_gpu},
+                "offload_optimizer": {"device": "cpu" if config.offload_optimizer else "none", "pin_memory": False},
             },
             "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
             "fp16": {"enabled": config.precision == "fp16", "loss_scale": 0, "initial_scale_power": 16},
-            "data_types": {"grad_accum_dtype": "fp32"},
+            "data_types": {"grad_accum_dtype": sums},
             "optimizer": {
                 "type": "AdamW",
                 "params": {
@@ -439,5 +439,59 @@ LAWS = (
     _check_types, _check_ranges, _check_choices, _check_accumulation, _check_model, _check_batch, _check_schedule, _check_data,
 )  # fmt: skip
 
+FOR_CARDS = {
+    "validation_fraction": 0.005, "vocab_size": 32768, "tokenizer_path": None, "tokenizer_sample_bytes": 2**28, "qk_norm": True,
+    "tie_embeddings": True, "init_std": 0.02, "schedule": "cosine", "decay_steps": None, "beta1": 0.9, "beta2": 0.95,
+    "precision": "bf16", "offload_optimizer": True, "accumulate_on": "cpu", "accumulation_precision": "fp32",
+    "loss_chunk_rows": 1024, "log_every_steps": 1, "eval_every_steps": 500, "eval_tokens": 2**20, "sample_every_steps": 500,
+    "save_every_steps": 500, "keep_checkpoints": 2, "init_from": None, "teacher_dir": None,
+}  # fmt: skip
+
 with refusing():
     PRETRAIN = TrainingConfig()
+    DISTILL = replace(
+        PRETRAIN, run_dir="runs/distill", teacher_dir=PRETRAIN.run_dir, init_from=None, hidden_size=128, num_layers=3,
+        num_heads=2, num_kv_heads=1, head_size=None, mlp_size=352,
+    )  # fmt: skip
+    GPU_4GB = replace(
+        PRETRAIN, **FOR_CARDS, run_dir="runs/gpu-4gb", data_dir="data/gpu-4gb", context_length=2048, hidden_size=1280,
+        num_layers=26, num_heads=20, num_kv_heads=5, head_size=64, mlp_size=3584, rope_theta=10000.0, tokens_per_step=2**18,
+        micro_batch_rows=4, activation_checkpointing="block", num_steps=40_000, learning_rate=8e-4, min_learning_rate=8e-5,
+        warmup_steps=1000,
+    )  # fmt: skip
+    GPU_6GB = replace(
+        PRETRAIN, **FOR_CARDS, run_dir="runs/gpu-6gb", data_dir="data/gpu-6gb", context_length=2048, hidden_size=2048,
+        num_layers=22, num_heads=16, num_kv_heads=4, head_size=128, mlp_size=5632, rope_theta=10000.0, tokens_per_step=2**19,
+        micro_batch_rows=4, activation_checkpointing="block", num_steps=42_000, learning_rate=5e-4, min_learning_rate=5e-5,
+        warmup_steps=1000,
+    )  # fmt: skip
+    GPU_8GB = replace(
+        PRETRAIN, **FOR_CARDS, run_dir="runs/gpu-8gb", data_dir="data/gpu-8gb", context_length=2048, hidden_size=2048,
+        num_layers=28, num_heads=16, num_kv_heads=8, head_size=128, mlp_size=6144, rope_theta=10000.0, tokens_per_step=2**19,
+        micro_batch_rows=4, activation_checkpointing="block", num_steps=56_000, learning_rate=4e-4, min_learning_rate=4e-5,
+        warmup_steps=1000,
+    )  # fmt: skip
+    GPU_12GB = replace(
+        PRETRAIN, **FOR_CARDS, run_dir="runs/gpu-12gb", data_dir="data/gpu-12gb", context_length=4096, hidden_size=3072,
+        num_layers=28, num_heads=24, num_kv_heads=8, head_size=128, mlp_size=8192, rope_theta=500_000.0, tokens_per_step=2**20,
+        micro_batch_rows=4, activation_checkpointing="block_offload", num_steps=56_000, learning_rate=3e-4,
+        min_learning_rate=3e-5, warmup_steps=1000,
+    )  # fmt: skip
+    GPU_16GB = replace(
+        PRETRAIN, **FOR_CARDS, run_dir="runs/gpu-16gb", data_dir="data/gpu-16gb", context_length=4096, hidden_size=2560,
+        num_layers=34, num_heads=32, num_kv_heads=8, head_size=128, mlp_size=9728, rope_theta=500_000.0, tokens_per_step=2**20,
+        micro_batch_rows=4, activation_checkpointing="block_offload", num_steps=67_000, learning_rate=3e-4,
+        min_learning_rate=3e-5, warmup_steps=1000,
+    )  # fmt: skip
+    GPU_24GB = replace(
+        PRETRAIN, **FOR_CARDS, run_dir="runs/gpu-24gb", data_dir="data/gpu-24gb", context_length=4096, hidden_size=4096,
+        num_layers=32, num_heads=32, num_kv_heads=8, head_size=128, mlp_size=12288, rope_theta=500_000.0, tokens_per_step=2**21,
+        micro_batch_rows=4, activation_checkpointing="block_offload", num_steps=60_000, learning_rate=2e-4,
+        min_learning_rate=2e-5, warmup_steps=2000,
+    )  # fmt: skip
+    GPUS_8X80GB = replace(
+        PRETRAIN, **FOR_CARDS, run_dir="runs/gpus-8x80gb", data_dir="data/gpus-8x80gb", context_length=4096, hidden_size=5120,
+        num_layers=40, num_heads=40, num_kv_heads=8, head_size=128, mlp_size=17408, rope_theta=500_000.0, tokens_per_step=2**22,
+        micro_batch_rows=8, activation_checkpointing="block", num_steps=64_000, learning_rate=2e-4, min_learning_rate=2e-5,
+        warmup_steps=2000,
+    )  # fmt: skip

@@ -33,7 +33,7 @@ from ds.loader import (
     micro_batches,
     rank_windows,
 )
-from scripts import checkpoint, lifecycle, offload, preflight
+from scripts import checkpoint, lifecycle, memory, offload, preflight
 from scripts.config import TrainingConfig, refuse_unfit
 from scripts.evaluate import HeldOut, evaluate, hardest_pieces
 from scripts.model import Decoder, continue_ids, empty_model, initialise, parameter_groups
@@ -125,7 +125,7 @@ def ready(config: TrainingConfig, prepare: Callable) -> Run | None:
     """
     ranks = ranks_from_launcher()
     watch = lifecycle.Watch(ranks.rank, ranks.local_rank, ranks.num_launchers, config.silent_rank_seconds)
-    with watch.before_training():
+    with _ending_out_of_memory(config, ranks), watch.before_training():
         run = _ready(config, ranks, watch, prepare)
     if run is None:
         watch.close(clean=True)
@@ -136,12 +136,13 @@ def train(run: Run | None, objective: Objective) -> None:
     """The one training loop: every step, then what is due after it. Nothing to do for a finished run.
 
     Raises:
-        SystemExit: 75 after a save, when the run was asked to stop; 1 when the last save fails or too many steps are skipped.
+        SystemExit: 75 after a save, when the run was asked to stop; 1 when the last save fails, too many steps are skipped or
+            there is no memory left.
     """
     if run is None:
         return
     config, progress, saved = run.config, run.progress, None
-    with run.watch.during_training(), _holding(run), _reporting(run) as report:
+    with _ending_out_of_memory(config, run.ranks), run.watch.during_training(), _holding(run), _reporting(run) as report:
         _begin(run, report)
         for step in range(run.first_step, config.num_steps):
             started = time.perf_counter()
@@ -321,10 +322,12 @@ def _slurm_as_torch(env) -> dict[str, str]:
 
 
 def _ready(config: TrainingConfig, ranks: Ranks, watch: lifecycle.Watch, prepare: Callable) -> Run | None:
+    _set_up_cuda()
     offload.refuse_other_versions()
     refuse_unfit(config, ranks.world_size)
     preflight.refuse_missing_compilers(config)
     checkpoint.refuse_other_run(config)
+    _refuse_unfit_memory(config, ranks, memory.room_in_all)
     _say(ranks, "Starting DeepSpeed. Its first start on a machine compiles the CPU Adam, which takes a minute or two.")
     with _compiling(config, ranks):
         _join(config, ranks)
@@ -350,7 +353,40 @@ def _continue_or_begin(
     if first_step == config.num_steps:
         _say(ranks, f"This run is finished: {config.num_steps} steps. {_summary(config)}")
         return None
+    _refuse_together(lambda: _refuse_unfit_memory(config, ranks, memory.room_free), ranks)
+    _say_plan(config, ranks)
     return _build(config, ranks, watch, hold, _prepare_in_turn(config, ranks, prepare), found)
+
+
+def _refuse_unfit_memory(config: TrainingConfig, ranks: Ranks, look: Callable) -> None:
+    device = _device(ranks)
+    memory.refuse_unfit_memory(config, ranks.world_size, ranks.local_size, look(config, device), device.type)
+
+
+def _say_plan(config: TrainingConfig, ranks: Ranks) -> None:
+    if ranks.rank == 0:
+        lifecycle.say(memory.short_words(config, ranks.world_size, ranks.local_size, _device(ranks)), sys.stdout)
+
+
+@contextmanager
+def _ending_out_of_memory(config: TrainingConfig, ranks: Ranks) -> Iterator[None]:
+    """Ends a run for which there is no memory left with the plan, what was measured and what needs less."""
+    try:
+        yield
+        return
+    except (MemoryError, RuntimeError, OSError) as fault:
+        if not memory.is_out_of_memory(fault):
+            raise
+        first_line = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
+    words = memory.out_of_memory_words(config, ranks.world_size, ranks.local_size, _device(ranks).type, *_peak_bytes())
+    lifecycle.say(f"failed: {first_line}; {words}; {lifecycle.SAME_COMMAND}", sys.stderr)
+    raise SystemExit(lifecycle.FAILED)
+
+
+def _peak_bytes() -> tuple[int, int]:
+    """The most that this process has held so far: on the GPU as torch's allocator counts, and of the host."""
+    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return gpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @contextmanager
@@ -376,12 +412,18 @@ def _newest_checkpoint(config: TrainingConfig, ranks: Ranks) -> checkpoint.Check
     return found
 
 
+def _set_up_cuda() -> None:
+    """What CUDA's libraries and torch's allocators read when CUDA starts, which the first look at the card makes it do."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    exact = ",pinned_max_round_threshold_mb:1" if torch.__version__ >= "2.13" else ""
+    os.environ["PYTORCH_ALLOC_CONF"] = os.environ["PYTORCH_CUDA_ALLOC_CONF"] = f"expandable_segments:True{exact}"
+
+
 def _join(config: TrainingConfig, ranks: Ranks) -> None:
     """Makes the process deterministic and joins the process group."""
     deepspeed_logger.setLevel("WARNING")
     offload.ask_the_processor_once()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_size))
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     if torch.cuda.is_available():
@@ -494,6 +536,7 @@ def _initialize(config: TrainingConfig, ranks: Ranks, model: Decoder):
         )
     except ValueError as fault:
         raise RuntimeError("deepspeed.initialize failed") from fault
+    offload.lighten(engine, config)
     return engine
 
 
@@ -611,7 +654,7 @@ def _gradient_norm(engine) -> float:
 
 
 def _measure(run: Run, step: int, nats: float, progress: Progress, seconds: float) -> dict:
-    config = run.config
+    config, (gpu_bytes, host_bytes) = run.config, _peak_bytes()
     return {
         "kind": "train",
         "step": step,
@@ -621,8 +664,8 @@ def _measure(run: Run, step: int, nats: float, progress: Progress, seconds: floa
         "learning_rate": learning_rate_at(step - 1, config),
         "tokens_per_second": config.tokens_per_step / seconds,
         "seconds": seconds,
-        "gpu_peak_gib": torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else 0.0,
-        "host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
+        "gpu_peak_gib": gpu_bytes / GIB,
+        "host_peak_gib": host_bytes / GIB,
         "tokens_hash": digest_hex(np.array(progress.tokens_digest)),
         "windows_hash": digest_hex(np.array(progress.windows_digest)),
     }
@@ -677,6 +720,7 @@ def _settle(run: Run, step: int, saved: checkpoint.Saved | None, report: Callabl
 def _conclude(run: Run, step: int, saved: checkpoint.Saved | None, report: Callable[[dict], None]) -> None:
     """After the last step, or the last before a stop: that save has no next one to make up for it."""
     good = _settle(run, step, saved, report)
+    report({"kind": "event", "step": step, "event": "memory"} | _predicted_and_measured(run))
     torch.distributed.barrier()
     if not good:
         _say(run.ranks, "failed: the last steps are not saved; make room, and the same command makes them again")
@@ -684,6 +728,11 @@ def _conclude(run: Run, step: int, saved: checkpoint.Saved | None, report: Calla
     if step < run.config.num_steps:
         _say(run.ranks, f"Stopped on request after step {step}, saved in {saved and saved.folder}; the same command continues")
         raise SystemExit(lifecycle.STOPPED)
+
+
+def _predicted_and_measured(run: Run) -> dict:
+    planned = memory.plan(run.config, run.ranks.world_size, run.device.type)
+    return memory.comparison(planned, *_peak_bytes())
 
 
 @contextmanager
@@ -717,7 +766,7 @@ def _show(record: dict, config: TrainingConfig, bar: tqdm) -> None:
     if record["kind"] == "train" and not bar.disable:
         bar.set_postfix_str(_train_line(record), refresh=False)
         bar.update(record["step"] - bar.n)
-    elif record.get("event") != "started":
+    elif record.get("event") not in ("started", "memory"):
         bar.write(_line(record, config), file=sys.stdout)
         sys.stdout.flush()
 
@@ -805,6 +854,7 @@ def _summary(config: TrainingConfig) -> str:
         lines += [f"  held out before: {_held_out_words(held_out[0])}", f"  held out after:  {_held_out_words(held_out[-1])}"]
     if samples:
         lines += ["  sample:", _indented(samples[-1])]
+    lines += [f"  {memory.comparison_words(record)}" for record in records if record.get("event") == "memory"][-1:]
     lines += [f"  picture: {checkpoint.picture_path(config)}"]
     lines += [f"  checkpoint (opens in transformers): {saved}"] if saved else []
     return "\n".join([*lines, '  next: echo "def" | python scripts/generate.py'])

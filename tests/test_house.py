@@ -35,7 +35,9 @@ MAY_IMPORT = {
 MAY_KNOW = {
     "deepspeed": {"scripts.trainer", "scripts.offload"},
     "os.environ": {"scripts.config", "scripts.trainer"},
-    "sys.argv": {"scripts.train_pretrain", "scripts.train_distill", "scripts.prepare_data", "scripts.generate"},
+    "sys.argv": {
+        "scripts.train_pretrain", "scripts.train_distill", "scripts.prepare_data", "scripts.generate", "scripts.memory",
+    },
     "matplotlib": {"scripts.report"},
     "safetensors": {"scripts.checkpoint"},
     "tokenizers": {"ds.tokenizer", "scripts.prepare_data", "scripts.generate"},

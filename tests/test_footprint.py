@@ -1,0 +1,236 @@
+"""The smallest footprint, as laws of tracked storages: in fake mode, over the real engine on the CPU, and on a GPU."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY, expect_success, launch, metrics, pretrain_script, tiny_config
+from torch._subclasses.fake_tensor import FakeTensorMode
+from tracker import Peak, Sides, Tracker, fake_step_peak, fill_fake, graph_of_gpu, peak_of
+
+from scripts.config import ACTIVATION_CHECKPOINTING, TrainingConfig
+from scripts.evaluate import evaluate
+from scripts.memory import OUTSIDE_TORCH, Moment, allocated_bytes, plan
+from scripts.model import continue_ids, empty_model, initialise
+
+MICRO_BATCHES = 3
+OUTSIDE_STORAGES = (*OUTSIDE_TORCH, "the program", "the data", "pieces of files")
+GPU_SHAPES = {
+    "none": dict(activation_checkpointing="none"),
+    "block": dict(activation_checkpointing="block", tie_embeddings=True),
+    "block_offload": dict(activation_checkpointing="block_offload", qk_norm=True),
+}
+ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def wide_config(**changes) -> TrainingConfig:
+    """Tokens times vocabulary is by far the largest of its sizes: 512 tokens, 8192 ids."""
+    fields: dict = dict(
+        vocab_size=8192, context_length=128, hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2, mlp_size=64,
+        tokens_per_step=512, micro_batch_rows=4, loss_chunk_rows=32, eval_tokens=512, precision="bf16",
+    )  # fmt: skip
+    return TrainingConfig(**(fields | changes))
+
+
+def deep_config(**changes) -> TrainingConfig:
+    """Blocks' inputs are by far the largest of its sizes."""
+    return wide_config(**(dict(vocab_size=257, num_layers=6, context_length=512, tokens_per_step=2048) | changes))
+
+
+@pytest.mark.parametrize("mode", ACTIVATION_CHECKPOINTING)
+def test_logits_are_never_whole_in_a_step(mode):
+    config = wide_config(activation_checkpointing=mode)
+    tokens, whole = config.tokens_per_step, replace(config, loss_chunk_rows=config.tokens_per_step)
+    assert fake_step_peak(config).largest_bytes < tokens * config.vocab_size < fake_step_peak(whole).largest_bytes
+
+
+def test_logits_are_never_whole_in_evaluation_and_sampling():
+    config = wide_config()
+    model = initialise(empty_model(config, torch.device("cpu"))).eval()
+    windows, num_bytes = torch.zeros(4, 129, dtype=torch.int64), torch.ones(8192)
+    evaluated = peak_of(lambda: evaluate(model, [windows], num_bytes, config.loss_chunk_rows), [])
+    prompt = torch.arange(128)
+    sampled = peak_of(lambda: list(continue_ids(model, prompt, 3, 0.0, 1, 0)), [])
+    weights = 2 * config.vocab_size * config.hidden_size
+    assert evaluated.largest_bytes < 512 * config.vocab_size
+    assert sampled.largest_bytes <= max(weights, 128 * config.vocab_size)
+
+
+def kept_after_forward(config: TrainingConfig) -> int:
+    """Bytes alive on the device between forward and backward besides the weights, on a GPU."""
+    shapes = empty_model(config, torch.device("meta"))
+    with FakeTensorMode(), graph_of_gpu():
+        decoder = fill_fake(shapes)
+        ids = torch.zeros(config.micro_batch_rows, config.context_length, dtype=torch.int64)
+        with Tracker([("weights", weight) for weight in decoder.parameters()]) as tracker:
+            begin = tracker.now()
+            hidden = decoder(ids)
+            now = tracker.now()
+            standing, before = tracker.sides(now, now).device, tracker.sides(begin, begin).device
+            del hidden
+    return standing.num_bytes - before.num_bytes
+
+
+def test_a_forward_keeps_what_the_formula_says():
+    """none: everything that a block's docstring lists; block: its input; block_offload: one input, whatever the depth."""
+    config = deep_config()
+    tokens, width, layers = config.tokens_per_step, config.hidden_size, config.num_layers
+    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_width
+    whole = tokens * (2 * (2 * width + heads + 2 * config.mlp_size) + 4 * config.num_heads)
+    kept = {mode: kept_after_forward(replace(config, activation_checkpointing=mode)) for mode in ACTIVATION_CHECKPOINTING}
+    assert kept["none"] - kept["block"] == layers * (whole - 2 * tokens * width)
+    assert kept["block"] - kept["block_offload"] == (layers - 1) * 2 * tokens * width
+
+
+def test_the_peak_falls_from_none_to_block_to_block_offload():
+    config = deep_config()
+    none, block, offload = (
+        fake_step_peak(replace(config, activation_checkpointing=mode)).num_bytes for mode in ACTIVATION_CHECKPOINTING
+    )
+    input_bytes = 2 * config.tokens_per_step * config.hidden_size
+    assert none > 2 * block
+    assert block - offload == (config.num_layers - 2) * input_bytes, "two inputs are up at once in the backward"
+
+
+def test_sums_of_gradients_on_the_gpu_take_their_dtype_a_parameter():
+    config = deep_config(tokens_per_step=2 * 2048)
+    peaks = {
+        precision: fake_step_peak(replace(config, accumulate_on="gpu", accumulation_precision=precision)).num_bytes
+        for precision in ("bf16", "fp32")
+    }
+    least = fake_step_peak(config).num_bytes
+    assert peaks["bf16"] - least == 2 * config.num_parameters
+    assert peaks["fp32"] - least == 4 * config.num_parameters
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory) -> tuple[TrainingConfig, dict[str, Sides]]:
+    """What `engine_peaks` finds of one configuration, from a process of its own."""
+    folder = tmp_path_factory.mktemp("engine")
+    config = tiny_config(
+        folder, hidden_size=128, mlp_size=320, num_layers=4, context_length=64, micro_batch_rows=4, precision="bf16",
+        tokens_per_step=256 * MICRO_BATCHES, activation_checkpointing="block", loss_chunk_rows=64, sample_tokens=4,
+        sample_every_steps=8,
+    )  # fmt: skip
+    (result,) = launch(folder, engine_script(config), ["python"])
+    output = expect_success([result])
+    found = json.loads(next(line for line in output.splitlines() if line.startswith('{"initialisation"')))
+    return config, {phase: Sides(Peak(*device), Peak(*host), down, up) for phase, (device, host, down, up) in found.items()}
+
+
+def engine_script(config: TrainingConfig) -> str:
+    """A script that prints `engine_peaks(config)` as JSON."""
+    return f"""
+import json, sys
+sys.path.insert(0, {str(REPOSITORY / "tests")!r})
+from scripts import trainer
+from scripts.config import TrainingConfig
+from tracker import engine_peaks
+
+fields = json.loads({json.dumps(asdict(config))!r})
+fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude")}}
+if __name__ == "__main__":
+    with trainer.leaving():
+        print(json.dumps(engine_peaks(TrainingConfig(**fields))), flush=True)
+"""
+
+
+def largest_group_elements(config: TrainingConfig) -> int:
+    return max(config.block_parameters, config.vocab_size * config.hidden_size)
+
+
+def test_initialisation_takes_the_weights_and_one_group(engine):
+    config, phases = engine
+    bound = 2 * config.num_parameters + 2 * largest_group_elements(config)
+    assert phases["initialisation"].device.num_bytes <= 1.02 * bound, phases["initialisation"].device.places
+
+
+def test_between_steps_the_device_holds_the_weights_alone(engine):
+    config, phases = engine
+    for phase in ("after initialisation", "after step", "after second step", "after save"):
+        held = phases[phase].device
+        assert held.num_bytes <= 1.01 * 2 * config.num_parameters, held
+        assert held.largest_bytes <= 2 * largest_group_elements(config), held
+
+
+def test_the_host_holds_sixteen_bytes_a_parameter_and_the_staging(engine):
+    config, phases = engine
+    wanted = 16 * config.num_parameters + 2 * 2 * largest_group_elements(config)
+    assert phases["after second step"].host.num_bytes == pytest.approx(wanted, rel=0.01)
+
+
+def test_a_step_moves_each_gradient_down_and_each_weight_up_once(engine):
+    config, phases = engine
+    assert phases["second step"].num_bytes_down == MICRO_BATCHES * 2 * config.num_parameters
+    assert phases["second step"].num_bytes_up == pytest.approx(2 * config.num_parameters, abs=64)
+
+
+@pytest.mark.parametrize("side", ["device", "host"])
+def test_the_plan_is_within_five_percent_of_the_engine(engine, side):
+    """A load comes with an initialisation, whose device side has a phase of its own."""
+    config, phases = engine
+    planned = getattr(plan(config, 1, "cpu"), side)
+    tracked = {
+        "initialisation": ("initialisation",),
+        "training step": ("step", "second step", "evaluation", "sample"),
+        "save and load": ("save",) if side == "device" else ("save", "load"),
+    }
+    for phase, names in tracked.items():
+        counted = max(getattr(phases[name], side).num_bytes for name in names)
+        assert storages(planned[phase]) == pytest.approx(counted, rel=0.05), (phase, planned[phase])
+
+
+def storages(moment: Moment) -> int:
+    """A moment's bytes without what no tensor holds."""
+    return sum(size for kind, size in moment.parts.items() if kind not in OUTSIDE_STORAGES)
+
+
+def test_a_peak_counts_a_storage_once_from_birth_to_death():
+    """Views are free, what is freed is gone, what stood before counts when it is named."""
+
+    def work() -> None:
+        first = torch.zeros(1000)
+        first.view(10, 100)[3].add_(1.0)
+        del first
+        second, third = torch.zeros(700), torch.zeros(600)
+        del second, third
+
+    before = torch.zeros(50)
+    peak = peak_of(work, [("before", before), ("before", before[:3])])
+    assert isinstance(peak, Peak)
+    assert peak.num_bytes == 4 * (50 + 1300)
+    assert peak.places["before"] == 4 * 50
+    assert peak.largest_bytes == 4 * 1000
+
+
+@pytest.mark.gpu
+@ON_A_GPU
+@pytest.mark.parametrize("shape", GPU_SHAPES)
+def test_gpu_peak_is_within_ten_percent_of_the_plan(shape, tmp_path):
+    config = gpu_config(tmp_path, **GPU_SHAPES[shape])
+    expect_success(launch(tmp_path, pretrain_script([config]), ["python"]))
+    measured = max(record["gpu_peak_gib"] for record in metrics(config) if record["kind"] == "train")
+    assert allocated_bytes(plan(config, 1)) / 2**30 == pytest.approx(measured, rel=0.10)
+
+
+@pytest.mark.gpu
+@ON_A_GPU
+def test_gpu_block_offload_equals_block(tmp_path):
+    configs = [
+        gpu_config(tmp_path, run_dir=str(tmp_path / mode), activation_checkpointing=mode) for mode in ("block", "block_offload")
+    ]
+    expect_success(launch(tmp_path, pretrain_script(configs), ["python"]))
+    block, offload = ([record["loss"] for record in metrics(config) if record["kind"] == "train"] for config in configs)
+    assert block == offload
+
+
+def gpu_config(folder: Path, **changes) -> TrainingConfig:
+    """About 100 million parameters and 8192 tokens a micro-batch, two of them a step; three steps."""
+    fields: dict = dict(
+        hidden_size=768, mlp_size=2048, num_layers=12, num_heads=12, num_kv_heads=4, context_length=1024, micro_batch_rows=8,
+        tokens_per_step=2 * 8192, num_steps=3, warmup_steps=1, eval_every_steps=None, save_every_steps=None, precision="bf16",
+        loss_chunk_rows=1024, eval_tokens=1024,
+    )  # fmt: skip
+    return tiny_config(folder, **(fields | changes))
