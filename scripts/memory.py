@@ -424,27 +424,33 @@ def _micro_batch(config: TrainingConfig, device_type: str, world_size: int) -> I
     """What a micro-batch takes besides what is held, at each moment of its loss and its backward.
 
     Of the blocks' backwards the last block's is the first and has most activations; in the next one the last block's gradients
-    are on their way down besides.
+    are on their way down besides, which scripts/offload.py bounds.
     """
     sizes, mode, layers = _sizes(config, device_type), config.activation_checkpointing, config.num_layers
-    s, one_input = sizes.storage, sizes.storage * sizes.tokens * sizes.width
+    one_input, matrix = sizes.storage * sizes.tokens * sizes.width, sizes.storage * sizes.vocabulary * sizes.width
     ids = 8 * config.micro_batch_rows * (config.context_length + 1) + 4 * config.context_length * config.head_width
     always, block = {"ids and rotary table": ids}, _kept_of_block(config, sizes, device_type)
-    tied = s * sizes.vocabulary * sizes.width * config.tie_embeddings
-    leaving = s * config.bucket_elements if device_type == "cuda" and config.offload_optimizer and world_size == 1 else 0
+    leaving, of_blocks, of_matrices = _gradients_under_way(config, device_type, world_size, matrix)
     saved = layers * block if mode == "none" else one_input * (1 if mode == "block_offload" else layers)
     for name, parts in _loss(sizes):
-        yield name, always | {"saved activations": saved} | parts
+        yield name, always | {"saved activations": saved} | parts | of_matrices
     for under, at in product(range(min(2, layers)), _backward(sizes, block, device_type)):
         inputs = min(layers - under, 2 if mode == "block_offload" else layers) * one_input
         again = {"saved activations": inputs, "one block's recomputation": at.kept - one_input}
         kept = {"saved activations": (layers - 1 - under) * block + at.kept} if mode == "none" else again
-        work = {"one block's backward": at.work, "kernels' own work": at.kernel, "gradients in flight": at.gradients + tied}
-        yield at.name, always | kept | work | {"gradients on their way down": leaving * under}
-    yield (
-        "the embedding's backward",
-        always | _embedding_backward(config, sizes, device_type) | {"gradients on their way down": leaving},
-    )
+        gradients = {"gradients in flight": at.gradients + matrix * config.tie_embeddings} | (leaving if under else {})
+        yield at.name, always | kept | {"one block's backward": at.work, "kernels' own work": at.kernel} | gradients | of_blocks
+    last = _embedding_backward(config, sizes, device_type)
+    yield "the embedding's backward", always | last | leaving | of_matrices
+
+
+def _gradients_under_way(config: TrainingConfig, device_type: str, world_size: int, matrix: int) -> tuple[dict[str, int], ...]:
+    """Gradients that go down from a GPU, and DeepSpeed's copies of a bucket and of a matrix beyond it, on several ranks."""
+    is_summed = config.accumulate_on == "gpu" and config.accumulation_steps(world_size) > 1
+    bucket, several = config.bucket_elements * config.dtype.itemsize, world_size > 1
+    leaving = 0 if device_type == "cpu" or is_summed or several else bucket
+    kind = "gradients being reduced by DeepSpeed"
+    return {"gradients on their way down": leaving}, {kind: bucket * several}, {kind: 2 * matrix * several}
 
 
 def _sizes(config: TrainingConfig, device_type: str) -> _Sizes:
@@ -555,10 +561,8 @@ def _host_moments(config: TrainingConfig, world_size: int, device_type: str, pha
     parts = {"the program": PROGRAM_BYTES[device_type], "the data": DATA_BYTES}
     if config.offload_optimizer:
         parts |= {"master weights": 4 * own, "gradients": 4 * own}
-        first = {"DeepSpeed's staging, until it is replaced": size * own + staging}
+        first = {"DeepSpeed's staging, until it is replaced": size * (own + _largest_matrix(config)) + staging}
         parts |= first if phase == "initialisation" else {"Adam's moments": 8 * own, "staging": staging}
-    if phase == "initialisation":
-        parts["one matrix, drawn"] = 4 * _largest_matrix(config)
     if phase == "save and load":
         parts["pieces of files"] = PIECES_BYTES
     if phase == "training step" and config.activation_checkpointing == "block_offload":
