@@ -114,7 +114,7 @@ def engine(tmp_path_factory) -> tuple[TrainingConfig, dict[str, Sides]]:
         tokens_per_step=256 * MICRO_BATCHES, activation_checkpointing="block", loss_chunk_rows=64, sample_tokens=4,
         sample_every_steps=8,
     )  # fmt: skip
-    (result,) = launch(folder, engine_script(config), ["python"])
+    (result,) = launch(folder, engine_script(config), ["python"], env={"CUDA_VISIBLE_DEVICES": ""})
     output = expect_success([result])
     found = json.loads(next(line for line in output.splitlines() if line.startswith('{"initialisation"')))
     return config, {phase: Sides(Peak(*device), Peak(*host), down, up) for phase, (device, host, down, up) in found.items()}

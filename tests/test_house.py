@@ -36,7 +36,11 @@ MAY_KNOW = {
     "deepspeed": {"scripts.trainer", "scripts.offload"},
     "os.environ": {"scripts.config", "scripts.trainer"},
     "sys.argv": {
-        "scripts.train_pretrain", "scripts.train_distill", "scripts.prepare_data", "scripts.generate", "scripts.memory",
+        "scripts.train_pretrain",
+        "scripts.train_distill",
+        "scripts.prepare_data",
+        "scripts.generate",
+        "scripts.memory",
     },
     "matplotlib": {"scripts.report"},
     "safetensors": {"scripts.checkpoint"},
