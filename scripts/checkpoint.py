@@ -33,7 +33,15 @@ from scripts.config import TrainingConfig
 from scripts.model import Decoder, architecture_fields, tensor_shapes, transformers_config
 
 FORMAT = 2
-MOVABLE_FIELDS = ("run_dir", "data_dir")
+MOVABLE_FIELDS = (
+    "run_dir",
+    "data_dir",
+    "micro_batch_rows",
+    "accumulate_on",
+    "accumulation_precision",
+    "activation_checkpointing",
+    "loss_chunk_rows",
+)
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 READABLE_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()} | {"F64": torch.float64}
 HASH_BYTES = 2**22

@@ -455,26 +455,26 @@ with refusing():
     )  # fmt: skip
     GPU_4GB = replace(
         PRETRAIN, **FOR_CARDS, run_dir="runs/gpu-4gb", data_dir="data/gpu-4gb", context_length=2048, hidden_size=1280,
-        num_layers=26, num_heads=20, num_kv_heads=5, head_size=64, mlp_size=3584, rope_theta=10000.0, tokens_per_step=2**18,
-        micro_batch_rows=4, activation_checkpointing="block", num_steps=40_000, learning_rate=8e-4, min_learning_rate=8e-5,
+        num_layers=36, num_heads=20, num_kv_heads=5, head_size=64, mlp_size=3584, rope_theta=10000.0, tokens_per_step=2**18,
+        micro_batch_rows=4, activation_checkpointing="block", num_steps=52_000, learning_rate=8e-4, min_learning_rate=8e-5,
         warmup_steps=1000,
     )  # fmt: skip
     GPU_6GB = replace(
         PRETRAIN, **FOR_CARDS, run_dir="runs/gpu-6gb", data_dir="data/gpu-6gb", context_length=2048, hidden_size=2048,
-        num_layers=22, num_heads=16, num_kv_heads=4, head_size=128, mlp_size=5632, rope_theta=10000.0, tokens_per_step=2**19,
-        micro_batch_rows=4, activation_checkpointing="block", num_steps=42_000, learning_rate=5e-4, min_learning_rate=5e-5,
+        num_layers=28, num_heads=16, num_kv_heads=4, head_size=128, mlp_size=5632, rope_theta=10000.0, tokens_per_step=2**19,
+        micro_batch_rows=4, activation_checkpointing="block", num_steps=51_000, learning_rate=5e-4, min_learning_rate=5e-5,
         warmup_steps=1000,
     )  # fmt: skip
     GPU_8GB = replace(
         PRETRAIN, **FOR_CARDS, run_dir="runs/gpu-8gb", data_dir="data/gpu-8gb", context_length=2048, hidden_size=2048,
-        num_layers=28, num_heads=16, num_kv_heads=8, head_size=128, mlp_size=6144, rope_theta=10000.0, tokens_per_step=2**19,
-        micro_batch_rows=4, activation_checkpointing="block", num_steps=56_000, learning_rate=4e-4, min_learning_rate=4e-5,
+        num_layers=32, num_heads=16, num_kv_heads=8, head_size=128, mlp_size=6144, rope_theta=10000.0, tokens_per_step=2**19,
+        micro_batch_rows=4, activation_checkpointing="block", num_steps=64_000, learning_rate=4e-4, min_learning_rate=4e-5,
         warmup_steps=1000,
     )  # fmt: skip
     GPU_12GB = replace(
         PRETRAIN, **FOR_CARDS, run_dir="runs/gpu-12gb", data_dir="data/gpu-12gb", context_length=4096, hidden_size=3072,
-        num_layers=28, num_heads=24, num_kv_heads=8, head_size=128, mlp_size=8192, rope_theta=500_000.0, tokens_per_step=2**20,
-        micro_batch_rows=4, activation_checkpointing="block_offload", num_steps=56_000, learning_rate=3e-4,
+        num_layers=32, num_heads=24, num_kv_heads=8, head_size=128, mlp_size=8192, rope_theta=500_000.0, tokens_per_step=2**20,
+        micro_batch_rows=4, activation_checkpointing="block_offload", num_steps=63_000, learning_rate=3e-4,
         min_learning_rate=3e-5, warmup_steps=1000,
     )  # fmt: skip
     GPU_16GB = replace(
@@ -485,13 +485,13 @@ with refusing():
     )  # fmt: skip
     GPU_24GB = replace(
         PRETRAIN, **FOR_CARDS, run_dir="runs/gpu-24gb", data_dir="data/gpu-24gb", context_length=4096, hidden_size=4096,
-        num_layers=32, num_heads=32, num_kv_heads=8, head_size=128, mlp_size=12288, rope_theta=500_000.0, tokens_per_step=2**21,
-        micro_batch_rows=4, activation_checkpointing="block_offload", num_steps=60_000, learning_rate=2e-4,
+        num_layers=36, num_heads=32, num_kv_heads=8, head_size=128, mlp_size=12288, rope_theta=500_000.0, tokens_per_step=2**21,
+        micro_batch_rows=4, activation_checkpointing="block_offload", num_steps=68_000, learning_rate=2e-4,
         min_learning_rate=2e-5, warmup_steps=2000,
     )  # fmt: skip
     GPUS_8X80GB = replace(
         PRETRAIN, **FOR_CARDS, run_dir="runs/gpus-8x80gb", data_dir="data/gpus-8x80gb", context_length=4096, hidden_size=5120,
-        num_layers=40, num_heads=40, num_kv_heads=8, head_size=128, mlp_size=17408, rope_theta=500_000.0, tokens_per_step=2**22,
-        micro_batch_rows=8, activation_checkpointing="block", num_steps=64_000, learning_rate=2e-4, min_learning_rate=2e-5,
+        num_layers=48, num_heads=40, num_kv_heads=8, head_size=128, mlp_size=17408, rope_theta=500_000.0, tokens_per_step=2**22,
+        micro_batch_rows=8, activation_checkpointing="block", num_steps=76_000, learning_rate=2e-4, min_learning_rate=2e-5,
         warmup_steps=2000,
     )  # fmt: skip

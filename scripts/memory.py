@@ -117,6 +117,7 @@ def device_moments(config: TrainingConfig, world_size: int, device_type: str, ph
         kept = {kind: held[kind] for kind in ("weights", "optimizer state", "teacher")}
         flattened = {"one group, flattened by DeepSpeed": largest * config.dtype.itemsize}
         yield _surrounded("flattening the weights", kept | flattened, device_type)
+        yield _surrounded("making the sums", kept | {"sums of gradients": held["sums of gradients"]}, device_type)
     elif phase == "save and load":
         yield _surrounded("writing the weights", held, device_type)
     else:

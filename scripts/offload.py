@@ -142,13 +142,13 @@ def lighten(engine, config) -> None:
     if not config.offload_optimizer:
         return
     optimizer, device = engine.optimizer, engine.device
+    for name in ("temp_grad_buffer_for_gpu_offload", "temp_grad_buffer_for_cpu_offload"):
+        setattr(optimizer, name, torch.empty(0))
     sums = _sums_on_device(optimizer, config, device)
     staging = _share_staging(optimizer, config.dtype, device)
     dtype = sums[0].dtype if sums else config.dtype
     ring = Ring(staging.view(dtype), config.bucket_elements, device)
     send = ring.send if device.type == "cuda" else _add_up
-    for name in ("temp_grad_buffer_for_gpu_offload", "temp_grad_buffer_for_cpu_offload"):
-        setattr(optimizer, name, torch.empty(0))
     if torch.distributed.get_world_size(optimizer.dp_process_group) == 1:
         optimizer.process_gradients = partial(_take_whole, optimizer, sums, send)
         optimizer.reduce_ipg_grads = partial(ring.release, 0)

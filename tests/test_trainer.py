@@ -223,6 +223,11 @@ def test_a_run_of_another_configuration_is_refused_with_its_fields(finished_run,
         refuse_other_run(change(finished_run))
 
 
+def test_what_a_run_takes_of_the_card_may_change_on_the_way(finished_run):
+    changes = {"micro_batch_rows": 1, "activation_checkpointing": "block", "loss_chunk_rows": 7}
+    refuse_other_run(replace(finished_run, accumulate_on="gpu", accumulation_precision="bf16", precision="bf16", **changes))
+
+
 @pytest.mark.parametrize(
     ("nodes", "first"),
     [("node[01-04,07]", "node01"), ("gpu-a1,gpu-b2", "gpu-a1"), ("localhost", "localhost"), ("a[3],b7", "a3")],
