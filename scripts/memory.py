@@ -727,7 +727,7 @@ def _why(phase: str, at: Moment) -> str:
 def _time_words(config: TrainingConfig, world_size: int, local_size: int, device_type: str, rates: Rates) -> str:
     per_second = tokens_per_second(config, world_size, local_size, device_type, rates)
     expected = hours(config, per_second)
-    duration = f"{expected:,.1f} hours" if expected >= 2 else f"{expected * 60:,.0f} minutes"
+    duration = f"{expected:,.1f} hours" if expected >= 2 else f"{expected * 60:,.1f} minutes"
     return f"about {duration} for {config.num_steps:,} steps at {per_second:,.0f} tokens/s"
 
 
