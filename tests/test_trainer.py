@@ -228,6 +228,19 @@ def test_what_a_run_takes_of_the_card_may_change_on_the_way(finished_run):
     refuse_other_run(replace(finished_run, accumulate_on="gpu", accumulation_precision="bf16", precision="bf16", **changes))
 
 
+@pytest.mark.slow
+def test_a_run_continued_with_less_of_the_card_reads_the_same_tokens_and_differs_by_rounding(tmp_path):
+    whole, moved = (tiny_config(tmp_path, run_dir=str(tmp_path / name), precision="fp32") for name in ("whole", "moved"))
+    stop = "progress_of = trainer.advance\ntrainer.advance = lambda *known: (os.kill(os.getpid(), 10), progress_of(*known))[1]"
+    expect_success(launch(tmp_path, training_script(whole, ""), ["python"]))
+    launch(tmp_path, training_script(moved, stop), ["python"])
+    less = replace(moved, micro_batch_rows=1, activation_checkpointing="block_offload", loss_chunk_rows=7, accumulate_on="gpu")
+    expect_success(launch(tmp_path, training_script(less, ""), ["python"]))
+    ours, theirs = ([line for line in metrics(config) if line["kind"] == "train"] for config in (moved, whole))
+    assert [line["tokens_hash"] for line in ours] == [line["tokens_hash"] for line in theirs]
+    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("nodes", "first"),
     [("node[01-04,07]", "node01"), ("gpu-a1,gpu-b2", "gpu-a1"), ("localhost", "localhost"), ("a[3],b7", "a3")],
