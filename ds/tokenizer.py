@@ -1,4 +1,4 @@
-"""Byte-level BPE: train, load, fingerprint, encode, decode. Gives back every byte string that it was given.
+"""Byte-level BPE: train, load, fingerprint, compare, encode, decode. Gives back every byte string that it has encoded.
 
 Owns the vocabulary and the end-of-text id. Knows nothing of files other than tokenizer.json, nor of shards.
 """
@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
-from itertools import groupby
+from itertools import groupby, zip_longest
 from operator import itemgetter
 from pathlib import Path
 
@@ -25,9 +25,13 @@ BATCH_CHARACTERS = 2**21
 INVALID_BYTES = re.compile("([\udc80-\udcff]+)")
 # No pre-token of QWEN2_PATTERN holds a line end and what stands after it, so here a text can be cut without a trace.
 LAST_LINE_END = re.compile(r"(?s:.*)\n(?=\S)")
+# In no common text; SmolLM's vocabulary lacks 21 of them, because none was in the text that it was made from.
+RARE_BYTES = bytes([*range(9), 11, 12, *range(14, 32), 127, 0xC0, 0xC1, *range(0xF1, 256)])
+NFC = {"type": "NFC"}
 PRE_TOKENIZERS = ("ByteLevel", "Digits", "Punctuation", "Split")
 LARGEST_FILE_BYTES = 2**28
 LARGEST_VOCABULARY = 2**24
+SHOWN_CHARACTERS = 20
 REMEDY = "name the tokenizer.json of a byte-level BPE, such as Qwen3's, Llama 3's or SmolLM's"
 
 
@@ -54,7 +58,9 @@ def train(documents: Iterable[bytes], vocab_size: int) -> Tokenizer:
 
 
 def load(path: str | Path) -> Tokenizer:
-    """The tokenizer in a tokenizer.json, or in the folder that holds one.
+    """The tokenizer in a tokenizer.json, or in the folder that holds one, without an NFC normalizer.
+
+    So text stays byte for byte what it is, and text that is in NFC gets the ids that a published model was trained on.
 
     Raises:
         ValueError: it is not there, `tokenizers` cannot read it, or it is not a lossless byte-level BPE with an end of text.
@@ -63,7 +69,7 @@ def load(path: str | Path) -> Tokenizer:
     if not file.is_file():
         raise ValueError(f"{file} is not there; name a tokenizer.json or a folder that holds one")
     with _naming(file):
-        parts = _read_json(file)
+        parts = _without_nfc(_read_json(file))
     _check_parts(parts, file)
     with _naming(file):
         tokenizer = Tokenizer.from_str(json.dumps(parts))
@@ -92,15 +98,24 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
 
 
 def encode(tokenizer: Tokenizer, document: bytes) -> np.ndarray:
-    """Bytes -> (T,) uint32. A special token spelled out in the document is ordinary text; no end of text is appended."""
+    """Bytes -> (T,) uint32. A special token spelled out in the document is ordinary text; no end of text is appended.
+
+    Raises:
+        ValueError: the tokenizer has no token for one of the bytes.
+    """
     return next(encode_documents(tokenizer, [document]))
 
 
 def encode_documents(tokenizer: Tokenizer, documents: Iterable[bytes]) -> Iterator[np.ndarray]:
-    """`encode` of each document, on all cores; long documents are cut at line ends, which no token crosses."""
+    """`encode` of each document, on all cores; long documents are cut at line ends, which no token crosses.
+
+    Raises:
+        ValueError: as `encode`.
+    """
     assert tokenizer.encode_special_tokens, "a tokenizer that this module did not make"
     pieces_of = _pieces if tokenizer.get_vocab_size() > 257 else _one_piece
-    numbered = ((number, piece) for number, document in enumerate(documents) for piece in pieces_of(document))
+    checked = _refusing_missing_bytes(documents, _missing_bytes(tokenizer))
+    numbered = ((number, piece) for number, document in enumerate(checked) for piece in pieces_of(document))
     for _, pieces in groupby(_encode_pieces(tokenizer, numbered), key=itemgetter(0)):
         yield np.concatenate([ids for _, ids in pieces])
 
@@ -119,20 +134,78 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
 
 def fingerprint(tokenizer: Tokenizer) -> str:
     """sha256 (hex) of all that decides how text becomes ids: vocabulary, merges, added tokens, pre-tokenizer."""
+    return sha256(json.dumps(_decisive(tokenizer), sort_keys=True).encode()).hexdigest()
+
+
+def difference(ours: Tokenizer, theirs: Tokenizer) -> str | None:
+    """The first thing in which two tokenizers differ, in a few words; None if their fingerprints are the same."""
+    here, there = _decisive(ours), _decisive(theirs)
+    compared = {
+        "vocabulary": _vocabulary_difference,
+        "merges": _merges_difference,
+        "ignore_merges": lambda here, there: f"ignore_merges is {there} there and {here} here",
+        "added_tokens": _added_tokens_difference,
+        "pre_tokenizer": _pre_tokenizer_difference,
+    }
+    for name, difference_of in compared.items():
+        if json.dumps(here[name], sort_keys=True) != json.dumps(there[name], sort_keys=True):
+            return difference_of(here[name], there[name])
+    return None
+
+
+def to_json(tokenizer: Tokenizer) -> str:
+    """What stands in tokenizer.json; the same tokenizer gives the same text."""
+    return tokenizer.to_str(pretty=True)
+
+
+def _decisive(tokenizer: Tokenizer) -> dict:
+    """All that decides how text becomes ids."""
     state = json.loads(tokenizer.to_str())
-    decisive = {
+    return {
         "vocabulary": tokenizer.get_vocab(with_added_tokens=True),
         "merges": state["model"]["merges"],
         "ignore_merges": state["model"].get("ignore_merges"),
         "added_tokens": [[token["id"], token["content"], token["special"]] for token in state["added_tokens"]],
         "pre_tokenizer": state["pre_tokenizer"],
     }
-    return sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
-def to_json(tokenizer: Tokenizer) -> str:
-    """What stands in tokenizer.json; the same tokenizer gives the same text."""
-    return tokenizer.to_str(pretty=True)
+def _vocabulary_difference(here: dict[str, int], there: dict[str, int]) -> str:
+    sizes = [max(vocabulary.values(), default=-1) + 1 for vocabulary in (there, here)]
+    if sizes[0] != sizes[1]:
+        return f"{sizes[0]} ids there, {sizes[1]} here"
+    number = min(number for _, number in here.items() ^ there.items())
+    changed = (there.items() - here.items(), here.items() - there.items())
+    tokens = [min((token for token, place in pairs if place == number), default=None) for pairs in changed]
+    return f"id {number} is {_shown(tokens[0])} there and {_shown(tokens[1])} here"
+
+
+def _merges_difference(here: list[list[str]], there: list[list[str]]) -> str:
+    number = next(number for number, (one, other) in enumerate(zip_longest(there, here)) if one != other)
+    one, other = (" ".join(merges[number]) if number < len(merges) else None for merges in (there, here))
+    return f"merge {number} is {_shown(one)} there and {_shown(other)} here"
+
+
+def _added_tokens_difference(here: list[list], there: list[list]) -> str:
+    kinds = [{number: "special" if special else "added" for number, _, special in tokens} for tokens in (there, here)]
+    for number, token, _ in sorted(there + here):
+        one, other = (kind.get(number, "ordinary") for kind in kinds)
+        if one != other:
+            return f"id {number}, {_shown(token)}, is {one} there and {other} here"
+    return "the added tokens differ in order"
+
+
+def _pre_tokenizer_difference(here: object, there: object) -> str:
+    one, other = (", ".join(map(str, reversed(_pre_tokenizer_kinds(part)))) or "none" for part in (there, here))
+    if one == other:
+        return f"the pre-tokenizers {one} have other settings there than here"
+    return f"the pre-tokenizer is {one} there and {other} here"
+
+
+def _shown(token: str | None) -> str:
+    if token is None:
+        return "nothing"
+    return repr(token if len(token) <= SHOWN_CHARACTERS else token[: SHOWN_CHARACTERS - 1] + "…")
 
 
 def _byte_symbols() -> list[str]:
@@ -186,6 +259,14 @@ def _read_json(file: Path) -> dict:
     return parts
 
 
+def _without_nfc(parts: dict) -> dict:
+    """Leaves out a normalizer that is NFC, or a sequence of nothing but NFC."""
+    normalizer = parts.get("normalizer")
+    inner = normalizer.get("normalizers") if isinstance(normalizer, dict) and normalizer.get("type") == "Sequence" else None
+    is_nfc = normalizer == NFC or isinstance(inner, list) and bool(inner) and all(part == NFC for part in inner)
+    return parts | {"normalizer": None} if is_nfc else parts
+
+
 def _check_parts(parts: dict, file: Path) -> None:
     """Refuses what changes or drops text before `tokenizers` sees it, which would abort the process at some of it."""
     model = parts["model"]
@@ -218,7 +299,7 @@ def _checked(tokenizer: Tokenizer, file: Path) -> Tokenizer:
     ids = tokenizer.get_vocab(with_added_tokens=False).values()
     if len(set(ids)) < len(ids):
         raise ValueError(f"{file} gives the same id to several tokens; {REMEDY}")
-    missing = [byte for byte, symbol in enumerate(_SYMBOLS) if tokenizer.token_to_id(symbol) is None]
+    missing = _missing_bytes(tokenizer).translate(None, RARE_BYTES)
     if missing:
         raise ValueError(f"{file} has no token for {len(missing)} of the 256 bytes, the first is 0x{missing[0]:02x}; {REMEDY}")
     try:
@@ -232,14 +313,31 @@ def _checked(tokenizer: Tokenizer, file: Path) -> Tokenizer:
     return tokenizer
 
 
+def _missing_bytes(tokenizer: Tokenizer) -> bytes:
+    """The bytes that have no token."""
+    return bytes(byte for byte, symbol in enumerate(_SYMBOLS) if tokenizer.token_to_id(symbol) is None)
+
+
 def _probes(tokenizer: Tokenizer) -> list[bytes]:
     added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     return [
         b"a",
-        bytes(range(256)),
+        bytes(range(256)).translate(None, _missing_bytes(tokenizer)),
         "a  b\t\r\n\n ß 漢 🂡 e\u0301 \u2028 It's 123 x_y;  ".encode(),
         "  ".join(["", *added, ""]).encode(),
     ]
+
+
+def _refusing_missing_bytes(documents: Iterable[bytes], missing: bytes) -> Iterator[bytes]:
+    """The same documents, as long as none holds a byte that is missing."""
+    for document in documents:
+        if missing and len(document.translate(None, missing)) < len(document):
+            at = next(place for place, byte in enumerate(document) if byte in missing)
+            raise ValueError(
+                f"the tokenizer has no token for the byte 0x{document[at]:02x}, which is byte {at} of a document that begins"
+                f" {document[:40]!r}; leave that document out, or use another tokenizer"
+            )
+        yield document
 
 
 def _one_piece(document: bytes) -> Iterator[bytes]:
@@ -266,7 +364,7 @@ def _cut(text: str) -> Iterator[str]:
 
 
 def _encode_pieces(tokenizer: Tokenizer, numbered: Iterable[tuple[int, str | bytes]]) -> Iterator[tuple[int, np.ndarray]]:
-    byte_ids = np.array([tokenizer.token_to_id(symbol) for symbol in _SYMBOLS], dtype=np.uint32)
+    byte_ids = np.array([tokenizer.token_to_id(symbol) or 0 for symbol in _SYMBOLS], dtype=np.uint32)
     for batch in _batches(numbered):
         texts = [piece for _, piece in batch if isinstance(piece, str)]
         encodings = iter(tokenizer.encode_batch_fast(texts, add_special_tokens=False))

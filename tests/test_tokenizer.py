@@ -2,11 +2,13 @@
 
 import json
 import pickle
+import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
@@ -172,6 +174,89 @@ def test_fingerprint_changes_with_merges_pre_tokenizer_and_added_tokens():
     assert len(prints) == 6
 
 
+def changed(change: Callable[[dict], object]) -> Tokenizer:
+    """TRAINED after a change of its tokenizer.json."""
+    state = json.loads(bpe.to_json(TRAINED))
+    change(state)
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def swap(vocabulary: dict[str, int], one: int, other: int) -> None:
+    tokens = {number: token for token, number in vocabulary.items()}
+    vocabulary[tokens[one]], vocabulary[tokens[other]] = other, one
+
+
+def swap_merges(state: dict) -> None:
+    merges = state["model"]["merges"]
+    merges[3], merges[4] = merges[4], merges[3]
+
+
+def rename(vocabulary: dict[str, int], token: str, name: str) -> None:
+    vocabulary[name] = vocabulary.pop(token)
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+LONG = {"id": 600, "content": "<|im_end\n|>" * 9, "special": True} | dict.fromkeys(
+    ("single_word", "lstrip", "rstrip", "normalized"), False
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "phrase"),
+    [
+        (lambda s: None, None),
+        (lambda s: s.update(decoder=None, normalizer={"type": "NFC"}, post_processor=BYTE_LEVEL), None),
+        (lambda s: s["added_tokens"].append(LONG), "601 ids there, 600 here"),
+        (lambda s: swap(s["model"]["vocab"], 33, 32), "id 32 is 'B' there and 'A' here"),
+        (
+            lambda s: rename(s["model"]["vocab"], "\u00ff", "\u2028\u202e" + "a" * 19),
+            r" is '\u2028\u202eaaaaaaaaaaaaaaaaa…' there and 'ÿ' here",
+        ),
+        (lambda s: s["model"]["merges"].pop(), "merge 342 is nothing there and "),
+        (swap_merges, "merge 3 is "),
+        (lambda s: s["model"].update(ignore_merges=True), "ignore_merges is True there and False here"),
+        (lambda s: s["added_tokens"][0].update(special=False), "id 599, '<|endoftext|>', is added there and special here"),
+        (
+            lambda s: s["added_tokens"].insert(0, LONG | {"id": 65, "content": "b"}),
+            "id 65, 'b', is special there and ordinary here",
+        ),
+        (lambda s: s["added_tokens"][0].update(content="<|im_end|>"), "id 599 is '<|im_end|>' there and '<|endoftext|>' here"),
+        (lambda s: s.update(pre_tokenizer=BYTE_LEVEL), "the pre-tokenizer is ByteLevel there and Split, ByteLevel here"),
+        (lambda s: s.update(pre_tokenizer=None), "the pre-tokenizer is none there and Split, ByteLevel here"),
+        (
+            lambda s: s["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex="a"),
+            "the pre-tokenizers Split, ByteLevel have other settings there than here",
+        ),
+    ],
+)
+def test_first_difference_of_two_tokenizers_is_named(change, phrase):
+    other = changed(change)
+    found = bpe.difference(TRAINED, other)
+    assert (found is None) == (phrase is None) == (bpe.fingerprint(other) == bpe.fingerprint(TRAINED))
+    assert phrase is None or found is not None and phrase in found
+
+
+PRE_TOKENIZERS = [BYTE_LEVEL, BYTE_LEVEL | {"use_regex": False}, {"type": "Digits", "individual_digits": True}, None]
+CHANGES: st.SearchStrategy[Callable[[dict], object]] = st.one_of(
+    st.tuples(st.integers(0, 9), st.integers(0, 9)).map(lambda pair: lambda s: swap(s["model"]["vocab"], *pair)),
+    st.integers(0, 1).map(lambda number: lambda s: s["model"]["merges"].pop(-1 - number)),
+    st.booleans().map(lambda value: lambda s: s["model"].update(ignore_merges=value)),
+    st.booleans().map(lambda value: lambda s: s["added_tokens"][-1].update(special=value)),
+    st.booleans().map(lambda value: lambda s: s["added_tokens"].insert(0, LONG | {"id": 65, "content": "b", "special": value})),
+    st.sampled_from(PRE_TOKENIZERS).map(lambda part: lambda s: s.update(pre_tokenizer=part)),
+    st.just(lambda s: s.update(decoder=None)),
+)
+
+
+@given(ours=st.lists(CHANGES, max_size=2), theirs=st.lists(CHANGES, max_size=2))
+@settings(deadline=None, max_examples=60)
+def test_there_is_a_difference_exactly_if_fingerprints_differ(ours, theirs):
+    here, there = (changed(lambda s, some=some: [change(s) for change in some]) for some in (ours, theirs))
+    for found in (bpe.difference(here, there), bpe.difference(there, here)):
+        assert (found is None) == (bpe.fingerprint(here) == bpe.fingerprint(there))
+        assert found is None or "\n" not in found and len(found) < 300
+
+
 def refusal(path: Path) -> str:
     with pytest.raises(ValueError) as caught:
         bpe.load(path)
@@ -187,13 +272,22 @@ def test_tokenizer_that_is_absent_or_unreadable_is_refused(tmp_path):
         assert "cannot be read as a tokenizer" in refusal(tmp_path)
 
 
+REFUSED_NORMALIZERS = [
+    normalizers.NFD(),
+    normalizers.NFKC(),
+    normalizers.Lowercase(),
+    normalizers.Sequence([normalizers.NFC(), normalizers.Strip()]),
+]
+
+
 def test_tokenizer_that_would_change_the_text_is_refused(tmp_path):
     def refusal_of(change) -> str:
         tokenizer = Tokenizer.from_str(bpe.to_json(TRAINED))
         change(tokenizer)
         return refusal(saved(tokenizer, tmp_path))
 
-    assert "normalizer" in refusal_of(lambda t: setattr(t, "normalizer", normalizers.NFC()))
+    for normalizer in REFUSED_NORMALIZERS:
+        assert "has a normalizer" in refusal_of(lambda t, part=normalizer: setattr(t, "normalizer", part))
     assert "pre-tokenizer 'Whitespace', not only" in refusal_of(
         lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.Whitespace())
     )
@@ -208,8 +302,9 @@ def test_tokenizer_that_would_change_the_text_is_refused(tmp_path):
 
 def test_tokenizer_without_all_bytes_or_end_of_text_is_refused(tmp_path):
     state = json.loads(bpe.to_json(RAW))
-    del state["model"]["vocab"]["\u00ff"]
-    assert "no token for 1 of the 256 bytes, the first is 0xff" in refusal(
+    for symbol in "a\u00ff\u00c2":
+        del state["model"]["vocab"][symbol]
+    assert "no token for 2 of the 256 bytes, the first is 0x61" in refusal(
         saved(Tokenizer.from_str(json.dumps(state)), tmp_path)
     )
     state = json.loads(bpe.to_json(RAW)) | {"added_tokens": []}
@@ -272,6 +367,9 @@ def test_absurd_json_is_refused(tmp_path, content):
         (lambda s: s["model"].update(continuing_subword_prefix="##" * 1000), "marks the parts of words"),
         (lambda s: s["model"].update(end_of_word_suffix="é"), "marks the parts of words"),
         (lambda s: s.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}), "has a normalizer"),
+        (lambda s: s.update(normalizer={"type": "Sequence", "normalizers": []}), "has a normalizer"),
+        (lambda s: s.update(normalizer={"type": "Sequence", "normalizers": {"type": "NFC"}}), "has a normalizer"),
+        (lambda s: s.update(normalizer={"type": "NFC", "also": "this"}), "has a normalizer"),
         (lambda s: s.update(pre_tokenizer={"type": "FixedLength", "length": 0}), "pre-tokenizer 'FixedLength'"),
         (lambda s: s.update(pre_tokenizer={"type": ["\n"] * 99}), r"pre-tokenizer ['\n', '\n'"),
         (lambda s: s.update(added_tokens=7), "cannot be read as a tokenizer"),
@@ -340,3 +438,117 @@ def test_panic_inside_the_library_is_a_refusal_and_an_interrupt_is_none(tmp_path
         Tokenizer.from_str(json.dumps(state))
     with pytest.raises(KeyboardInterrupt), bpe._naming(Path("here")):
         raise KeyboardInterrupt
+
+
+LLAMA3_PATTERN = bpe.QWEN2_PATTERN.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)
+SMOLLM_LACKS = bytes([4, 6, 0x13, 0x14, 0x16, 0x1D, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 256)])
+
+
+def published(pre_tokenizer: list[dict], special: list[str], added: list[str], **changes) -> dict:
+    """A tokenizer.json as published ones are, with TRAINED's merges; `changes` are of the whole file."""
+    state = json.loads(bpe.to_json(TRAINED))
+    state["added_tokens"] = [
+        LONG | {"id": 599 + number, "content": token, "special": token in special}
+        for number, token in enumerate(special + added)
+    ]
+    state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": pre_tokenizer}
+    return state | {"post_processor": BYTE_LEVEL} | changes
+
+
+def split(pattern: str) -> dict:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def qwen3() -> dict:
+    parts = [split(bpe.QWEN2_PATTERN), BYTE_LEVEL | {"trim_offsets": False, "use_regex": False}]
+    return published(parts, ["<|endoftext|>", "<|im_end|>"], ["<tool_call>", "<think>"], normalizer={"type": "NFC"})
+
+
+def llama3() -> dict:
+    parts = [split(LLAMA3_PATTERN), BYTE_LEVEL | {"use_regex": False}]
+    start = {"id": "<|begin_of_text|>", "ids": [599], "tokens": ["<|begin_of_text|>"]}
+    template = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<|begin_of_text|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<|begin_of_text|>": start},
+    }
+    state = published(parts, ["<|begin_of_text|>", "<|end_of_text|>"], [], post_processor=template)
+    state["model"]["ignore_merges"] = True
+    return state
+
+
+def smollm() -> dict:
+    """Special tokens first, then the bytes, of which 21 are missing, then what merges make."""
+    state = published([{"type": "Digits", "individual_digits": True}, BYTE_LEVEL], ["<|endoftext|>", "<|im_end|>"], [])
+    lacks = {bpe._SYMBOLS[byte] for byte in SMOLLM_LACKS}
+    kept = [token for token in state["model"]["vocab"] if not lacks & set(token)]
+    for number, token in enumerate(state["added_tokens"]):
+        token["id"] = number
+    state["model"]["vocab"] = {token: number for number, token in enumerate(["<|endoftext|>", "<|im_end|>", *kept])}
+    state["model"]["merges"] = [pair for pair in state["model"]["merges"] if not lacks & set("".join(pair))]
+    return state
+
+
+PUBLISHED = {"qwen3": qwen3(), "llama3": llama3(), "smollm": smollm()}
+
+
+@pytest.fixture(scope="module")
+def read(tmp_path_factory) -> dict[str, Tokenizer]:
+    path = tmp_path_factory.mktemp("published") / "tokenizer.json"
+    tokenizers = {}
+    for name, state in PUBLISHED.items():
+        path.write_text(json.dumps(state))
+        tokenizers[name] = bpe.load(path)
+    return tokenizers
+
+
+NFC_TEXT = "It's 2024, 12345 caf\u00e9s \u6f22\u5b57 \U0001f0a1\r\n\n\t <think> x_y;  \n Z"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@given(text=st.text(max_size=60) | st.text(st.sampled_from("a 1\n\u00e9e\u0301<think>.'t\u212b"), max_size=60))
+@example(text=NFC_TEXT)
+@settings(deadline=None, max_examples=60)
+def test_published_tokenizer_gives_text_in_nfc_the_ids_of_its_own_library(read, name, text):
+    text = unicodedata.normalize("NFC", text)
+    assume(name != "smollm" or not set(text.encode()) & set(SMOLLM_LACKS))
+    own = Tokenizer.from_str(json.dumps(PUBLISHED[name]))
+    own.encode_special_tokens = True
+    assert bpe.encode(read[name], text.encode()).tolist() == own.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("normalizer", [normalizers.NFC(), normalizers.Sequence([normalizers.NFC(), normalizers.NFC()])])
+def test_nfc_is_left_out_so_that_text_stays_what_it_is(tmp_path, normalizer):
+    tokenizer = Tokenizer.from_str(bpe.to_json(TRAINED))
+    tokenizer.normalizer = normalizer
+    again = bpe.load(saved(tokenizer, tmp_path))
+    assert again.normalizer is None and bpe.to_json(again) == bpe.to_json(TRAINED)
+    document = "e\u0301 \u212b".encode()
+    assert tokenizer.encode(document.decode()).ids != bpe.encode(again, document).tolist()
+    assert bpe.decode(again, bpe.encode(again, document)) == document
+
+
+def test_published_tokenizer_keeps_its_sizes_and_its_end_of_text(read):
+    assert {name: bpe.vocab_size(tokenizer) for name, tokenizer in read.items()} == {
+        "qwen3": 603,
+        "llama3": 601,
+        "smollm": 580,
+    }
+    assert {name: bpe.end_of_text_id(tokenizer) for name, tokenizer in read.items()} == {
+        "qwen3": 599,
+        "llama3": 600,
+        "smollm": 0,
+    }
+
+
+@given(document=BYTES, byte=st.sampled_from(list(SMOLLM_LACKS)), rest=BYTES)
+@settings(deadline=None)
+def test_byte_without_a_token_is_refused_by_name_and_every_other_text_comes_back(read, document, byte, rest):
+    tokenizer, document = read["smollm"], document.translate(None, SMOLLM_LACKS)
+    assert bpe.decode(tokenizer, bpe.encode(tokenizer, document)) == document
+    with pytest.raises(ValueError) as caught:
+        bpe.encode(tokenizer, document + bytes([byte]) + rest)
+    message = str(caught.value)
+    assert "\n" not in message and "leave that document out" in message
+    assert f"no token for the byte 0x{byte:02x}, which is byte {len(document)} of a document that begins" in message
