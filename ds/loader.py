@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ds.shards import TokenStream
+from ds.shards import Labels, LabelStream, TokenStream
 
 NUM_ROUNDS = 8
 SCAN_TOKENS = 2**22
+PERMUTED_ROWS = 2**16
 
 
 class MicroBatch(NamedTuple):
@@ -66,7 +67,7 @@ def micro_batches(
     place = {"step": step, "rank": rank, "world_size": world_size, "seed": seed}
     due = rank_windows(num_windows, micro_batch_rows=micro_batch_rows, rows_per_step=rows_per_step, **place)
     for rows, windows in zip(*due, strict=True):
-        yield MicroBatch(rows, windows, _read_windows(stream, windows, context_length))
+        yield MicroBatch(rows, windows, read_windows(stream, windows, context_length))
 
 
 def rank_windows(
@@ -92,7 +93,22 @@ def held_out_batches(
     """
     num_windows = min(num_windows, count_windows(stream.num_tokens, context_length))
     for first in range(rank * micro_batch_rows, num_windows, world_size * micro_batch_rows):
-        yield _read_windows(stream, np.arange(first, min(first + micro_batch_rows, num_windows)), context_length)
+        yield read_windows(stream, np.arange(first, min(first + micro_batch_rows, num_windows)), context_length)
+
+
+def read_windows(stream: TokenStream, windows: np.ndarray, context_length: int) -> np.ndarray:
+    """The tokens of windows: (B,) int64 -> (B, context_length + 1) int64."""
+    starts = (windows * context_length).tolist()
+    return np.stack([stream.read(start, start + context_length + 1) for start in starts])
+
+
+def read_labels(labels: LabelStream, windows: np.ndarray, context_length: int) -> Labels:
+    """What was said of the token after each of the first T = context_length of windows: (B,) int64 -> (B, T, k) ids and logs,
+    (B, T) tail.
+    """
+    starts = (windows * context_length).tolist()
+    rows = [labels.read(start, start + context_length) for start in starts]
+    return Labels(*(np.stack(field) for field in zip(*rows, strict=True)))
 
 
 def step_windows(step: int, rows_per_step: int, num_windows: int, seed: int) -> np.ndarray:
@@ -102,6 +118,17 @@ def step_windows(step: int, rows_per_step: int, num_windows: int, seed: int) -> 
     for epoch in np.unique(epochs).tolist():
         windows[epochs == epoch] = permute(places[epochs == epoch], num_windows, seed, epoch)
     return windows
+
+
+def windows_of_run(num_steps: int, rows_per_step: int, num_windows: int, seed: int) -> np.ndarray:
+    """The windows that the steps before `num_steps` read, each once, ascending: (N,) int64; one byte a window is needed."""
+    num_rows = num_steps * rows_per_step
+    if num_rows >= num_windows:
+        return np.arange(num_windows, dtype=np.int64)
+    are_read = np.zeros(num_windows, dtype=bool)
+    for first in range(0, num_rows, PERMUTED_ROWS):
+        are_read[permute(np.arange(first, min(first + PERMUTED_ROWS, num_rows)), num_windows, seed, 0)] = True
+    return np.flatnonzero(are_read)
 
 
 def digest_rows(rows: np.ndarray, items: np.ndarray) -> np.ndarray:
@@ -165,11 +192,6 @@ def _mix(values: np.ndarray) -> np.ndarray:
     values = (values ^ values >> 30) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ values >> 27) * np.uint64(0x94D049BB133111EB)
     return values ^ values >> 31
-
-
-def _read_windows(stream: TokenStream, windows: np.ndarray, context_length: int) -> np.ndarray:
-    starts = (windows * context_length).tolist()
-    return np.stack([stream.read(start, start + context_length + 1) for start in starts])
 
 
 @lru_cache(maxsize=2**16)

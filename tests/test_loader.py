@@ -20,9 +20,12 @@ from ds.loader import (
     micro_batches,
     permute,
     rank_windows,
+    read_labels,
+    read_windows,
     step_windows,
+    windows_of_run,
 )
-from ds.shards import Shard, TokenStream, open_shard, write_shard
+from ds.shards import Labels, Shard, TokenStream, create_labels, open_labels, open_shard, write_shard
 
 SEEDS = st.integers(0, 2**70)
 
@@ -157,6 +160,53 @@ def test_held_out_windows_come_in_order_each_to_one_rank(num_tokens, rows, num_w
     assert all(batch.shape == (rows, 7) for batch in dealt[:-1])
     starts = [row[0] // 6 for batch in dealt for row in batch.tolist()]
     assert starts == list(range(min(num_windows, count_windows(num_tokens, 6))))
+
+
+@given(
+    num_steps=st.integers(0, 40), rows_per_step=st.integers(1, 12), num_windows=st.integers(1, 300), piece=st.integers(1, 6),
+    seed=SEEDS,
+)  # fmt: skip
+@settings(deadline=None, max_examples=40)
+def test_windows_of_a_run_are_those_of_its_steps(num_steps, rows_per_step, num_windows, piece, seed):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "PERMUTED_ROWS", piece)
+        windows = windows_of_run(num_steps, rows_per_step, num_windows, seed)
+    steps = [step_windows(step, rows_per_step, num_windows, seed).tolist() for step in range(num_steps)]
+    assert windows.dtype == np.int64
+    assert windows.tolist() == sorted({window for step in steps for window in step})
+
+
+def test_windows_of_a_run_take_a_byte_each():
+    tracemalloc.start()
+    windows = windows_of_run(2**10, 2**9, 2**20, 0)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(windows) == 2**19
+    assert peak_bytes - windows.nbytes < 2**20 + 2**23
+
+
+@given(
+    sizes=st.lists(st.integers(0, 30), min_size=1, max_size=4), context_length=st.integers(1, 9), top_k=st.integers(1, 3),
+    data=st.data(),
+)  # fmt: skip
+@settings(deadline=None, max_examples=30)
+def test_labels_of_a_window_are_those_after_each_of_its_inputs(tmp_path_factory, sizes, context_length, top_k, data):
+    parts = np.split(np.arange(sum(sizes), dtype=np.uint16), np.cumsum(sizes)[:-1])
+    shards = tuple(Shard(Path(f"train-{number}.bin"), part, "ab" * 32, "cd" * 32) for number, part in enumerate(parts))
+    tokens, num_windows = TokenStream(shards, "ab" * 32), count_windows(sum(sizes), context_length)
+    assume(num_windows)
+    num_positions = num_windows * context_length
+    place = (tmp_path_factory.mktemp("labels"), tokens, top_k, 300, 2 * context_length, num_positions, "ef" * 32)
+    create_labels(*place)
+    labels, positions = open_labels(*place), np.arange(num_positions)
+    said = np.repeat(positions, top_k).reshape(-1, top_k)
+    labels.write(0, Labels(said, said.astype(np.float16), positions.astype(np.float32)))
+    windows = np.array(data.draw(st.lists(st.integers(0, num_windows - 1), min_size=1, max_size=5)))
+    ids, logs, tail = read_labels(labels, windows, context_length)
+    inputs = read_windows(tokens, windows, context_length)[:, :-1]
+    assert ids.shape == logs.shape == (len(windows), context_length, top_k) and tail.shape == inputs.shape
+    assert (ids.dtype, logs.dtype, tail.dtype) == (np.int64, np.float16, np.float32)
+    assert (ids == inputs[:, :, None]).all() and (logs == inputs[:, :, None]).all() and (tail == inputs).all()
 
 
 def test_order_of_a_large_step_costs_little():
