@@ -1,6 +1,10 @@
-"""Laws of scripts/losses.py: plain cross-entropy in value and gradients, without the logits ever being whole."""
+"""Laws of scripts/losses.py: the plain formulas in value and gradients, without any model's logits ever being whole."""
 
+import math
 import weakref
+from functools import partial
+from itertools import product
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from scripts import losses
-from scripts.losses import IGNORED, next_token_loss, token_nats
+from scripts.losses import IGNORED, Labels, distillation_loss, label_loss, likeliest, next_token_loss, token_nats
 
 SIZES = {
     "rows": st.integers(1, 4),
@@ -234,3 +238,347 @@ def test_inputs_are_left_as_they_were(chunk_rows, **sizes):
     token_nats(*inputs, chunk_rows)
     for tensor, copy in zip(inputs, before, strict=True):
         assert torch.equal(tensor.detach(), copy)
+
+
+DIVERGENCES = ("forward", "reverse")
+AIMS = {
+    "weight": st.floats(0.01, 1.0),
+    "temperature": st.sampled_from([0.5, 1.0, 1.7, 2.0, 4.0]),
+    "divergence": st.sampled_from(DIVERGENCES),
+}
+
+
+class Lesson(NamedTuple):
+    """What `distillation_loss` reads, in that order; the student first."""
+
+    hidden: torch.Tensor
+    head: torch.Tensor
+    targets: torch.Tensor
+    taught: torch.Tensor
+    taught_head: torch.Tensor
+
+
+def lesson(seed: int, factor: float = 0.4, dtype=torch.float32, **sizes) -> Lesson:
+    """As `drawn`, with a teacher of another width; `factor` makes both models' logits large."""
+    hidden, head, targets = drawn(**sizes, seed=seed, dtype=dtype)
+    generator, width = torch.Generator().manual_seed(seed + 1), sizes["width"] % 7 + 1
+    taught, taught_head = (torch.randn(*shape, width, generator=generator) for shape in (targets.shape, head.shape[:1]))
+    large = (hidden.detach() * factor).requires_grad_()
+    return Lesson(large, head, targets, (taught * factor).to(dtype), taught_head.to(dtype))
+
+
+def logits_of(given: Lesson) -> tuple[torch.Tensor, torch.Tensor]:
+    """Student's and teacher's logits of the tokens that count, (N, V) float64 each."""
+    kept = given.targets != IGNORED
+    student, teacher = given.hidden.double() @ given.head.double().T, given.taught.double() @ given.taught_head.double().T
+    return student[kept], teacher[kept]
+
+
+def text_nats(student: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(student, targets[targets != IGNORED])
+
+
+def mean_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float, divergence: str) -> torch.Tensor:
+    ours, theirs = torch.log_softmax(student / temperature, -1), torch.log_softmax(teacher / temperature, -1)
+    first, second = (theirs, ours) if divergence == "forward" else (ours, theirs)
+    return (first.exp() * (first - second)).sum(-1).mean()
+
+
+def plain_distillation(given: Lesson, weight: float, temperature: float, divergence: str) -> torch.Tensor:
+    """The formula in float64 over whole logits."""
+    student, teacher = logits_of(given)
+    soft = mean_kl(student, teacher, temperature, divergence)
+    return (1 - weight) * text_nats(student, given.targets) + weight * temperature**2 * soft
+
+
+def exact_labels(given: Lesson, top_k: int, temperature: float) -> Labels:
+    """The teacher's, by the formula in float64, kept in float32 where files keep float16."""
+    shares = torch.softmax(given.taught.double() @ given.taught_head.double().T / temperature, -1)
+    best, ids = shares.topk(top_k)
+    return Labels(ids, best.log().float(), shares.scatter(-1, ids, 0.0).sum(-1).float())
+
+
+def plain_label_loss(given: Lesson, labels: Labels, weight: float, temperature: float, divergence: str) -> torch.Tensor:
+    """The formula over k + 1 outcomes in float64."""
+    student, _ = logits_of(given)
+    ids, logs, tail = (part[given.targets != IGNORED] for part in labels)
+    shares, ids, found, tail = torch.softmax(student / temperature, -1), ids.long(), logs.double().exp(), tail.double()
+    ours = torch.cat((shares.gather(1, ids), shares.scatter(1, ids, 0.0).sum(1, keepdim=True)), 1)
+    theirs = torch.cat((found * ((1 - tail) / found.sum(1)).unsqueeze(1), tail.unsqueeze(1)), 1)
+    soft = mean_kl(ours.log(), theirs.log(), 1.0, divergence)
+    return (1 - weight) * text_nats(student, given.targets) + weight * temperature**2 * soft
+
+
+def assert_plain(ours: torch.Tensor, plain: torch.Tensor, given: Lesson, temperature: float) -> None:
+    """Equal in value and gradients to 1e-6 of the largest number that the formula adds up."""
+    logs = [torch.log_softmax(logits.detach() / temperature, -1) for logits in logits_of(given)]
+    scale = max(1.0, temperature**2, *(float(-each.min()) for each in logs))
+    assert ours.shape == () and ours.dtype == torch.float32
+    assert abs(ours.item() - plain.item()) <= 1e-6 * scale
+    for made, wanted in zip(*(gradients(loss, given.hidden, given.head) for loss in (ours, plain)), strict=True):
+        assert made.dtype == given.hidden.dtype
+        assert (made - wanted).abs().max() <= 1e-6 * max(scale, float(wanted.abs().max()))
+
+
+@given(**SIZES, **AIMS)
+@settings(deadline=None)
+def test_distillation_is_the_plain_formula(weight, temperature, divergence, chunk_rows, **sizes):
+    given = lesson(**sizes)
+    ours = distillation_loss(*given, weight, temperature, divergence, chunk_rows)
+    assert_plain(ours, plain_distillation(given, weight, temperature, divergence), given, temperature)
+
+
+@given(**SIZES, **AIMS, share=st.floats(0, 1))
+@settings(deadline=None)
+def test_label_loss_is_the_plain_formula_over_the_likeliest_and_any_other(
+    weight, temperature, divergence, chunk_rows, share, **sizes
+):
+    given = lesson(**sizes)
+    for labels in (
+        exact_labels(given, 1 + int(share * (sizes["vocabulary"] - 2)), temperature),
+        likeliest(given.taught, given.taught_head, 1, temperature, chunk_rows)[0],
+    ):
+        ours = label_loss(*given[:3], labels, weight, temperature, divergence, chunk_rows)
+        assert_plain(ours, plain_label_loss(given, labels, weight, temperature, divergence), given, temperature)
+
+
+@given(**SIZES, temperature=AIMS["temperature"], divergence=AIMS["divergence"])
+@settings(deadline=None, max_examples=50)
+def test_with_all_ids_but_one_labels_are_the_whole_teacher(temperature, divergence, chunk_rows, **sizes):
+    """In float32 as exactly as the formula; with float16 logarithms to their rounding, 2^-11 of each."""
+    given, top_k = lesson(**sizes), sizes["vocabulary"] - 1
+    whole = plain_distillation(given, 0.7, temperature, divergence)
+    exact = label_loss(*given[:3], exact_labels(given, top_k, temperature), 0.7, temperature, divergence, chunk_rows)
+    assert_plain(exact, whole, given, temperature)
+    labels, _ = likeliest(given.taught, given.taught_head, top_k, temperature, chunk_rows)
+    rounded = label_loss(*given[:3], labels, 0.7, temperature, divergence, chunk_rows)
+    error = 2 * 2**-11 * float(-labels.logs.float().min()) * temperature**2
+    assert abs(rounded.item() - whole.item()) <= error * (1 + whole.item()) + 1e-5
+
+
+@given(**SIZES, temperature=AIMS["temperature"], divergence=AIMS["divergence"])
+@settings(deadline=None, max_examples=50)
+def test_more_labels_never_bring_the_divergence_down_nor_above_the_whole_one(temperature, divergence, chunk_rows, **sizes):
+    given = lesson(**sizes)
+    counts = sorted({1, 1 + sizes["vocabulary"] // 3, sizes["vocabulary"] - 1} - {sizes["vocabulary"]})
+    taught = (exact_labels(given, top_k, temperature) for top_k in counts)
+    nats = [label_loss(*given[:3], labels, 1.0, temperature, divergence, chunk_rows).item() for labels in taught]
+    nats.append(distillation_loss(*given, 1.0, temperature, divergence, chunk_rows).item())
+    assert nats[0] >= -1e-5 and all(less <= more + 1e-5 for less, more in zip(nats, nats[1:], strict=False))
+
+
+def as_in_transformers(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """DistilBERT's, huggingface/transformers examples/research_projects/distillation/distiller.py (Hinton et al. 2015)."""
+    soft = functional.kl_div(
+        functional.log_softmax(student / temperature, dim=-1),
+        functional.softmax(teacher / temperature, dim=-1),
+        reduction="batchmean",
+    )
+    return soft * temperature**2
+
+
+def as_in_trl(student: torch.Tensor, teacher: torch.Tensor, temperature: float, beta: int) -> torch.Tensor:
+    """huggingface/trl, trainer/gkd_trainer.py, generalized_jsd_loss at its ends (Agarwal et al. 2023, GKD)."""
+    ours, theirs = (torch.log_softmax(logits / temperature, dim=-1) for logits in (student, teacher))
+    first, second = (ours, theirs) if beta == 0 else (theirs, ours)
+    return functional.kl_div(first, second, reduction="none", log_target=True).sum() / len(student)
+
+
+def as_in_liger(
+    student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, temperature: float, beta: int, hard: float
+):
+    """linkedin/Liger-Kernel, chunked_loss/fused_linear_distillation.py and jsd_loss.py: sums over valid tokens, weighed."""
+    ours, theirs = (torch.log_softmax(logits / temperature, dim=-1) for logits in (student, teacher))
+    first, second = (ours, theirs) if beta == 0 else (theirs, ours)
+    soft = functional.kl_div(first, second, reduction="sum", log_target=True)
+    text = functional.nll_loss(torch.log_softmax(student, dim=-1), targets, reduction="sum")
+    return hard * text / len(student) + (1 - hard) * soft / len(student)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_distillation_is_what_others_publish(divergence, temperature):
+    """Of them transformers alone multiplies by temperature^2; TRL and Liger-kernel leave it to the weight."""
+    given, beta = lesson(rows=3, positions=7, width=6, vocabulary=50, num_ignored=4, seed=5), DIVERGENCES.index(divergence)
+    ours = partial(distillation_loss, *given, temperature=temperature, divergence=divergence, chunk_rows=8)
+    targets, weight = given.targets[given.targets != IGNORED], 0.6 / (0.6 + 0.4 * temperature**2)
+    assert_plain(ours(1.0), temperature**2 * as_in_trl(*logits_of(given), temperature, beta), given, temperature)
+    if divergence == "forward":
+        assert_plain(ours(1.0), as_in_transformers(*logits_of(given), temperature), given, temperature)
+    mixed = as_in_liger(*logits_of(given), targets, temperature, beta, 0.4)
+    assert_plain(ours(weight) * (0.4 / (1 - weight)), mixed, given, temperature)
+
+
+@given(**SIZES, temperature=AIMS["temperature"], divergence=AIMS["divergence"], dtype=st.sampled_from([0, 1]))
+@settings(deadline=None, max_examples=50)
+def test_student_that_is_its_teacher_learns_nothing(temperature, divergence, dtype, chunk_rows, **sizes):
+    given = lesson(**sizes, factor=1.0, dtype=(torch.float32, torch.bfloat16)[dtype])
+    twin = given._replace(taught=given.hidden.detach(), taught_head=given.head.detach())
+    loss = distillation_loss(*twin, 1.0, temperature, divergence, chunk_rows)
+    assert loss.item() == 0 and all(not gradient.any() for gradient in gradients(loss, given.hidden, given.head))
+
+
+@given(**SIZES, temperature=AIMS["temperature"], divergence=AIMS["divergence"], share=st.floats(0, 1))
+@settings(deadline=None, max_examples=50)
+def test_student_that_is_its_labels_learns_what_rounding_leaves(temperature, divergence, share, chunk_rows, **sizes):
+    """Of float16 logarithms 2^-11 of the least, of float32 ones next to nothing; in the value the square of that."""
+    given, top_k = lesson(**sizes), 1 + int(share * (sizes["vocabulary"] - 2))
+    twin = given._replace(taught=given.hidden.detach(), taught_head=given.head.detach())
+    rounded, _ = likeliest(twin.taught, twin.taught_head, top_k, temperature, chunk_rows)
+    least = float(-rounded.logs.float().min())
+    noise = 1e-6 * (1 + least)
+    for labels, error in ((exact_labels(twin, top_k, temperature), noise), (rounded, noise + 2 * 2**-11 * least)):
+        loss = label_loss(*given[:3], labels, 1.0, temperature, divergence, chunk_rows)
+        assert abs(loss.item()) <= temperature**2 * (noise + error**2)
+        for gradient, other in zip(gradients(loss, given.hidden, given.head), (given.head, given.hidden), strict=True):
+            assert gradient.abs().max() <= error * temperature * float(other.detach().abs().max()) + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_extreme_logits_give_finite_values_and_slopes(temperature, divergence, dtype):
+    given = lesson(rows=2, positions=9, width=8, vocabulary=33, num_ignored=3, seed=1, factor=100.0, dtype=dtype)
+    labels, lost = likeliest(given.taught, given.taught_head, 5, temperature, 4)
+    assert labels.logs.float().min() < -50
+    beyond, _ = likeliest(given.taught * 10_000, given.taught_head, 5, temperature, 4)
+    assert beyond.logs.min() == torch.finfo(torch.float16).min
+    assert all(part.isfinite().all() for part in (*labels, *beyond, lost))
+    empty = Labels(labels.ids, labels.logs, torch.zeros_like(labels.tail))
+    whole = distillation_loss(*given, 0.5, temperature, divergence, 4)
+    assert abs(whole.item() / plain_distillation(given, 0.5, temperature, divergence).item() - 1) < (
+        1e-5 if dtype == torch.float32 else 0.02
+    )
+    taught = (labels, beyond, empty)
+    for loss in (whole, *(label_loss(*given[:3], each, 0.5, temperature, divergence, 4) for each in taught)):
+        assert loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients(loss, given.hidden, given.head))
+
+
+@given(**SIZES, temperature=AIMS["temperature"], share=st.floats(0, 1))
+@settings(deadline=None, max_examples=50)
+def test_likeliest_are_the_best_in_order_with_the_rest_in_the_tail_and_what_that_leaves_out(
+    temperature, share, chunk_rows, **sizes
+):
+    given, top_k = lesson(**sizes), 1 + int(share * (sizes["vocabulary"] - 2))
+    labels, lost = likeliest(given.taught, given.taught_head, top_k, temperature, chunk_rows)
+    assert labels.ids.shape == labels.logs.shape == (*given.targets.shape, top_k)
+    assert labels.ids.dtype == torch.int32 and labels.logs.dtype == torch.float16
+    assert labels.tail.shape == lost.shape == given.targets.shape and labels.tail.dtype == lost.dtype == torch.float32
+    exact, logits = exact_labels(given, top_k, temperature), given.taught.double() @ given.taught_head.double().T
+    logs = torch.log_softmax(logits / temperature, -1)
+    assert_same(logs.gather(-1, labels.ids.long()).float(), exact.logs, 1e-5)
+    assert_same(labels.logs.float(), exact.logs, 2**-10)
+    torch.testing.assert_close(labels.tail, exact.tail, rtol=1e-4, atol=1e-30)
+    whole = (logs.exp() * (logs + math.log(sizes["vocabulary"]))).sum(-1)
+    outcomes = torch.cat((exact.logs.double(), exact.tail.double().log().unsqueeze(-1)), -1)
+    even = torch.tensor([1.0] * top_k + [sizes["vocabulary"] - top_k]).double() / sizes["vocabulary"]
+    assert_same(lost, (whole - (outcomes.exp() * (outcomes - even.log())).sum(-1)).float(), 5e-6)
+
+
+def soft_losses(given: Lesson, chunk_rows: int) -> list[partial]:
+    """Each distillation loss of a lesson, to be called with hidden, head and targets."""
+    labels, _ = likeliest(given.taught, given.taught_head, 3, 1.5, chunk_rows)
+    mixed = dict(weight=0.3, temperature=1.5, chunk_rows=chunk_rows)
+    taught = [
+        partial(distillation_loss, taught=given.taught, taught_head=given.taught_head), partial(label_loss, labels=labels)
+    ]  # fmt: skip
+    return [partial(loss, divergence=divergence, **mixed) for loss, divergence in product(taught, DIVERGENCES)]
+
+
+def test_ids_of_labels_may_be_of_any_integer_dtype():
+    given = lesson(rows=2, positions=5, width=4, vocabulary=9, num_ignored=2, seed=0)
+    labels, _ = likeliest(given.taught, given.taught_head, 3, 1.0, 4)
+    kinds = (torch.uint16, torch.int32, torch.uint32, torch.int64)
+    losses_of = [label_loss(*given[:3], labels._replace(ids=labels.ids.to(kind)), 0.5, 1.0, "forward", 4) for kind in kinds]
+    assert len({loss.item() for loss in losses_of}) == 1
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True), (False, False)])
+def test_distillation_makes_the_gradients_that_are_wanted_and_changes_no_input(wanted):
+    given = lesson(rows=2, positions=5, width=4, vocabulary=9, num_ignored=2, seed=0)
+    for loss in soft_losses(given, 3):
+        both = gradients(loss(given.hidden, given.head, given.targets), given.hidden, given.head)
+        student = [tensor.detach().requires_grad_(needed) for tensor, needed in zip(given[:2], wanted, strict=True)]
+        before = [tensor.detach().clone() for tensor in (*given, *loss.keywords.get("labels", ()))]
+        value = loss(*student, given.targets)
+        if any(wanted):
+            value.backward()
+        assert value.item() == loss(*(tensor.detach() for tensor in student), given.targets).item()
+        for tensor, needed, gradient in zip(student, wanted, both, strict=True):
+            assert (tensor.grad is not None) == needed
+            assert tensor.grad is None or torch.equal(tensor.grad, gradient)
+        after = (*given, *loss.keywords.get("labels", ()))
+        assert all(torch.equal(tensor.detach(), copy) for tensor, copy in zip(after, before, strict=True))
+
+
+def test_all_ignored_teaches_nothing():
+    given = lesson(rows=2, positions=5, width=4, vocabulary=9, num_ignored=0, seed=0)
+    for loss in soft_losses(given, 3):
+        value = loss(given.hidden, given.head, torch.full_like(given.targets, IGNORED))
+        assert value.item() == 0 and all(not gradient.any() for gradient in gradients(value, given.hidden, given.head))
+
+
+def test_teacher_gets_no_gradient_and_nothing_of_it_is_kept_for_the_backward():
+    given = lesson(rows=2, positions=5, width=4, vocabulary=9, num_ignored=0, seed=0)
+    taught, taught_head = (tensor.clone().requires_grad_() for tensor in given[3:])
+    loss = distillation_loss(*given[:3], taught, taught_head, 0.5, 2.0, "forward", 3)
+    gone = [weakref.ref(tensor.untyped_storage()) for tensor in (taught, taught_head)]
+    loss.backward()
+    assert taught.grad is None and taught_head.grad is None and given.head.grad is not None
+    loss = distillation_loss(*given[:3], taught, taught_head, 0.5, 2.0, "forward", 3)
+    del taught, taught_head
+    assert all(reference() is None for reference in gone) and loss.requires_grad
+
+
+@pytest.mark.parametrize("tokens", [7, 256])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_bf16_distillation_is_as_near_to_the_exact_one_as_the_plain_formula_in_bf16_is(divergence, tokens):
+    given = lesson(
+        rows=1, positions=tokens, width=64, vocabulary=300, num_ignored=0, seed=tokens, factor=0.3, dtype=torch.bfloat16
+    )
+    ours, exact = distillation_loss(*given, 0.5, 2.0, divergence, 100), plain_distillation(given, 0.5, 2.0, divergence)
+    student, teacher = given.hidden @ given.head.T, given.taught @ given.taught_head.T
+    soft = mean_kl(student.float().flatten(0, 1), teacher.float().flatten(0, 1), 2.0, divergence)
+    rough = 0.5 * text_nats(student.float().flatten(0, 1), given.targets.flatten()) + 0.5 * 4 * soft
+    assert abs(ours.item() / exact.item() - 1) < 2**-8
+    made, wanted, plain = (gradients(loss, given.hidden, given.head) for loss in (ours, exact, rough))
+    for gradient, true, bound in zip(made, wanted, plain, strict=True):
+        assert (gradient.double() - true).norm() <= 1.2 * (bound.double() - true).norm() + 2**-9 * true.double().norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_of_neither_model_ever_exist_whole(dtype):
+    tokens, vocabulary, chunk_rows = 512, 1024, 32
+    given = lesson(rows=2, positions=256, width=16, vocabulary=vocabulary, num_ignored=3, seed=0, dtype=dtype)
+    with Sizes() as sizes:
+        for loss in soft_losses(given, chunk_rows):
+            loss(given.hidden, given.head, given.targets).backward()
+    assert max(sizes.seen) == chunk_rows * vocabulary < tokens * vocabulary
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "chunk_rows"),
+    [(128, torch.bfloat16, 32), (512, torch.bfloat16, 32), (128, torch.bfloat16, 128), (128, torch.float32, 32)],
+)
+def test_peak_of_distillation_is_three_chunks_in_float32_and_of_labels_two_whatever_the_tokens(
+    monkeypatch, tokens, dtype, chunk_rows
+):
+    monkeypatch.setattr(losses, "product_dtype", lambda storage, device: storage)
+    width, vocabulary, size = 16, 2048, dtype.itemsize
+    given = lesson(rows=2, positions=tokens // 2, width=width, vocabulary=vocabulary, num_ignored=3, seed=0, dtype=dtype)
+    logits, is_split = 4 * chunk_rows * vocabulary, chunk_rows < tokens
+    made = size * tokens * width + (4 if is_split else 0) * vocabulary * width
+    small, ids = 64 * chunk_rows + 16 * tokens, 3 * chunk_rows * 64
+    for loss in soft_losses(given, chunk_rows):
+        with LiveBytes() as live:
+            value = loss(given.hidden, given.head, given.targets)
+        chunks = 3 if loss.func is distillation_loss else 2
+        assert made + chunks * logits <= live.most <= made + chunks * logits + small + ids
+        held = sum(live.alive.values())
+        assert held <= size * tokens * width + (4 if is_split else size) * vocabulary * width + 16 * tokens
+        with LiveBytes() as live:
+            value.backward()
+        assert live.most <= (size if is_split and size < 4 else 0) * vocabulary * width + 64
+    with LiveBytes() as live:
+        likeliest(given.taught, given.taught_head, 3, 1.5, chunk_rows)
+    assert 2 * logits + (6 * 3 + 8) * tokens <= live.most <= 2 * logits + (6 * 3 + 8) * tokens + small + ids
