@@ -21,6 +21,7 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float
 SCHEDULES = ("cosine", "wsd")
 ACTIVATION_CHECKPOINTING = ("none", "block", "block_offload")
 PLACES = ("cpu", "gpu")
+DIVERGENCES = ("forward", "reverse")
 STANDARD_LIBRARY = sysconfig.get_path("stdlib") + "/**/*.py"
 AT_LEAST = {
     "tokens_per_shard": 1, "tokenizer_sample_bytes": 1, "vocab_size": 257, "context_length": 1, "hidden_size": 1,
@@ -28,9 +29,10 @@ AT_LEAST = {
     "micro_batch_rows": 1, "num_steps": 1, "warmup_steps": 0, "decay_steps": 1, "loss_chunk_rows": 1,
     "log_every_steps": 1, "eval_every_steps": 1, "eval_tokens": 1, "sample_every_steps": 1, "sample_tokens": 1,
     "sample_top_k": 1, "save_every_steps": 1, "keep_checkpoints": 1, "max_skipped_steps": 1, "spike_window_steps": 2,
-    "rank_timeout_minutes": 1, "silent_rank_seconds": 2, "seed": 0,
+    "rank_timeout_minutes": 1, "silent_rank_seconds": 2, "seed": 0, "teacher_top_k": 1,
 }  # fmt: skip
 HOST_CHUNK_ROWS = 1024
+MAKE_TEACHER = "deepspeed scripts/train_pretrain.py makes a teacher, or name a Llama or Qwen3 folder of transformers' format"
 LARGEST_SEED, LARGEST_NUMBER = 2**32 - 1, 1e300
 ABOVE_ZERO = (
     "rope_theta",
@@ -42,6 +44,8 @@ ABOVE_ZERO = (
     "adam_eps",
     "max_grad_norm",
     "spike_sigmas",
+    "distill_weight",
+    "distill_temperature",
 )
 NOT_NEGATIVE = ("validation_fraction", "min_learning_rate", "weight_decay", "sample_temperature")
 BELOW_ONE = ("validation_fraction", "beta1", "beta2")
@@ -79,6 +83,7 @@ class TrainingConfig:
     qk_norm: bool = False
     tie_embeddings: bool = False
     rope_theta: float = 10000.0
+    rope_scaling: tuple[float, ...] | None = None
     norm_eps: float = 1e-5
     init_std: float = 0.04
     embedding_init_std: float = 0.3
@@ -123,6 +128,10 @@ class TrainingConfig:
     seed: int = 0
     init_from: str | None = None
     teacher_dir: str | None = None
+    teacher_top_k: int | None = None
+    distill_weight: float = 0.5
+    distill_temperature: float = 1.0
+    distill_divergence: str = "forward"
 
     def __post_init__(self) -> None:
         for law in LAWS:
@@ -160,6 +169,11 @@ class TrainingConfig:
         """Parameters of the model; a tied head counts once."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
         return embeddings + self.num_layers * self.block_parameters + self.hidden_size
+
+    @property
+    def asked_of_teacher(self) -> tuple[int | None, float, int, str]:
+        """What decides a teacher's labels, beside the teacher and the shards."""
+        return self.teacher_top_k, self.distill_temperature, self.context_length, self.precision
 
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches that each of `world_size` ranks runs in one step.
@@ -244,7 +258,8 @@ def refuse_unfit(config: TrainingConfig, world_size: int) -> None:
     for name in ("tokenizer_path", "init_from", "teacher_dir"):
         path = getattr(config, name)
         if path is not None and not Path(path).exists():
-            raise ValueError(f"{name}={path!r} is not there; name a file or folder that exists")
+            remedy = MAKE_TEACHER if name == "teacher_dir" else "name a file or folder that exists"
+            raise ValueError(f"{name}={path!r} is not there; {remedy}")
     for name in ("run_dir", "data_dir"):
         _refuse_unwritable(name, Path(getattr(config, name)))
     if not config.offload_optimizer and torch.cuda.is_available() and torch.utils.cpp_extension.CUDA_HOME is None:
@@ -292,7 +307,7 @@ def _check_types(config: TrainingConfig) -> None:
         value, wanted = getattr(config, field.name), str(field.type)
         if value is None and wanted.endswith("| None"):
             continue
-        kind = {"int": int, "float": (int, float), "bool": bool, "str": str, "tuple[str, ...]": tuple}[_bare(wanted)]
+        kind = {"int": int, "float": (int, float), "bool": bool, "str": str}.get(_bare(wanted), tuple)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise ValueError(f"{field.name}={value!r} is not of type {_readable(wanted)}; {_type_remedy(value, _bare(wanted))}")
 
@@ -309,7 +324,8 @@ def _type_remedy(value: object, kind: str) -> str:
     if kind == "int" and isinstance(value, float) and math.isfinite(value):
         return f"nearest is {round(value)}"
     if kind.startswith("tuple"):
-        return f"write ({value!r},)" if isinstance(value, str) else "write a tuple of strings"
+        kind = "strings" if "str" in kind else "numbers"
+        return f"write ({value!r},)" if isinstance(value, str) and kind == "strings" else f"write a tuple of {kind}"
     return f"write a value of type {kind}"
 
 
@@ -339,6 +355,7 @@ def _check_choices(config: TrainingConfig) -> None:
         "accumulate_on": PLACES,
         "accumulation_precision": ("bf16", "fp32"),
         "activation_checkpointing": ACTIVATION_CHECKPOINTING,
+        "distill_divergence": DIVERGENCES,
     }
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
@@ -376,6 +393,18 @@ def _check_model(config: TrainingConfig) -> None:
     if config.head_width % 2:
         raise ValueError(
             f"head width {config.head_width} is odd and rotary positions turn pairs; set head_size={config.head_width + 1}"
+        )
+
+
+def _check_rope_scaling(config: TrainingConfig) -> None:
+    scaling = config.rope_scaling
+    if scaling is None:
+        return
+    is_right = len(scaling) == 4 and all(isinstance(number, (int, float)) and 0 < number < LARGEST_NUMBER for number in scaling)
+    if not is_right or scaling[1] >= scaling[2]:
+        raise ValueError(
+            f"rope_scaling={scaling!r} is not (factor, low frequency factor, high frequency factor, original context length),"
+            " above 0 and the second below the third, such as (8.0, 1.0, 4.0, 8192); set rope_scaling=None to scale nothing"
         )
 
 
@@ -435,8 +464,21 @@ def _check_data(config: TrainingConfig) -> None:
         raise ValueError("vocab_size=257 means raw bytes and tokenizer_path names a tokenizer; set tokenizer_path=None")
 
 
+def _check_teacher(config: TrainingConfig) -> None:
+    if config.distill_weight > 1:
+        raise ValueError(f"distill_weight={config.distill_weight} is above 1; nearest is 1.0")
+    if config.teacher_top_k is not None and config.teacher_dir is None:
+        raise ValueError(f"teacher_top_k={config.teacher_top_k} has no effect without a teacher_dir; set teacher_top_k=None")
+    if config.teacher_top_k is not None and config.teacher_top_k >= config.vocab_size:
+        raise ValueError(
+            f"teacher_top_k={config.teacher_top_k} leaves no tail of vocab_size={config.vocab_size};"
+            f" nearest is {config.vocab_size - 1}"
+        )
+
+
 LAWS = (
-    _check_types, _check_ranges, _check_choices, _check_accumulation, _check_model, _check_batch, _check_schedule, _check_data,
+    _check_types, _check_ranges, _check_choices, _check_accumulation, _check_model, _check_rope_scaling, _check_batch,
+    _check_schedule, _check_data, _check_teacher,
 )  # fmt: skip
 
 FOR_CARDS = {
@@ -444,7 +486,7 @@ FOR_CARDS = {
     "tie_embeddings": True, "init_std": 0.02, "schedule": "cosine", "decay_steps": None, "beta1": 0.9, "beta2": 0.95,
     "precision": "bf16", "offload_optimizer": True, "accumulate_on": "cpu", "accumulation_precision": "fp32",
     "loss_chunk_rows": 1024, "log_every_steps": 1, "eval_every_steps": 500, "eval_tokens": 2**20, "sample_every_steps": 500,
-    "save_every_steps": 500, "keep_checkpoints": 2, "init_from": None, "teacher_dir": None,
+    "save_every_steps": 500, "keep_checkpoints": 2, "init_from": None, "teacher_dir": None, "teacher_top_k": None,
 }  # fmt: skip
 
 with refusing():

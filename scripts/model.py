@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from scripts.config import HOST_CHUNK_ROWS, TrainingConfig, product_dtype
 
 COLDEST = 1e-6
+ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 Cache = list[tuple[Tensor, Tensor]]
 
 
@@ -180,8 +181,19 @@ def rotary_table(config: TrainingConfig, start: int, stop: int, device: torch.de
     """Cosines and sines (2, T, K / 2) in float32 of positions start..stop (Su et al. 2021, RoFormer)."""
     half = torch.arange(0, config.head_width, 2, device=device, dtype=torch.float32) / config.head_width
     positions = torch.arange(start, stop, device=device, dtype=torch.float32)
-    angles = torch.outer(positions, 1.0 / config.rope_theta**half)
+    frequencies = 1.0 / config.rope_theta**half
+    if config.rope_scaling is not None:
+        frequencies = _scaled(frequencies, *config.rope_scaling)
+    angles = torch.outer(positions, frequencies)
     return torch.stack((angles.cos(), angles.sin()))
+
+
+def _scaled(frequencies: Tensor, factor: float, low: float, high: float, original_length: float) -> Tensor:
+    """Llama 3.1's: divided by `factor` where the original context holds fewer than `low` turns, as they are from `high` turns
+    on, and mixed in between (its own code, and transformers' modeling_rope_utils.py, 2024).
+    """
+    share = ((original_length * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0.0, 1.0)
+    return (1.0 - share) * frequencies / factor + share * frequencies
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
@@ -586,6 +598,7 @@ def transformers_config(config: TrainingConfig, end_of_text_id: int) -> dict:
         "max_position_embeddings": config.context_length,
         "tie_word_embeddings": config.tie_embeddings,
         "rope_theta": config.rope_theta,
+        **_rope_description(config),
         "rms_norm_eps": config.norm_eps,
         "hidden_act": "silu",
         "attention_bias": False,
@@ -594,6 +607,14 @@ def transformers_config(config: TrainingConfig, end_of_text_id: int) -> dict:
         "eos_token_id": end_of_text_id,
         "torch_dtype": str(config.dtype).removeprefix("torch."),
     }
+
+
+def _rope_description(config: TrainingConfig) -> dict:
+    if config.rope_scaling is None:
+        return {}
+    *factors, length = config.rope_scaling
+    named = dict(zip(ROPE_SCALING, (*factors, int(length)), strict=True))
+    return {"rope_scaling": {"rope_type": "llama3", **named}}
 
 
 def architecture_fields(description: dict) -> dict:
@@ -622,6 +643,7 @@ def architecture_fields(description: dict) -> dict:
         "qk_norm": kind == "qwen3",
         "tie_embeddings": bool(description.get("tie_word_embeddings", False)),
         "rope_theta": float(description.get("rope_theta") or rope.get("rope_theta") or 10000.0),
+        "rope_scaling": _rope_scaling(rope),
         "norm_eps": float(description.get("rms_norm_eps", 1e-6)),
     }
 
@@ -661,12 +683,26 @@ def _rope(description: dict) -> dict:
     return description.get("rope_parameters") or description.get("rope_scaling") or {}
 
 
+def _rope_type(rope: dict) -> str:
+    return rope.get("rope_type") or rope.get("type") or "default"
+
+
+def _rope_scaling(rope: dict) -> tuple[float, ...] | None:
+    if _rope_type(rope) == "default":
+        return None
+    if not all(isinstance(rope.get(name), int | float) for name in ROPE_SCALING):
+        raise ValueError(f"its scaled rotary positions name not all of {', '.join(ROPE_SCALING)}")
+    return tuple(float(rope[name]) for name in ROPE_SCALING)
+
+
 def _refuse_variants(description: dict) -> None:
     rope = _rope(description)
-    plain_rope = (rope.get("rope_type") or rope.get("type") or "default") == "default" and not description.get("rope_scaling")
+    plain_rope = _rope_type(rope) in ("default", "llama3")
     whole_rope = rope.get("partial_rotary_factor", 1.0) == 1.0 == description.get("partial_rotary_factor", 1.0)
     if not plain_rope or not whole_rope:
-        raise ValueError("scaled or partial rotary positions are not supported; use a plain Llama or Qwen3")
+        raise ValueError(
+            f"rotary positions of type {_rope_type(rope)!r:.40}, or partial ones, are not supported; a plain Llama or Qwen3 is"
+        )
     for name in ("attention_bias", "mlp_bias", "use_sliding_window"):
         if description.get(name):
             raise ValueError(f"{name}={description[name]!r} is not supported; use a plain Llama or Qwen3")

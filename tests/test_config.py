@@ -56,6 +56,12 @@ BAD = [
     ("tokens_per_step", {"context_length": 100}),
     ("tokens_per_step", {"micro_batch_rows": 3}),
     ("eval_tokens", {"eval_tokens": 255}),
+    ("teacher_top_k", {"teacher_top_k": 32}),
+    ("teacher_top_k", {"teacher_top_k": 4096, "teacher_dir": "teacher"}),
+    ("distill_weight", {"distill_weight": 1.5}),
+    ("distill_weight", {"distill_weight": 0.0}),
+    ("distill_temperature", {"distill_temperature": -1.0}),
+    ("distill_divergence", {"distill_divergence": "backward"}),
     ("warmup_steps", {"warmup_steps": 300}),
     ("warmup_steps", {"num_steps": 20}),
     ("min_learning_rate", {"min_learning_rate": 4e-3}),
@@ -73,6 +79,10 @@ BAD = [
     ("max_grad_norm", {"max_grad_norm": INF}),
     ("rope_theta", {"rope_theta": 0.0}),
     ("norm_eps", {"norm_eps": 0.0}),
+    ("rope_scaling", {"rope_scaling": (8.0, 1.0, 4.0)}),
+    ("rope_scaling", {"rope_scaling": (8.0, 4.0, 1.0, 8192)}),
+    ("rope_scaling", {"rope_scaling": (8.0, 1.0, 4.0, "8192")}),
+    ("rope_scaling", {"rope_scaling": (8.0, 1.0, INF, 8192)}),
     ("init_std", {"init_std": 0.0}),
     ("logits_init_std", {"logits_init_std": -0.3}),
     ("embedding_init_std", {"embedding_init_std": 0.0}),
@@ -335,7 +345,7 @@ def test_number_of_parameters_is_that_of_the_real_model(shape):
 @pytest.mark.parametrize("field", ["tokenizer_path", "init_from", "teacher_dir"])
 def test_path_that_is_not_there_is_refused_before_training_not_in_the_config(tmp_path, field):
     config = made(**{field: f"{tmp_path}/absent"})
-    with pytest.raises(ValueError, match=f"^{field}='{tmp_path}/absent' is not there; name [^\n]+$"):
+    with pytest.raises(ValueError, match=f"^{field}='{tmp_path}/absent' is not there; [^\n]*name [^\n]+$"):
         refuse_unfit(config, 1)
     (tmp_path / "absent").mkdir()
     refuse_unfit(config, 1)

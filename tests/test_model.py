@@ -55,6 +55,7 @@ def configs(draw) -> TrainingConfig:
         num_heads=heads, num_kv_heads=kv_heads, head_size=head_size,
         mlp_size=draw(st.integers(1, 80)), num_layers=draw(st.integers(1, 3)), vocab_size=draw(st.integers(257, 400)),
         qk_norm=qk_norm, tie_embeddings=draw(st.booleans()), rope_theta=draw(st.sampled_from([1e2, 1e4, 1e6])),
+        rope_scaling=draw(st.sampled_from([None, (8.0, 1.0, 4.0, 16), (32.0, 1.0, 3.0, 9)])),
         norm_eps=draw(st.sampled_from([1e-6, 1e-5, 1e-2])), context_length=context, tokens_per_step=context,
         micro_batch_rows=1, seed=draw(st.integers(0, 2**32 - 1)), precision="fp32", init_std=0.2, logits_init_std=2.0,
     )  # fmt: skip
@@ -489,7 +490,7 @@ def test_tensor_shapes_are_those_of_the_model_and_its_description_leads_back_to_
         {"model_type": "gpt2"},
         {"model_type": "mistral"},
         {"model_type": None},
-        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
         {"attention_bias": True},
         {"mlp_bias": True},
