@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from itertools import groupby
 from pathlib import Path, PurePosixPath
@@ -29,8 +29,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from scripts import offload
-from scripts.config import TrainingConfig
-from scripts.model import Decoder, architecture_fields, tensor_shapes, transformers_config
+from scripts.config import MAKE_TEACHER, TrainingConfig
+from scripts.model import Decoder, architecture_fields, empty_model, tensor_shapes, transformers_config
 
 FORMAT = 2
 MOVABLE_FIELDS = (
@@ -42,6 +42,7 @@ MOVABLE_FIELDS = (
     "activation_checkpointing",
     "loss_chunk_rows",
 )
+DISTILL_FIELDS = ("distill_weight", "distill_temperature", "distill_divergence")
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 READABLE_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()} | {"F64": torch.float64}
 HASH_BYTES = 2**22
@@ -67,6 +68,13 @@ class Checkpoint(NamedTuple):
 
     folder: Path
     state: dict
+
+
+class Teacher(NamedTuple):
+    """A model to learn from: its transformers `folder`, and its shape as a configuration."""
+
+    folder: Path
+    config: TrainingConfig
 
 
 class Saved(NamedTuple):
@@ -359,24 +367,86 @@ def load_weights(model: Decoder, folder: Path) -> None:
     """Copies a transformers folder's safetensors weights, sharded or not, into `model`.
 
     Memory beside the model's: none where the dtypes agree on the host, else LOAD_THREADS pieces of PIECE_ELEMENTS. Files are
-    read, not mapped, so that a failing disk is an error and not the end of the process.
+    read, not mapped, so that a failing disk is an error and not the end of the process. Nothing is read before every tensor's
+    name and shape are found right.
 
     Raises:
         ValueError: the folder is no plain Llama or Qwen3 of this shape, or a tensor is missing, extra or misshapen.
     """
     _refuse_other_architecture(model.config, folder)
-    wanted, targets = dict(tensor_shapes(model.config)), dict(model.named_parameters())
-    missing = set(wanted)
-    for path in _weight_files(folder):
-        for name, stored in _tensors_in(path).items():
-            if name == "lm_head.weight" and model.config.tie_embeddings:
-                continue
-            if wanted.get(name) != stored.shape:
-                raise ValueError(f"{path}: tensor {_shown(name)} has shape {stored.shape}, the model needs {wanted.get(name)}")
-            _read_into(path, stored.position, stored.dtype, targets[name].detach().view(-1))
-            missing.discard(name)
-    if missing:
-        raise ValueError(f"{folder}: tensor {sorted(missing)[0]} is missing; the download or copy is not complete")
+    targets = dict(model.named_parameters())
+    for path, name, stored in _stored_weights(model.config, folder):
+        _read_into(path, stored.position, stored.dtype, targets[name].detach().view(-1))
+
+
+def find_teacher(config: TrainingConfig) -> Teacher | None:
+    """What `teacher_dir` names, looked at but not read: a transformers folder, or a run, whose newest checkpoint that
+    verifies is meant. None without a teacher_dir.
+
+    Raises:
+        ValueError: there is no plain Llama or Qwen3 with whole safetensors weights, or it does not reach over context_length.
+    """
+    if config.teacher_dir is None:
+        return None
+    folder = Path(config.teacher_dir)
+    try:
+        folder = _newest_of(folder) if _is_run(folder) else folder
+        described = described_config(folder)
+        list(_stored_weights(described, folder))
+    except (OSError, ValueError) as fault:
+        raise ValueError(f"teacher_dir={config.teacher_dir!r}: {fault}") from None
+    if described.context_length < config.context_length:
+        raise ValueError(
+            f"teacher_dir={config.teacher_dir!r}: context_length={config.context_length} is longer than the"
+            f" {described.context_length} positions that this teacher knows; nearest is {described.context_length}"
+        )
+    return Teacher(folder, described)
+
+
+def load_teacher(teacher: Teacher, config: TrainingConfig, device: torch.device) -> Decoder:
+    """The teacher on `device` in the training dtype, without gradients. Memory beside it: as `load_weights`."""
+    same = {"context_length": config.context_length, "precision": config.precision}
+    batch = {"micro_batch_rows": 1, "tokens_per_step": config.context_length, "eval_tokens": config.context_length}
+    model = empty_model(replace(teacher.config, **same, **batch), device)
+    load_weights(model, teacher.folder)
+    return model.requires_grad_(False).eval()
+
+
+def fingerprint_of(teacher: Teacher) -> str:
+    """sha256 (hex) of what decides what a teacher says: its shape, and the sha256 of each block of its weights files.
+
+    Raises:
+        ValueError: a file cannot be read.
+    """
+    shape = {name: getattr(teacher.config, name) for name in _architecture(teacher.folder, _describe(teacher.folder))}
+    blocks = [(path, at) for path in _weight_files(teacher.folder) for at in range(0, path.stat().st_size, HASH_BYTES)]
+    try:
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            digests = list(pool.map(lambda block: _sha256([_block_at(*block)]), blocks))
+    except OSError as fault:
+        raise ValueError(f"{teacher.folder} cannot be read: {fault.strerror}") from None
+    return hashlib.sha256(json.dumps([shape, digests], sort_keys=True).encode()).hexdigest()
+
+
+def labels_identity(config: TrainingConfig, fingerprint: str) -> str:
+    """sha256 (hex) of all that decides what a teacher of that fingerprint says of windows: it, and how it is asked."""
+    return hashlib.sha256(json.dumps([fingerprint, *config.asked_of_teacher]).encode()).hexdigest()
+
+
+def same_without_teacher(config: TrainingConfig) -> TrainingConfig | None:
+    """The run beside run_dir that differs from it in nothing but its teacher, which it lacks, and in MOVABLE_FIELDS."""
+    alone, run_dir = replace(config, teacher_dir=None, teacher_top_k=None), Path(config.run_dir)
+    ours, defaults = config_record(alone), config_record(TrainingConfig())
+    for name in {*MOVABLE_FIELDS, *DISTILL_FIELDS}:
+        del ours[name]
+    for path in sorted(run_dir.absolute().parent.glob("*/config.json")):
+        try:
+            theirs = defaults | _read_json(path)
+        except (OSError, ValueError):
+            continue
+        if all(theirs[name] == value for name, value in ours.items()):
+            return replace(alone, run_dir=str(run_dir.parent / path.parent.name))
+    return None
 
 
 def load_state(engine, checkpoint: Checkpoint) -> None:
@@ -735,6 +805,41 @@ def _slice_reader(folder: Path, world_size: int, partitions: list[int]) -> offlo
             _read_into(path, position, torch.float32, target[low - start : high - start])
 
     return read
+
+
+def _is_run(folder: Path) -> bool:
+    return _checkpoints(TrainingConfig(run_dir=str(folder))).is_dir()
+
+
+def _newest_of(run: Path) -> Path:
+    found, _ = newest_verified(TrainingConfig(run_dir=str(run)))
+    if found is None:
+        raise ValueError(f"this run has no checkpoint yet; {MAKE_TEACHER}")
+    return found.folder
+
+
+def _stored_weights(config: TrainingConfig, folder: Path) -> Iterator[tuple[Path, str, Stored]]:
+    """File, name and place of every tensor of the model, when they are all there and there is no other."""
+    wanted, found = dict(tensor_shapes(config)), []
+    for path in _weight_files(folder):
+        for name, stored in _tensors_in(path).items():
+            if name == "lm_head.weight" and config.tie_embeddings:
+                continue
+            if wanted.get(name) != stored.shape:
+                needed = f"the model needs {wanted[name]}" if name in wanted else "the model has no such tensor"
+                raise ValueError(f"{path}: tensor {_shown(name)} has shape {stored.shape}, {needed}")
+            found.append((path, name, stored))
+    missing = sorted(set(wanted) - {name for _, name, _ in found})
+    if missing:
+        raise ValueError(f"{folder}: tensor {missing[0]} is missing; the download or copy is not complete")
+    yield from found
+
+
+def _block_at(path: Path, position: int) -> memoryview:
+    with path.open("rb", buffering=0) as file:
+        buffer = memoryview(bytearray(min(HASH_BYTES, path.stat().st_size - position)))
+        _read_all(file.fileno(), buffer, position)
+    return buffer
 
 
 def _refuse_other_architecture(config: TrainingConfig, folder: Path) -> None:

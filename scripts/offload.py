@@ -5,11 +5,13 @@ The order within the vector does not depend on W, which makes the state elastic:
 """
 
 import math
+import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import NamedTuple
 
 import cpuinfo
@@ -122,6 +124,13 @@ def refuse_other_versions() -> None:
         raise ValueError(
             f"deepspeed=={installed} is installed; tightfit needs deepspeed=={DEEPSPEED_VERSION}: pip install -e ."
         )
+
+
+def forget_shared_memory(address: str, port: str, rank: int) -> None:
+    """Takes away the name of the buffer that DeepSpeed shares among ranks of one machine without a GPU, once every rank has
+    opened it: with its name it would outlive the processes, 66 MiB a rank.
+    """
+    Path("/dev", "shm", f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink(missing_ok=True)
 
 
 def ask_the_processor_once() -> None:

@@ -1,6 +1,7 @@
 """Entry: corpus -> tokenizer -> shards. Owns the names in data_dir and its manifest, which is written last.
 
     data_dir/manifest.json  tokenizer.json  train-00000.bin ...  validation-00000.bin ...
+    data_dir/labels-0123456789abcdef/train-00000.labels ...  what a teacher says of each token
 
 Knows nothing of windows but how long one is, nor of the model. To change a value, edit scripts/config.py.
 """
@@ -25,10 +26,11 @@ from tokenizers import Tokenizer
 from ds import tokenizer as bpe
 from ds.corpus import corpus_digest, corpus_files, documents, file_documents, fixed_part, is_held_out
 from ds.loader import count_windows
-from ds.shards import TokenStream, open_shard, sync_folder, verify_shard, write_shard
+from ds.shards import LabelStream, TokenStream, create_labels, open_labels, open_shard, sync_folder, verify_shard, write_shard
 from scripts.config import PRETRAIN, TrainingConfig, refuse_arguments, refusing
 
 FORMAT_VERSION = 1
+LEAST_BLOCK_TOKENS = 64
 FIELDS = (
     "corpus", "corpus_exclude", "text_field", "validation_fraction", "tokens_per_shard", "vocab_size", "tokenizer_path",
     "tokenizer_sample_bytes",
@@ -67,6 +69,40 @@ class Data(NamedTuple):
     def token_num_bytes(self) -> list[int]:
         """How many bytes of text each id stands for: (V,)."""
         return [len(piece) for piece in bpe.token_bytes(self.tokenizer)]
+
+    def refuse_other_tokenizer(self, model_dir: str | Path, what: str) -> None:
+        """Checks that the model in `model_dir` means by each id what the shards mean; `what` names it in the refusal.
+
+        Raises:
+            ValueError: its tokenizer is absent, unreadable or another one.
+        """
+        found = bpe.difference(self.tokenizer, bpe.load(model_dir))
+        if found is not None:
+            raise ValueError(
+                f"{what}: its tokenizer is not that of the shards in {self._folder}: {found}; prepare the data in another"
+                f" data_dir with tokenizer_path={str(model_dir)!r}"
+            )
+
+    def labels(self, top_k: int, context_length: int, vocab_size: int, identity: str) -> LabelStream:
+        """Where a teacher's labels of the training windows are kept, beside the shards; made at the first call, without any
+        label. `identity` (sha256 hex) says which teacher's they are, and how it was asked.
+
+        Raises:
+            ValueError: there are labels that are not of these shards or this identity, or there is no room for them.
+        """
+        folder = self._folder / f"labels-{identity[:16]}"
+        num_positions = count_windows(self.train.num_tokens, context_length) * context_length
+        block_tokens = context_length * -(-LEAST_BLOCK_TOKENS // context_length)
+        place = (folder, self.train, top_k, vocab_size, block_tokens, num_positions, identity)
+        try:
+            create_labels(*place)
+        except OSError as fault:
+            raise ValueError(f"{folder} cannot be written ({fault.strerror}); make room for the teacher's labels") from None
+        return open_labels(*place)
+
+    @property
+    def _folder(self) -> Path:
+        return self.train.shards[0].path.parent
 
 
 def prepare(config: TrainingConfig) -> Data:
@@ -197,11 +233,23 @@ def _make_tokenizer(config: TrainingConfig, files: list[Path]) -> Tokenizer:
         return bpe.train(_sample(config, files), config.vocab_size)
     tokenizer = bpe.load(config.tokenizer_path)
     num_ids = bpe.vocab_size(tokenizer)
-    if num_ids != config.vocab_size:
+    if config.vocab_size not in (num_ids, _padded_vocab_size(config.tokenizer_path, num_ids)):
         raise ValueError(
             f"vocab_size={config.vocab_size} is not that of tokenizer_path={config.tokenizer_path!r}; nearest is {num_ids}"
         )
     return tokenizer
+
+
+def _padded_vocab_size(path: str, num_ids: int) -> int | None:
+    """The rows of the embedding of the model whose folder `path` is: some models have more than their tokenizer has ids."""
+    description = Path(path) / "config.json"
+    if not description.is_file():
+        return None
+    try:
+        size = json.loads(description.read_text())["vocab_size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return size if isinstance(size, int) and size > num_ids else None
 
 
 def _sample(config: TrainingConfig, files: list[Path]) -> Iterator[bytes]:

@@ -1,29 +1,41 @@
-"""Metrics file -> pictures. Knows the lines of metrics.jsonl and matplotlib; nothing of models."""
+"""Metrics -> pictures and words for people. Knows the lines of metrics.jsonl and matplotlib; nothing of models."""
 
 import json
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+NUM_NAMED_DOCUMENTS = 3
 TRAIN, HELD_OUT, RATE, NORM = "#9aa7b4", "#c2410c", "#1d4ed8", "#4d7c0f"
+
+
+class Row(NamedTuple):
+    """A model in a table: its name, its size, the record of its held-out loss (empty without one), and where it is."""
+
+    name: str
+    num_parameters: int
+    record: dict
+    where: str
 
 
 def draw_losses(metrics: Path, picture: Path) -> None:
     """Draws training and held-out loss against tokens, with learning rate and gradient norm below, into a PNG file.
 
-    `metrics` holds one JSON object a line, of kind "train", "eval" or "event"; events are passed over,
-    and a null is a gap.
+    `metrics` holds one JSON object a line, of kind "train", "eval" or "event"; of events the teacher's is drawn; a null is a
+    gap.
     """
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     train = [record for record in records if record["kind"] == "train"]
     held_out = [record for record in records if record["kind"] == "eval"]
+    teacher = next((record for record in records if record.get("event") == "teacher"), None)
     figure = Figure(figsize=(9, 8), dpi=120, layout="constrained")
     loss, rate, norm = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
-    _plot_losses(loss, train, held_out)
+    _plot_losses(loss, train, held_out, teacher)
     _plot_line(rate, train, "learning_rate", "learning rate", RATE)
     _plot_line(norm, train, "grad_norm", "gradient norm", NORM)
     for axes in (rate, norm):
@@ -35,8 +47,75 @@ def draw_losses(metrics: Path, picture: Path) -> None:
     draft.rename(picture)
 
 
-def _plot_losses(axes: Axes, train: list[dict], held_out: list[dict]) -> None:
-    _plot_line(axes, train, "loss", "loss (nats per token)", TRAIN, "training")
+def line_of(record: dict, num_steps: int, top_k: int | None) -> str:
+    """What a person reads of a record other than those of a launch's beginning and end; `top_k` of a teacher's labels."""
+    where = f"step {record['step']}/{num_steps}"
+    words = {
+        "train": train_words,
+        "eval": lambda record: f"held out {held_out_words(record)}",
+        "teacher": lambda record: f"teacher, {_teacher_words(record, top_k)}",
+        "sample": lambda record: f"sample\n{indented(record.get('text'))}",
+        "saved": lambda record: f"saved {record.get('checkpoint')}",
+        "save_failed": lambda record: f"{record.get('fault')}; training goes on",
+        "skipped": lambda record: f"skipped, its gradients are not finite; {_named_documents(record)}",
+        "spike": lambda record: f"the loss jumped to {record.get('loss') or math.nan:.3f}; {_named_documents(record)}",
+    }
+    return f"{where}: {words[record.get('event') or record['kind']](record)}"
+
+
+def train_words(record: dict) -> str:
+    """Loss and speed of a train record."""
+    loss = "not finite" if record["loss"] is None else f"{record['loss']:.3f}"
+    return f"loss {loss}, {record['tokens_per_second']:,.0f} tokens/s"
+
+
+def held_out_words(record: dict) -> str:
+    """Nats and bits of an evaluation."""
+    if record["val_loss"] is None:
+        return "not finite"
+    return f"{record['val_loss']:.3f} nats per token, {record['val_bits_per_byte']:.3f} bits per byte"
+
+
+def indented(text: str | None) -> str:
+    """A text as part of a longer one."""
+    return "\n".join(f"    {line}" for line in (text or "").splitlines())
+
+
+def table(rows: list[Row]) -> list[str]:
+    """Lines: a head and one for each row."""
+    lines = [f"  {'held out':<16}{'parameters':>12}{'nats per token':>16}{'bits per byte':>15}{'step':>8}  where"]
+    for name, num_parameters, record, where in rows:
+        nats, bits = (_number(record.get(key)) for key in ("val_loss", "val_bits_per_byte"))
+        step = record["step"] if record.get("kind") == "eval" else ""
+        lines += [f"  {name:<16}{num_parameters / 1e6:>10,.2f} M{nats:>16}{bits:>15}{step:>8}  {where}"]
+    return lines
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _teacher_words(record: dict, top_k: int | None) -> str:
+    words = f"held out {held_out_words(record)}" if "val_loss" in record else "not evaluated"
+    if "tail_mass" not in record:
+        return words
+    return (
+        f"{words}; {record['tail_mass']:.1%} of its probability is outside its {top_k} likeliest ids, which leaves out"
+        f" {record['left_out_nats']:.3f} nats per token of the divergence of a student that knows nothing"
+    )
+
+
+def _named_documents(record: dict) -> str:
+    named = [f"{each['document']} {each['beginning'][:60]!r}" for each in record.get("documents", [])]
+    more = f" and {len(named) - NUM_NAMED_DOCUMENTS} more in metrics.jsonl" if len(named) > NUM_NAMED_DOCUMENTS else ""
+    return f"documents: {', '.join(named[:NUM_NAMED_DOCUMENTS])}{more}"
+
+
+def _plot_losses(axes: Axes, train: list[dict], held_out: list[dict], teacher: dict | None) -> None:
+    label = "training" if teacher is None else "training objective, with the teacher"
+    _plot_line(axes, train, "loss", "loss (nats per token)", TRAIN, label)
+    if teacher is not None and teacher.get("val_loss") is not None:
+        axes.axhline(teacher["val_loss"], color=HELD_OUT, linewidth=1, linestyle="--", label="held out, the teacher")
     if held_out:
         axes.plot(*_series(held_out, "val_loss"), color=HELD_OUT, marker="o", markersize=4, label="held out")
     finite = [record for record in held_out if record["val_loss"] is not None]

@@ -1,5 +1,6 @@
 """The engine, the schedule, the one training loop. Knows ranks and steps; an objective and the data are given to it."""
 
+import gc
 import math
 import os
 import random
@@ -10,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -24,6 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ds.loader import (
+    Labels,
     MicroBatch,
     count_windows,
     digest_hex,
@@ -32,17 +35,21 @@ from ds.loader import (
     held_out_batches,
     micro_batches,
     rank_windows,
+    read_labels,
+    read_windows,
+    windows_of_run,
 )
 from scripts import checkpoint, lifecycle, memory, offload, preflight
 from scripts.config import TrainingConfig, refuse_unfit
 from scripts.evaluate import HeldOut, evaluate, hardest_pieces
 from scripts.model import Decoder, continue_ids, empty_model, initialise, parameter_groups
-from scripts.report import draw_losses
+from scripts.report import NUM_NAMED_DOCUMENTS, Row, draw_losses, held_out_words, indented, line_of, table, train_words
 
 GIB = 2**30
-NUM_NAMED_DOCUMENTS, BEGINNING_TOKENS = 3, 48
-HOLD_SECONDS = 60
+BEGINNING_TOKENS, LABEL_ERROR_TOKENS = 48, 8192
+HOLD_SECONDS, PROGRESS_SECONDS = 60, 300
 Objective = Callable[..., Tensor]
+Label = Callable[..., tuple]
 
 
 class Ranks(NamedTuple):
@@ -83,9 +90,19 @@ class Step(NamedTuple):
     asked_to_stop: bool
 
 
+class Teaching(NamedTuple):
+    """The teacher's `fingerprint`; its `source`, what the objective gets of it: the model on this device, or its labels on the
+    disk; and, in a run that begins, what is logged of it.
+    """
+
+    fingerprint: str
+    source: Any
+    record: dict | None
+
+
 class Run(NamedTuple):
     """What the loop works on. `first_step` is 0, or the step of the checkpoint that the run continues from; `hold` keeps other
-    launches out of run_dir, on rank 0.
+    launches out of run_dir, on rank 0; `teaching` is None in pre-training.
     """
 
     config: TrainingConfig
@@ -97,6 +114,7 @@ class Run(NamedTuple):
     progress: Progress
     watch: lifecycle.Watch
     hold: int | None
+    teaching: Teaching | None
 
 
 FRESH = Progress(0, 0, (), (0,) * 4, (0,) * 4, True)
@@ -115,18 +133,19 @@ def ranks_from_launcher() -> Ranks:
     return Ranks(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]), int(local_size), num_launchers)
 
 
-def ready(config: TrainingConfig, prepare: Callable) -> Run | None:
-    """Everything before step one: checks, process group, data, model, engine. None when the run is already finished.
+def ready(config: TrainingConfig, prepare: Callable, label: Label | None = None) -> Run | None:
+    """Everything before step one: checks, process group, data, teacher, model, engine. None when the run is already finished.
 
-    `prepare(config)` makes or opens the data; rank 0 calls it first.
+    `prepare(config)` makes or opens the data; rank 0 calls it first. `label(teacher, windows, config)` says what a teacher says
+    of windows (B, T + 1), its labels and the nats that they leave out, (B, T); only `teacher_top_k` needs it.
 
     Raises:
-        ValueError: the configuration does not fit the machine, the ranks, the data or what run_dir holds.
+        ValueError: the configuration does not fit the machine, the ranks, the data, the teacher or what run_dir holds.
     """
     ranks = ranks_from_launcher()
     watch = lifecycle.Watch(ranks.rank, ranks.local_rank, ranks.num_launchers, config.silent_rank_seconds)
     with _ending_out_of_memory(config, ranks), watch.before_training():
-        run = _ready(config, ranks, watch, prepare)
+        run = _ready(config, ranks, watch, prepare, label)
     if run is None:
         watch.close(clean=True)
     return run
@@ -241,20 +260,26 @@ def step_batches(run: Run, step: int) -> Iterator[MicroBatch]:
 
 def held_out_loss(run: Run) -> HeldOut:
     """The loss over the first `eval_tokens` held-out tokens, all ranks together."""
-    config, data = run.config, run.data
+    return _held_out_loss(run.config, run.ranks, run.data, run.engine.module)
+
+
+def _held_out_loss(config: TrainingConfig, ranks: Ranks, data, model: Decoder) -> HeldOut:
+    lengths = torch.tensor(data.token_num_bytes(), device=_device(ranks))
+    return evaluate(model, _held_out_windows(config, ranks, data), lengths, config.loss_chunk_rows)
+
+
+def _held_out_windows(config: TrainingConfig, ranks: Ranks, data) -> Iterator[Tensor]:
+    """This rank's batches of the first `eval_tokens` held-out tokens, (B, T + 1) on its device."""
     available = count_windows(data.validation.num_tokens, config.context_length)
     batches = held_out_batches(
         data.validation,
-        rank=run.ranks.rank,
-        world_size=run.ranks.world_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
         micro_batch_rows=config.micro_batch_rows,
         context_length=config.context_length,
         num_windows=min(available, config.eval_tokens // config.context_length),
     )
-    on_device = (torch.from_numpy(windows).to(run.device) for windows in batches)
-    return evaluate(
-        run.engine.module, on_device, torch.tensor(data.token_num_bytes(), device=run.device), config.loss_chunk_rows
-    )
+    return (torch.from_numpy(windows).to(_device(ranks)) for windows in batches)
 
 
 def _order(run: Run, step: int) -> dict[str, int]:
@@ -272,22 +297,33 @@ def _on_device(batch: MicroBatch, run: Run) -> Tensor:
     return torch.from_numpy(batch.ids).to(run.device, non_blocking=True)
 
 
-def _digesting(run: Run, batches: Iterator[MicroBatch], digests: np.ndarray) -> Iterator[Tensor]:
-    """The batches' windows on the device; adds to `digests` (2, 4) what was read: tokens and window numbers."""
+def _digesting(run: Run, batches: Iterator[MicroBatch], digests: np.ndarray) -> Iterator[tuple]:
+    """What the objective gets of each batch: its windows on the device, and with a teacher that, or its labels of them. Adds to
+    `digests` (2, 4) what was read: tokens and window numbers.
+    """
     for batch in batches:
         digests += (digest_rows(batch.rows, batch.ids), digest_rows(batch.rows, batch.windows[:, None]))
-        yield _on_device(batch, run)
+        yield _on_device(batch, run), *_taught(batch, run)
+
+
+def _taught(batch: MicroBatch, run: Run) -> tuple:
+    if run.teaching is None:
+        return ()
+    if run.config.teacher_top_k is None:
+        return (run.teaching.source,)
+    ids, *rest = read_labels(run.teaching.source, batch.windows, run.config.context_length)
+    return (tuple(torch.from_numpy(part).to(run.device, non_blocking=True) for part in (ids.astype(np.int32), *rest)),)
 
 
 def _update(
-    engine, objective: Objective, batches: Iterable[Tensor], learning_rate: float, config: TrainingConfig
+    engine, objective: Objective, batches: Iterable[tuple], learning_rate: float, config: TrainingConfig
 ) -> tuple[Tensor, bool]:
     """Accumulates over this rank's micro-batches and steps: their losses (G,), and whether the engine refused the update."""
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     losses, skipped = [], engine.skipped_steps
-    for windows in batches:
-        loss = objective(engine, windows, config)
+    for batch in batches:
+        loss = objective(engine, *batch, config)
         engine.backward(loss)
         engine.step()
         losses.append(loss.detach())
@@ -321,12 +357,13 @@ def _slurm_as_torch(env) -> dict[str, str]:
     }
 
 
-def _ready(config: TrainingConfig, ranks: Ranks, watch: lifecycle.Watch, prepare: Callable) -> Run | None:
+def _ready(config: TrainingConfig, ranks: Ranks, watch: lifecycle.Watch, prepare: Callable, label: Label | None) -> Run | None:
     _set_up_cuda()
     offload.refuse_other_versions()
     refuse_unfit(config, ranks.world_size)
     preflight.refuse_missing_compilers(config)
     checkpoint.refuse_other_run(config)
+    teach = partial(_teach, config, ranks, checkpoint.find_teacher(config), label)
     _refuse_unfit_memory(config, ranks, memory.room_in_all)
     _say(ranks, "Starting DeepSpeed. Its first start on a machine compiles the CPU Adam, which takes a minute or two.")
     with _compiling(config, ranks):
@@ -334,7 +371,7 @@ def _ready(config: TrainingConfig, ranks: Ranks, watch: lifecycle.Watch, prepare
     _connect(ranks, watch)
     hold = _refuse_together(lambda: checkpoint.hold_run(config, HOLD_SECONDS) if ranks.rank == 0 else None, ranks)
     try:
-        run = _continue_or_begin(config, ranks, watch, hold, prepare)
+        run = _continue_or_begin(config, ranks, watch, hold, prepare, teach)
     except BaseException:
         _release(hold)
         raise
@@ -344,7 +381,7 @@ def _ready(config: TrainingConfig, ranks: Ranks, watch: lifecycle.Watch, prepare
 
 
 def _continue_or_begin(
-    config: TrainingConfig, ranks: Ranks, watch: lifecycle.Watch, hold: int | None, prepare: Callable
+    config: TrainingConfig, ranks: Ranks, watch: lifecycle.Watch, hold: int | None, prepare: Callable, teach: Callable
 ) -> Run | None:
     found = _refuse_together(lambda: _newest_checkpoint(config, ranks), ranks)
     first_step = 0 if found is None else found.state["step"]
@@ -355,7 +392,8 @@ def _continue_or_begin(
         return None
     _refuse_together(lambda: _refuse_unfit_memory(config, ranks, memory.room_free), ranks)
     _say_plan(config, ranks)
-    return _build(config, ranks, watch, hold, _prepare_in_turn(config, ranks, prepare), found)
+    data = _in_turn(lambda: prepare(config), ranks)
+    return _build(config, ranks, watch, hold, data, found, teach(data, found))
 
 
 def _refuse_unfit_memory(config: TrainingConfig, ranks: Ranks, look: Callable) -> None:
@@ -430,6 +468,8 @@ def _join(config: TrainingConfig, ranks: Ranks) -> None:
         torch.cuda.set_device(ranks.local_rank)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(backend, verbose=False, timeout=timedelta(minutes=config.rank_timeout_minutes))
+    torch.distributed.barrier()
+    offload.forget_shared_memory(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], ranks.rank)
 
 
 def _connect(ranks: Ranks, watch: lifecycle.Watch) -> None:
@@ -442,10 +482,10 @@ def _connect(ranks: Ranks, watch: lifecycle.Watch) -> None:
         watch.connect(os.environ["MASTER_ADDR"], *address.tolist())
 
 
-def _prepare_in_turn(config: TrainingConfig, ranks: Ranks, prepare: Callable):
-    """Rank 0 first, then the others."""
-    turns = [_refuse_together(lambda turn=turn: prepare(config) if turn else None, ranks) for turn in _turns(ranks)]
-    return next(data for data in turns if data is not None)
+def _in_turn(work: Callable, ranks: Ranks) -> Any:
+    """`work` on rank 0 first, then on the others."""
+    done = [_refuse_together(lambda turn=turn: work() if turn else None, ranks) for turn in _turns(ranks)]
+    return next(result for result in done if result is not None)
 
 
 def _turns(ranks: Ranks) -> tuple[bool, bool]:
@@ -474,8 +514,157 @@ def _device(ranks: Ranks) -> torch.device:
     return torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def _teach(
+    config: TrainingConfig,
+    ranks: Ranks,
+    teacher: checkpoint.Teacher | None,
+    label: Label | None,
+    data,
+    found: checkpoint.Checkpoint | None,
+) -> Teaching | None:
+    """The teacher on the device; or, with `teacher_top_k`, its labels of all windows that the run reads, on the disk, for which
+    it is loaded alone and let go.
+    """
+    if teacher is None:
+        return None
+    fingerprint = _refuse_together(lambda: _check_teacher(config, teacher, data, found), ranks)
+    _say(ranks, f"Teacher: {teacher.folder}, {teacher.config.num_parameters / 1e6:,.2f} million parameters")
+    load = partial(checkpoint.load_teacher, teacher, config, _device(ranks))
+    if label is None or config.teacher_top_k is None:
+        model = _refuse_together(load, ranks)
+        return Teaching(fingerprint, model, _teacher_record(config, ranks, data, teacher, model) if found is None else None)
+    identity = checkpoint.labels_identity(config, fingerprint)
+    labels = _in_turn(lambda: data.labels(config.teacher_top_k, config.context_length, config.vocab_size, identity), ranks)
+    blocks, groups = _unlabelled(config, ranks, data, labels)
+    if found is not None and not len(groups):
+        return Teaching(fingerprint, labels, None)
+    model = _refuse_together(load, ranks)
+    record = None
+    if found is None:
+        record = _teacher_record(config, ranks, data, teacher, model) | _label_error(config, ranks, data, model, label)
+    seconds = _write_labels(config, ranks, data, labels, partial(label, model, config=config), blocks, groups)
+    del model
+    _release_memory()
+    return Teaching(fingerprint, labels, record and record | {"label_seconds": seconds})
+
+
+def _check_teacher(config: TrainingConfig, teacher: checkpoint.Teacher, data, found: checkpoint.Checkpoint | None) -> str:
+    """The teacher's fingerprint, when it fits the data and is the one that the run began with."""
+    named = f"teacher_dir={config.teacher_dir!r}"
+    data.refuse_other_tokenizer(teacher.folder, named)
+    if teacher.config.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"{named}: it gives probabilities to {teacher.config.vocab_size} ids and vocab_size={config.vocab_size};"
+            f" nearest is {teacher.config.vocab_size}, with tokenizer_path={str(teacher.folder)!r}"
+        )
+    fingerprint = checkpoint.fingerprint_of(teacher)
+    if found is not None and found.state.get("teacher_fingerprint") != fingerprint:
+        raise ValueError(f"{named}: {teacher.folder} is not the teacher that {found.folder} learned from; put that one back")
+    return fingerprint
+
+
+def _teacher_record(config: TrainingConfig, ranks: Ranks, data, teacher: checkpoint.Teacher, model: Decoder) -> dict:
+    """What metrics.jsonl holds of the teacher. Every rank must call this."""
+    record = {"kind": "event", "step": 0, "event": "teacher", "folder": str(teacher.folder)}
+    record |= {"num_parameters": teacher.config.num_parameters}
+    if data.validation is None:
+        return record
+    found = _held_out_loss(config, ranks, data, model)
+    return record | {"val_loss": _finite(found.nats_per_token), "val_bits_per_byte": _finite(found.bits_per_byte)}
+
+
+def _label_error(config: TrainingConfig, ranks: Ranks, data, model: Decoder, label: Label) -> dict:
+    """Means over some held-out tokens: the probability that labels leave to their tails, and the nats by which a divergence
+    from labels falls short of one from all probabilities, for a student that knows nothing. Every rank must call this.
+    """
+    if data.validation is None:
+        return {}
+    sums = torch.zeros(3, dtype=torch.float64, device=_device(ranks))
+    some = replace(config, eval_tokens=max(config.context_length, min(config.eval_tokens, LABEL_ERROR_TOKENS)))
+    for windows in _held_out_windows(some, ranks, data):
+        labels, left_out = label(model, windows, config)
+        sums += torch.stack((labels.tail.double().sum(), left_out.double().sum(), sums.new_tensor(left_out.numel())))
+    torch.distributed.all_reduce(sums)
+    tail, left_out, num_tokens = sums.tolist()
+    return {"tail_mass": tail / num_tokens, "left_out_nats": left_out / num_tokens}
+
+
+def _unlabelled(config: TrainingConfig, ranks: Ranks, data, labels) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks of labels that the run reads, (groups, blocks), and the numbers of the groups that are not whole on the disk. A
+    group is what the teacher is asked at once, the same for any number of ranks; the last one repeats its last block.
+    """
+    num_windows, at_once = labels.num_positions // config.context_length, _blocks_at_once(config, labels)
+    windows = windows_of_run(config.num_steps, config.rows_per_step, num_windows, config.seed)
+    blocks = np.unique(windows * config.context_length // labels.block_tokens)
+    blocks = np.pad(blocks, (0, -len(blocks) % at_once), "edge").reshape(-1, at_once)
+    own, is_faulty = blocks[ranks.rank :: ranks.world_size], torch.zeros(len(blocks), dtype=torch.int32)
+    is_faulty[ranks.rank :: ranks.world_size] = torch.from_numpy(np.isin(own, labels.faulty(np.unique(own))).any(1)).int()
+    of_all = is_faulty.to(_device(ranks))
+    torch.distributed.all_reduce(of_all)
+    return blocks, np.flatnonzero(of_all.cpu().numpy())
+
+
+def _blocks_at_once(config: TrainingConfig, labels) -> int:
+    return max(1, config.micro_batch_rows * config.context_length // labels.block_tokens)
+
+
+def _write_labels(
+    config: TrainingConfig, ranks: Ranks, data, labels, ask: Callable, blocks: np.ndarray, groups: np.ndarray
+) -> float:
+    """The teacher alone over the training windows, each rank over its share of the `groups`; the seconds that it took."""
+    started, num_tokens = time.perf_counter(), len(groups) * blocks.shape[1] * labels.block_tokens
+    if len(groups):
+        _say(ranks, f"The teacher alone labels {num_tokens:,} tokens; the same command goes on where it stopped")
+
+    def write() -> None:
+        try:
+            for group in _telling(groups[ranks.rank :: ranks.world_size], ranks):
+                _label_blocks(config, ranks, data, labels, ask, np.unique(blocks[group]))
+            labels.sync()
+        except OSError as fault:
+            raise ValueError(f"data_dir={config.data_dir!r}: a label cannot be written: {fault.strerror}; make room") from None
+
+    _refuse_together(write, ranks)
+    return time.perf_counter() - started
+
+
+def _telling(groups: np.ndarray, ranks: Ranks) -> Iterator[int]:
+    """The groups, with a bar on a terminal and else a line every PROGRESS_SECONDS."""
+    said_at, is_terminal = time.perf_counter(), ranks.rank == 0 and sys.stderr.isatty()
+    for number, group in enumerate(tqdm(groups, unit="batch", desc="labels", dynamic_ncols=True, disable=not is_terminal)):
+        yield int(group)
+        if not is_terminal and time.perf_counter() - said_at > PROGRESS_SECONDS:
+            said_at = time.perf_counter()
+            _say(ranks, f"labels: {(number + 1) / len(groups):.0%}")
+
+
+def _label_blocks(config: TrainingConfig, ranks: Ranks, data, labels, ask: Callable, blocks: np.ndarray) -> None:
+    length, rows, per_block = config.context_length, config.micro_batch_rows, labels.block_tokens // config.context_length
+    windows = (blocks[:, None] * per_block + np.arange(per_block)).flatten()
+    windows, said = windows[windows < labels.num_positions // length], []
+    for piece in np.split(windows, range(rows, len(windows), rows)):
+        ids = torch.from_numpy(read_windows(data.train, piece, length)).to(_device(ranks))
+        said.append([part.flatten(0, 1).cpu().numpy() for part in ask(windows=ids)[0]])
+    parts = [np.concatenate(pieces) for pieces in zip(*said, strict=True)]
+    for number, block in enumerate(blocks.tolist()):
+        own = slice(number * labels.block_tokens, (number + 1) * labels.block_tokens)
+        labels.write(block * labels.block_tokens, Labels(*(part[own] for part in parts)))
+
+
+def _release_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def _build(
-    config: TrainingConfig, ranks: Ranks, watch: lifecycle.Watch, hold: int | None, data, found: checkpoint.Checkpoint | None
+    config: TrainingConfig,
+    ranks: Ranks,
+    watch: lifecycle.Watch,
+    hold: int | None,
+    data,
+    found: checkpoint.Checkpoint | None,
+    teaching: Teaching | None,
 ) -> Run:
     device, first_step, progress = _device(ranks), 0, FRESH
     if found is not None:
@@ -488,7 +677,7 @@ def _build(
         _refuse_together(lambda: checkpoint.load_state(engine, found), ranks)
         _say(ranks, f"Continuing after step {first_step} from {found.folder}")
     held = _refuse_together(lambda: _claim(config, first_step, progress, hold) if ranks.rank == 0 else None, ranks)
-    return Run(config, ranks, device, engine, data, first_step, progress, watch, held)
+    return Run(config, ranks, device, engine, data, first_step, progress, watch, held, teaching)
 
 
 def _claim(config: TrainingConfig, step: int, progress: Progress, hold: int | None) -> int | None:
@@ -519,7 +708,7 @@ def _train_tiny(
         skipped, tries = True, 0
         while skipped and tries < preflight.MOST_TRIES:
             tries += 1
-            _, skipped = _update(engine, preflight.tiny_objective, batches, learning_rate, tiny)
+            _, skipped = _update(engine, preflight.tiny_objective, ((ids,) for ids in batches), learning_rate, tiny)
         norms.append(math.nan if skipped else _gradient_norm(engine))
     masters = offload.full_masters(engine, model)
     engine.destroy()
@@ -543,6 +732,8 @@ def _initialize(config: TrainingConfig, ranks: Ranks, model: Decoder):
 def _model_to_train(config: TrainingConfig, device: torch.device, data, found: checkpoint.Checkpoint | None) -> Decoder:
     if found is not None and found.state["data_fingerprint"] != data.fingerprint:
         raise ValueError(f"data_dir={config.data_dir!r} is not the data that {found.folder} was trained on; put that data back")
+    if found is None and config.init_from is not None and (Path(config.init_from) / "tokenizer.json").exists():
+        data.refuse_other_tokenizer(config.init_from, f"init_from={config.init_from!r}")
     model, source = empty_model(config, device), config.init_from if found is None else found.folder
     if source is None:
         return initialise(model)
@@ -560,6 +751,8 @@ def _begin(run: Run, report: Callable[[dict], None]) -> None:
     num_windows = count_windows(run.data.train.num_tokens, config.context_length)
     order = {"rows_per_step": config.rows_per_step, "num_windows": num_windows, "seed": config.seed}
     report({"kind": "event", "step": step, "event": "started", "ranks": run.ranks.world_size, **order})
+    if run.teaching is not None and run.teaching.record is not None:
+        report(run.teaching.record)
     if step == 0 and config.eval_every_steps is not None:
         report(_evaluate(run, 0))
     if not run.progress.looked_around:
@@ -698,7 +891,8 @@ def _save(run: Run, step: int, progress: Progress, report: Callable[[dict], None
     """Saves; a failure is told, and training goes on to the next save."""
     config = run.config
     state = {"step": step, "tokens": step * config.tokens_per_step, "data_fingerprint": run.data.fingerprint}
-    state["progress"] = progress._asdict()
+    state |= {"tokenizer_fingerprint": run.data.train.fingerprint, "progress": progress._asdict()}
+    state |= {} if run.teaching is None else {"teacher_fingerprint": run.teaching.fingerprint}
     saved = checkpoint.save(run.engine, config, run.data.tokenizer_json, run.data.end_of_text_id, state)
     outcome = {"event": "saved", "checkpoint": str(saved.folder)}
     report(
@@ -764,10 +958,10 @@ def _reporting(run: Run) -> Iterator[Callable[[dict], None]]:
 
 def _show(record: dict, config: TrainingConfig, bar: tqdm) -> None:
     if record["kind"] == "train" and not bar.disable:
-        bar.set_postfix_str(_train_line(record), refresh=False)
+        bar.set_postfix_str(train_words(record), refresh=False)
         bar.update(record["step"] - bar.n)
     elif record.get("event") not in ("started", "memory"):
-        bar.write(_line(record, config), file=sys.stdout)
+        bar.write(line_of(record, config.num_steps, config.teacher_top_k), file=sys.stdout)
         sys.stdout.flush()
 
 
@@ -807,42 +1001,6 @@ def _draw(config: TrainingConfig) -> None:
         lifecycle.say(f"{checkpoint.picture_path(config)} is not drawn: {fault}", sys.stdout)
 
 
-def _train_line(record: dict) -> str:
-    loss = "not finite" if record["loss"] is None else f"{record['loss']:.3f}"
-    return f"loss {loss}, {record['tokens_per_second']:,.0f} tokens/s"
-
-
-def _line(record: dict, config: TrainingConfig) -> str:
-    where = f"step {record['step']}/{config.num_steps}"
-    if record["kind"] == "train":
-        return f"{where}: {_train_line(record)}"
-    if record["kind"] == "eval":
-        return f"{where}: held out {_held_out_words(record)}"
-    return {
-        "sample": f"{where}: sample\n{_indented(record.get('text'))}",
-        "saved": f"{where}: saved {record.get('checkpoint')}",
-        "save_failed": f"{where}: {record.get('fault')}; training goes on",
-        "skipped": f"{where}: skipped, its gradients are not finite; {_named_documents(record)}",
-        "spike": f"{where}: the loss jumped to {record.get('loss') or math.nan:.3f}; {_named_documents(record)}",
-    }[record["event"]]
-
-
-def _named_documents(record: dict) -> str:
-    named = [f"{each['document']} {each['beginning'][:60]!r}" for each in record.get("documents", [])]
-    more = f" and {len(named) - NUM_NAMED_DOCUMENTS} more in metrics.jsonl" if len(named) > NUM_NAMED_DOCUMENTS else ""
-    return f"documents: {', '.join(named[:NUM_NAMED_DOCUMENTS])}{more}"
-
-
-def _held_out_words(record: dict) -> str:
-    if record["val_loss"] is None:
-        return "not finite"
-    return f"{record['val_loss']:.3f} nats per token, {record['val_bits_per_byte']:.3f} bits per byte"
-
-
-def _indented(text: str | None) -> str:
-    return "\n".join(f"    {line}" for line in (text or "").splitlines())
-
-
 def _summary(config: TrainingConfig) -> str:
     """What a person wants to know at the end, from the run's own files."""
     records = checkpoint.read_metrics(config)
@@ -851,13 +1009,31 @@ def _summary(config: TrainingConfig) -> str:
     saved = checkpoint.newest_folder(config)
     lines = [""]
     if held_out:
-        lines += [f"  held out before: {_held_out_words(held_out[0])}", f"  held out after:  {_held_out_words(held_out[-1])}"]
+        lines += [f"  held out before: {held_out_words(held_out[0])}", f"  held out after:  {held_out_words(held_out[-1])}"]
     if samples:
-        lines += ["  sample:", _indented(samples[-1])]
+        lines += ["  sample:", indented(samples[-1])]
     lines += [f"  {memory.comparison_words(record)}" for record in records if record.get("event") == "memory"][-1:]
     lines += [f"  picture: {checkpoint.picture_path(config)}"]
     lines += [f"  checkpoint (opens in transformers): {saved}"] if saved else []
-    return "\n".join([*lines, '  next: echo "def" | python scripts/generate.py'])
+    if config.teacher_dir is None:
+        return "\n".join([*lines, '  next: echo "def" | python scripts/generate.py'])
+    return "\n".join([*lines, *_comparison_with_teacher(config, records)])
+
+
+def _comparison_with_teacher(config: TrainingConfig, records: list[dict]) -> list[str]:
+    """A table: the teacher, the student, and the same student without a teacher if that run is there."""
+    teacher = next((record for record in records if record.get("event") == "teacher"), {})
+    rows = [Row("teacher", teacher.get("num_parameters", 0), teacher, teacher.get("folder", ""))]
+    rows += [Row("student", config.num_parameters, _last_held_out(records), config.run_dir)]
+    alone = checkpoint.same_without_teacher(config)
+    if alone is None:
+        return [*table(rows), "  to compare: train the same student without a teacher, as the README says"]
+    found = _last_held_out(checkpoint.read_metrics(alone))
+    return table([*rows, Row("without teacher", config.num_parameters, found, alone.run_dir)])
+
+
+def _last_held_out(records: list[dict]) -> dict:
+    return next((record for record in reversed(records) if record["kind"] == "eval"), {})
 
 
 def _say(ranks: Ranks, line: str) -> None:

@@ -54,7 +54,8 @@ NEVER_IMPORTED = {
 }  # fmt: skip
 NEVER_CALLED = {"eval", "exec", "compile", "__import__", "input", "breakpoint"}
 NEVER_SPELLED = {"torch.load", "torch.save", "np.load", "numpy.load", "os.getenv", "os.putenv", "os.system"}
-TEMPERATURE_ROOMS = {"scripts.config", "scripts.losses", "scripts.model", "scripts.generate", "scripts.trainer"}
+TEMPERATURE_ROOMS = {"scripts.config", "scripts.losses", "scripts.model", "scripts.generate"}
+PASSED_ON = {"scripts.trainer": {"sample_temperature"}, "scripts.train_distill": {"distill_temperature"}}
 TRAINER_ROOMS = {"scripts.trainer", "scripts.preflight"}
 LONGEST_FUNCTION_LINES = 40
 MODULES = {
@@ -180,11 +181,8 @@ def test_only_the_trainer_calls_backward_and_step(module):
 
 @every_module
 def test_only_losses_and_sampling_know_temperature(module):
-    assert not any("temperature" in word.lower() for word in words(MODULES[module])) or module in TEMPERATURE_ROOMS
-
-
-def test_trainer_knows_only_the_sampling_temperature():
-    assert {word for word in words(MODULES["scripts.trainer"]) if "temperature" in word} <= {"sample_temperature"}
+    known = {word for word in words(MODULES[module]) if "temperature" in word.lower()}
+    assert known <= PASSED_ON.get(module, set()) or module in TEMPERATURE_ROOMS
 
 
 @every_module

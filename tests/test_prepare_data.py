@@ -147,6 +147,22 @@ def test_tokenizer_path_gives_the_ids(tmp_path, built):
     assert "vocab_size=4096 is not that of tokenizer_path=" in refusal(wrong) and "nearest is 300" in refusal(wrong)
 
 
+def test_vocabulary_may_have_the_rows_of_the_model_whose_tokenizer_it_is(tmp_path, built):
+    """Published models pad their embedding: Qwen3's has 151,936 rows and its tokenizer 151,669 ids."""
+    model = tmp_path / "model"
+    model.mkdir()
+    shutil.copy(Path(built.data_dir) / "tokenizer.json", model)
+    padded = replace(built, data_dir=f"{tmp_path}/padded", tokenizer_path=str(model), vocab_size=320)
+    for description in (None, "{", "[]", json.dumps({"vocab_size": 319}), json.dumps({"vocab_size": 200})):
+        if description is not None:
+            (model / "config.json").write_text(description)
+        assert "vocab_size=320 is not that of tokenizer_path=" in refusal(padded)
+    (model / "config.json").write_text(json.dumps({"vocab_size": 320}))
+    data = prepare(padded)
+    assert data.decode([310, 97]) == prepare(built).decode([97])
+    assert data.train.read(0, 500).tolist() == prepare(built).train.read(0, 500).tolist()
+
+
 def test_without_held_out_fraction_there_is_no_validation(tmp_path):
     data = prepare(config_in(tmp_path, validation_fraction=0.0, eval_every_steps=None))
     assert data.validation is None and data.manifest["validation"]["shards"] == []

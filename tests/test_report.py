@@ -9,7 +9,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from scripts.report import HELD_OUT, NORM, RATE, TRAIN, draw_losses
+from scripts.report import HELD_OUT, NORM, RATE, TRAIN, Row, draw_losses, line_of, table
 
 LINES = 40
 
@@ -104,3 +104,46 @@ def test_failed_drawing_leaves_the_old_picture(tmp_path):
     with pytest.raises(KeyError):
         drawn(tmp_path, [{"kind": "train", "tokens": 1}])
     assert np.array_equal(before, matplotlib.image.imread(tmp_path / "loss.png"))
+
+
+TEACHER = {"kind": "event", "step": 0, "event": "teacher", "val_loss": 2.0, "val_bits_per_byte": 1.0}
+
+
+def test_the_teachers_held_out_loss_is_a_line_across_the_picture(tmp_path, monkeypatch):
+    figures: list[Figure] = []
+    monkeypatch.setattr("scripts.report.FigureCanvasAgg", lambda figure: (figures.append(figure), FigureCanvasAgg(figure))[1])
+    for records in ([TEACHER, *EVALUATED], [TEACHER | {"val_loss": None}, *EVALUATED]):
+        drawn(tmp_path, records)
+    whole, without = (figure.axes[0].lines for figure in figures)
+    assert [line.get_label() for line in whole] == ["training objective, with the teacher", "held out, the teacher", "held out"]
+    assert np.array_equal(whole[1].get_ydata(), [2.0, 2.0]) and len(without) == 2
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        (train(3, tokens_per_second=1234.5), ("step 3/9: loss 2.000, 1,23",)),
+        (train(3, loss=None, tokens_per_second=1.0), ("not finite",)),
+        (held_out(5), ("step 5/9: held out 5.500 nats per token, 2.500 bits per byte",)),
+        (TEACHER, ("step 0/9: teacher, held out 2.000 nats per token, 1.000 bits per byte",)),
+        (
+            TEACHER | {"tail_mass": 0.031, "left_out_nats": 0.012},
+            ("3.1% of its probability is outside its 32 likeliest", "0.012 nats"),
+        ),
+        ({"kind": "event", "step": 0, "event": "teacher"}, ("not evaluated",)),
+    ],
+)
+def test_a_record_is_told_in_one_line_with_units(record, words):
+    line = line_of(record, 9, 32)
+    assert "\n" not in line and all(each in line for each in words), line
+
+
+def test_a_table_has_a_line_for_each_model_also_for_one_that_was_not_evaluated():
+    rows = [Row("teacher", 2_360_000, TEACHER, "there"), Row("student", 10, held_out(5), "here"), Row("x", 1, {}, "y")]
+    head, *lines = table(rows)
+    assert {line.rindex(row.where) for line, row in zip(lines, rows, strict=True)} == {head.index("where")}
+    assert [line.split() for line in lines] == [
+        ["teacher", "2.36", "M", "2.000", "1.000", "there"],
+        ["student", "0.00", "M", "5.500", "2.500", "5", "here"],
+        ["x", "0.00", "M", "-", "-", "y"],
+    ]
