@@ -1,7 +1,7 @@
 """The plan: bytes by kind and hours, from the configuration alone, held against what the machine has free. Builds nothing.
 
 Letters are model.py's: B rows, T positions, D width, H heads, G kv heads, K head width, F mlp, V vocabulary; besides, M = B * T
-tokens of a micro-batch, L layers, C tokens of a loss chunk, N parameters.
+tokens of a micro-batch, L layers, C tokens of a loss chunk, N parameters, k ids of a label.
 """
 
 import errno
@@ -12,6 +12,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import lru_cache
 from itertools import combinations, product
 from pathlib import Path
 from typing import NamedTuple
@@ -33,11 +34,18 @@ from scripts.config import (
 
 GIB, MIB = 2**30, 2**20
 PHASES = ("initialisation", "training step", "save and load")
-HOST_MOMENTS = {PHASES[0]: "DeepSpeed's copies", PHASES[1]: "Adam", PHASES[2]: "reading and writing files"}
+TEACHER_ALONE, TEACHER_TOP_K = "teacher alone", 32
+HOST_MOMENTS = {
+    TEACHER_ALONE: "reading weights and writing labels",
+    PHASES[0]: "DeepSpeed's copies",
+    PHASES[1]: "Adam",
+    PHASES[2]: "reading and writing files",
+}
 GPU, HOST = "GPU memory", "host memory"
 CONTEXT_BYTES, LIBRARIES_BYTES, WORKSPACE_BYTES, MULTIPROCESSORS = 256 * MIB, 256 * MIB, 32 * MIB, 128
 ALLOCATOR_SLACK = 0.02
 PROGRAM_BYTES = {"cuda": 1600 * MIB, "cpu": 640 * MIB}
+LABEL_CHUNK_BYTES, LABEL_COPIES, WINDOW_BYTES = 24, 4, 33
 DATA_BYTES, PIECES_BYTES, LARGEST_LIMIT = 64 * MIB, 64 * MIB, 2**60
 OUTSIDE_TORCH = ("CUDA and its libraries", "allocator's slack")
 FIXED = ("CUDA and its libraries", "the program", "the data")
@@ -68,7 +76,7 @@ class Moment(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The largest moment of each of PHASES for one rank, on the `device` and beside it on the `host`; bytes on the `disk`.
+    """The largest moment of each phase for one rank, on the `device` and beside it on the `host`; bytes on the `disk`.
 
     With `device_type` "cpu" the device's bytes lie in host memory too.
     """
@@ -96,6 +104,11 @@ class Rates(NamedTuple):
     link_bytes: float
 
 
+def phases(config: TrainingConfig) -> tuple[str, ...]:
+    """A run's phases in their order; with `teacher_top_k` the teacher's own comes first, before anything of the student."""
+    return PHASES if config.teacher_top_k is None else (TEACHER_ALONE, *PHASES)
+
+
 def plan(config: TrainingConfig, world_size: int, device_type: str | None = None) -> Plan:
     """Bytes by kind of one of `world_size` ranks at the largest moment of each phase, from the configuration alone.
 
@@ -104,7 +117,7 @@ def plan(config: TrainingConfig, world_size: int, device_type: str | None = None
     """
     kind = device_type or "cuda"
     device, host = (
-        {phase: max(moments(config, world_size, kind, phase), key=lambda at: at.total) for phase in PHASES}
+        {phase: max(moments(config, world_size, kind, phase), key=lambda at: at.total) for phase in phases(config)}
         for moments in (device_moments, _host_moments)
     )
     return Plan(kind, device, host, _disk(config))
@@ -113,7 +126,12 @@ def plan(config: TrainingConfig, world_size: int, device_type: str | None = None
 def device_moments(config: TrainingConfig, world_size: int, device_type: str, phase: str) -> Iterator[Moment]:
     """What the device holds of one rank at each moment of a phase that can be its largest."""
     held, largest = _held(config, world_size), max(_group_elements(config))
-    if phase == "initialisation":
+    if phase == TEACHER_ALONE:
+        for name, parts in _labelling(config, device_type):
+            yield _surrounded(name, parts, device_type)
+    elif phase == "initialisation":
+        for name, parts in _first_look_at_teacher(config, device_type):
+            yield _surrounded(name, parts, device_type)
         kept = {kind: held[kind] for kind in ("weights", "optimizer state", "teacher")}
         flattened = {"one group, flattened by DeepSpeed": largest * config.dtype.itemsize}
         yield _surrounded("flattening the weights", kept | flattened, device_type)
@@ -200,12 +218,10 @@ def offers(config: TrainingConfig, world_size: int, local_size: int, room: Room,
 
 def flops_per_token(config: TrainingConfig) -> int:
     """FLOP of a training token: 6 for each parameter that multiplies it, causal attention, and the forward of the blocks again
-    where their activations are not kept (Kaplan et al. 2020; Dao 2023 for the causal half).
+    where their activations are not kept (Kaplan et al. 2020; Dao 2023 for the causal half); the forward of a teacher beside it.
     """
-    block = config.block_parameters
-    attention = config.context_length * config.num_heads * config.head_width
-    blocks = config.num_layers * (2 * block + 2 * attention)
-    return (3 if config.activation_checkpointing == "none" else 4) * blocks + 6 * config.vocab_size * config.hidden_size
+    head, repeats = 6 * config.vocab_size * config.hidden_size, 3 if config.activation_checkpointing == "none" else 4
+    return repeats * _forward_flops(config) + head + (_teacher_flops(config) if config.teacher_top_k is None else 0)
 
 
 def tokens_per_second(config: TrainingConfig, world_size: int, local_size: int, device_type: str, rates: Rates) -> float:
@@ -227,9 +243,17 @@ def tokens_per_second(config: TrainingConfig, world_size: int, local_size: int, 
     return config.tokens_per_step / seconds
 
 
-def hours(config: TrainingConfig, tokens_per_second: float) -> float:
-    """How long all steps take."""
-    return config.num_steps * config.tokens_per_step / tokens_per_second / 3600
+def teacher_seconds(config: TrainingConfig, world_size: int, rates: Rates) -> float:
+    """How long the teacher alone takes to label all tokens that are read; 0 without `teacher_top_k`."""
+    if config.teacher_top_k is None:
+        return 0.0
+    own_tokens = config.num_steps * config.tokens_per_step / world_size
+    return own_tokens * _teacher_flops(config) / (EFFICIENCY * rates.flops)
+
+
+def hours(config: TrainingConfig, tokens_per_second: float, teacher_seconds: float) -> float:
+    """How long all steps take, and the teacher before them."""
+    return (config.num_steps * config.tokens_per_step / tokens_per_second + teacher_seconds) / 3600
 
 
 def measure_rates(config: TrainingConfig, device: torch.device) -> Rates:
@@ -316,7 +340,7 @@ def table(name: str, config: TrainingConfig, num_ranks: int, device: torch.devic
     )
     ranks = "1 rank" if num_ranks == 1 else f"{num_ranks} ranks, each"
     lines = [f"{name}: {size} parameters, {config.tokens_per_step:,} tokens a step, {ranks}", ""]
-    lines += [" " * NAME_COLUMNS + "".join(f"{phase:>{NUMBER_COLUMNS}}" for phase in PHASES)]
+    lines += [" " * NAME_COLUMNS + "".join(f"{phase:>{NUMBER_COLUMNS}}" for phase in phases(config))]
     lines += _kinds("GPU memory" if device.type == "cuda" else "what a GPU would hold, in host memory", planned.device)
     lines += _kinds("host memory", planned.host)
     lines += ["disk", *(_row(f"  {kind}", [num_bytes]) for kind, num_bytes in planned.disk.items() if num_bytes)]
@@ -369,35 +393,64 @@ class _Backward(NamedTuple):
 
 
 def _held(config: TrainingConfig, world_size: int) -> dict[str, int]:
-    """What lies on the device between micro-batches: weights, sums of gradients, the optimizer if it is there, the teacher."""
-    own, teacher, size = -(-config.num_parameters // world_size), _teacher(config), config.dtype.itemsize
+    """What lies on the device between micro-batches: weights, sums of gradients, the optimizer if it is there, and the teacher
+    if the student learns from itself and not from its labels.
+    """
+    own, size = -(-config.num_parameters // world_size), config.dtype.itemsize
     summed = config.accumulate_on == "gpu" and (config.accumulation_steps(world_size) > 1 or not config.offload_optimizer)
     return {
         "weights": config.num_parameters * size,
         "sums of gradients": own * PRECISIONS[config.accumulation_precision].itemsize * summed,
         "optimizer state": 0 if config.offload_optimizer else own * 12,
-        "teacher": teacher.num_parameters * size if teacher else 0,
+        "teacher": 0 if (teacher := _teacher_beside(config)) is None else teacher.num_parameters * size,
         "DeepSpeed's bucket": config.bucket_elements * size if world_size > 1 else 0,
     }
 
 
 def _teacher(config: TrainingConfig) -> TrainingConfig | None:
-    """A configuration of the teacher's shape: PRETRAIN where it is PRETRAIN's run, else as the folder's config.json says."""
-    if config.teacher_dir is None or config.teacher_dir == PRETRAIN.run_dir:
-        return None if config.teacher_dir is None else PRETRAIN
+    """A configuration of the teacher's shape and the student's micro-batch, as the config.json in teacher_dir says, a run's or
+    a transformers folder's; PRETRAIN's shape for PRETRAIN's run before it is there.
+    """
+    if config.teacher_dir is None:
+        return None
     path = Path(config.teacher_dir) / "config.json"
     try:
-        found = json.loads(path.read_text())
-        shape = {name: found[theirs] for name, theirs in TRANSFORMERS_NAMES.items()}
-    except (OSError, ValueError, KeyError) as fault:
+        is_planned = config.teacher_dir == PRETRAIN.run_dir and not path.exists()
+        return _shaped_as(config, None if is_planned else path.read_text())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
         raise ValueError(
-            f"teacher_dir={config.teacher_dir!r}: {path} describes no model: {fault!r}; name a transformers folder"
+            f"teacher_dir={config.teacher_dir!r}: {path} describes no model: {fault!r}; name a run or a transformers folder"
         ) from None
-    heads = found.get("num_key_value_heads") or shape["num_heads"]
+
+
+@lru_cache(maxsize=16)
+def _shaped_as(config: TrainingConfig, described: str | None) -> TrainingConfig:
+    found = vars(PRETRAIN) if described is None else json.loads(described)
+    shape = {name: found.get(theirs) or found[name] for name, theirs in TRANSFORMERS_NAMES.items()}
+    heads = found.get("num_key_value_heads") or found.get("num_kv_heads") or shape["num_heads"]
     return replace(
-        config, teacher_dir=None, init_from=None, **shape, num_kv_heads=heads, head_size=found.get("head_dim"),
-        qk_norm=found.get("model_type") == "qwen3", tie_embeddings=bool(found.get("tie_word_embeddings")),
+        config, teacher_dir=None, teacher_top_k=None, init_from=None, tokenizer_path=None, activation_checkpointing="none",
+        **shape, num_kv_heads=heads, head_size=found.get("head_dim") or found.get("head_size"),
+        qk_norm=found.get("model_type") == "qwen3" or bool(found.get("qk_norm")),
+        tie_embeddings=bool(found.get("tie_word_embeddings") or found.get("tie_embeddings")),
     )  # fmt: skip
+
+
+def _teacher_beside(config: TrainingConfig) -> TrainingConfig | None:
+    """The teacher's shape where it is on the device with the student."""
+    return _teacher(config) if config.teacher_top_k is None else None
+
+
+def _forward_flops(config: TrainingConfig) -> int:
+    """FLOP of a token's way through all blocks."""
+    attention = config.context_length * config.num_heads * config.head_width
+    return config.num_layers * (2 * config.block_parameters + 2 * attention)
+
+
+def _teacher_flops(config: TrainingConfig) -> int:
+    """FLOP of a token's way through the teacher, its head included; 0 without one."""
+    teacher = _teacher(config)
+    return 0 if teacher is None else _forward_flops(teacher) + 2 * teacher.vocab_size * teacher.hidden_size
 
 
 def _group_elements(config: TrainingConfig) -> list[int]:
@@ -422,18 +475,18 @@ def _surrounded(name: str, parts: dict[str, int], device_type: str) -> Moment:
 
 
 def _micro_batch(config: TrainingConfig, device_type: str, world_size: int) -> Iterator[tuple[str, dict[str, int]]]:
-    """What a micro-batch takes besides what is held, at each moment of its loss and its backward.
+    """What a micro-batch takes besides what is held, at each moment of its forwards, its loss and its backward.
 
     Of the blocks' backwards the last block's is the first and has most activations; in the next one the last block's gradients
     are on their way down besides, which scripts/offload.py bounds.
     """
     sizes, mode, layers = _sizes(config, device_type), config.activation_checkpointing, config.num_layers
     one_input, matrix = sizes.storage * sizes.tokens * sizes.width, sizes.storage * sizes.vocabulary * sizes.width
-    ids = 8 * config.micro_batch_rows * (config.context_length + 1) + 4 * config.context_length * config.head_width
-    always, block = {"ids and rotary table": ids}, _kept_of_block(config, sizes, device_type)
+    always, block = _inputs(config), _kept_of_block(config, sizes, device_type)
     leaving, of_blocks, of_matrices = _gradients_under_way(config, device_type, world_size, matrix)
     saved = layers * block if mode == "none" else one_input * (1 if mode == "block_offload" else layers)
-    for name, parts in _loss(sizes):
+    yield from _forwards_with_teacher(config, device_type, saved)
+    for name, parts in _loss(config, device_type):
         yield name, always | {"saved activations": saved} | parts | of_matrices
     for under, at in product(range(min(2, layers)), _backward(sizes, block, device_type)):
         inputs = min(layers - under, 2 if mode == "block_offload" else layers) * one_input
@@ -443,6 +496,111 @@ def _micro_batch(config: TrainingConfig, device_type: str, world_size: int) -> I
         yield at.name, always | kept | {"one block's backward": at.work, "kernels' own work": at.kernel} | gradients | of_blocks
     last = _embedding_backward(config, sizes, device_type)
     yield "the embedding's backward", always | last | leaving | of_matrices
+
+
+def _inputs(config: TrainingConfig) -> dict[str, int]:
+    """What a micro-batch reads, and the table that its forward makes of its positions."""
+    rotary = 4 * config.context_length * config.head_width
+    labels = 0 if config.teacher_top_k is None else _label_bytes(config, config.teacher_top_k)
+    return {"ids and rotary table": 8 * config.micro_batch_rows * (config.context_length + 1) + rotary, "labels": labels}
+
+
+def _label_bytes(config: TrainingConfig, top_k: int) -> int:
+    """A micro-batch's labels in memory: k int32 and float16, and a float32, a token."""
+    return config.micro_batch_rows * config.context_length * (6 * top_k + 4)
+
+
+def _first_look_at_teacher(config: TrainingConfig, device_type: str) -> Iterator[tuple[str, dict[str, int]]]:
+    """The moments of a teacher's held-out loss, before there is anything of the student."""
+    teacher = _teacher_beside(config)
+    if teacher is None:
+        return
+    sizes = _sizes(teacher, device_type)
+    held = {"teacher": teacher.num_parameters * sizes.storage} | _inputs(teacher)
+    yield "the teacher's forward", held | {"teacher's forward": _forward(teacher, device_type)}
+    chunk = {"loss chunk": _wide_head(sizes) + sum(_made_and_cast(sizes))}
+    yield "the teacher's held-out loss", held | {"teacher's hidden states": _hidden_bytes(sizes)} | chunk
+
+
+def _labelling(config: TrainingConfig, device_type: str) -> Iterator[tuple[str, dict[str, int]]]:
+    """The moments of the teacher alone. With its labels come float32 of what they leave out."""
+    teacher, top_k = _teacher(config), config.teacher_top_k
+    if teacher is None or top_k is None:
+        return
+    sizes = _sizes(teacher, device_type)
+    held = {"teacher": teacher.num_parameters * sizes.storage} | _inputs(teacher)
+    yield "the teacher's forward", held | {"teacher's forward": _forward(teacher, device_type)}
+    made = _label_bytes(config, top_k) + 4 * sizes.tokens
+    first, then = sum(_made_and_cast(sizes)), 8 * sizes.chunk * sizes.vocabulary + 12 * sizes.chunk * top_k
+    chunk = {"loss chunk": _wide_head(sizes) + max(first, then)}
+    yield "the labels", held | {"teacher's hidden states": _hidden_bytes(sizes), "labels": made} | chunk
+
+
+def _forwards_with_teacher(config: TrainingConfig, device_type: str, saved: int) -> Iterator[tuple[str, dict[str, int]]]:
+    """The forwards of a teacher on the device and of the student, which the teacher's hidden states outlast."""
+    teacher, sizes = _teacher_beside(config), _sizes(config, device_type)
+    if teacher is None:
+        return
+    yield "the teacher's forward", _inputs(teacher) | {"teacher's forward": _forward(teacher, device_type)}
+    hidden = {"teacher's hidden states": _hidden_bytes(_sizes(teacher, device_type)), "saved activations": saved}
+    last_product = sizes.storage * sizes.tokens * (sizes.mlp + sizes.width)
+    is_kept = config.activation_checkpointing == "none"
+    block = {"one block's forward": last_product if is_kept else _forward(config, device_type) - _hidden_bytes(sizes)}
+    yield "the forward", _inputs(config) | hidden | block
+
+
+def _hidden_bytes(sizes: _Sizes) -> int:
+    return sizes.storage * sizes.tokens * sizes.width
+
+
+def _wide_head(sizes: _Sizes) -> int:
+    """A head in the products' dtype, where that is not its own."""
+    return sizes.products * sizes.vocabulary * sizes.width * (sizes.products != sizes.storage)
+
+
+def _made_and_cast(sizes: _Sizes) -> tuple[int, int]:
+    """A chunk's logits as they become float32, and its hidden states in the products' dtype where that is not their own."""
+    w, is_cast = sizes.products, sizes.products != sizes.storage
+    return sizes.chunk * sizes.vocabulary * (4 + (w if w < 4 else 0)), w * sizes.chunk * sizes.width * is_cast
+
+
+def _making(config: TrainingConfig, device_type: str) -> int:
+    """What lives while a chunk's slope is made: a float32 (C, V), two and some of k with labels, three with a teacher."""
+    sizes, teacher = _sizes(config, device_type), _teacher_beside(config)
+    logits, (made, _) = 4 * sizes.chunk * sizes.vocabulary, _made_and_cast(sizes)
+    if teacher is not None:
+        return max(3 * logits, logits + sum(_made_and_cast(_sizes(teacher, device_type))))
+    return made if config.teacher_top_k is None else 2 * logits + LABEL_CHUNK_BYTES * sizes.chunk * config.teacher_top_k
+
+
+def _forward(config: TrainingConfig, device_type: str) -> int:
+    """The most that a forward without gradients takes: a block's input, and what its attention or its MLP makes of it."""
+    sizes = _sizes(config, device_type)
+    s, m, d, q, k = sizes.storage, sizes.tokens, sizes.width, sizes.queries, sizes.keys
+    products = s * m * (d + (q + 2 * k) + (q + k if config.qk_norm else 0))
+    if device_type == "cpu":
+        return max(4 * s * m * d, *_forward_on_host(sizes, products))
+    expanded = 0 if config.precision == "bf16" else 2 * q
+    turning = max(6 * m * q, s * m * q + 6 * m * k)
+    attending = s * m * (2 * q + k + expanded) + 4 * m * sizes.heads
+    return max(products + max(turning, attending), 3 * s * m * (d + sizes.mlp), 4 * s * m * d)
+
+
+def _forward_on_host(sizes: _Sizes, products: int) -> Iterator[int]:
+    """The moments of a block: q, k and v, attention in float32, its last product, the MLP's first products and its last."""
+    s, w, m, r, d, f = sizes.storage, sizes.products, sizes.tokens, sizes.rows, sizes.width, sizes.mlp
+    q, k, cast = sizes.queries, sizes.keys, w * (w != s)
+    yield s * m * (d + q + 2 * k) + cast * d * (q + 2 * k) + _normed_rows(sizes, q)
+    yield products + 4 * m * (4 * q + k + sizes.heads) + s * m * (2 * q + k) * (s < 4)
+    yield products + s * m * q + cast * (m * q + d * q) + 4 * m * d + s * m * d * (s < 4)
+    yield s * m * 2 * (d + f) + cast * 2 * d * f + _normed_rows(sizes, f)
+    yield s * m * (3 * d + 2 * f) + cast * d * f + r * (4 * f + max(4 * f * (s < 4), w * d))
+
+
+def _normed_rows(sizes: _Sizes, widest: int) -> int:
+    """Some rows on their way through a norm and a product, where the last ones live until there are the next."""
+    rows = 4 * sizes.rows * sizes.width
+    return max(rows * (2 + (sizes.storage < 4) + (sizes.tokens > sizes.rows)), rows + sizes.products * sizes.rows * widest)
 
 
 def _gradients_under_way(config: TrainingConfig, device_type: str, world_size: int, matrix: int) -> tuple[dict[str, int], ...]:
@@ -482,18 +640,21 @@ def _kept_of_block(config: TrainingConfig, sizes: _Sizes, device_type: str) -> i
     return sizes.tokens * (wide * sizes.storage + 4 * sizes.heads + (normed if config.qk_norm else 0))
 
 
-def _loss(sizes: _Sizes) -> Iterator[tuple[str, dict[str, int]]]:
+def _loss(config: TrainingConfig, device_type: str) -> Iterator[tuple[str, dict[str, int]]]:
     """The loss, when a chunk's slope is made or multiplied, and its backward; hidden and what the last norm keeps beside it."""
+    sizes, teacher = _sizes(config, device_type), _teacher_beside(config)
     s, w, matrix = sizes.storage, sizes.products, sizes.vocabulary * sizes.width
     is_split, is_cast = sizes.chunk < sizes.tokens, w != s
     last = sizes.tokens * (s * sizes.width + 4)
-    hidden = 2 * s * sizes.tokens * sizes.width + 16 * sizes.tokens
-    inputs = w * sizes.chunk * sizes.width * is_cast
+    hidden = 2 * _hidden_bytes(sizes) + 16 * sizes.tokens
     logits = sizes.chunk * sizes.vocabulary
-    making = logits * (4 + (s if w < 4 else 0))
     multiplying = w * (logits + max(sizes.chunk * sizes.width, min(matrix, logits) if is_split else matrix))
-    chunk = {"loss chunk": hidden + inputs + w * matrix * is_cast + max(making, multiplying)}
-    yield "the loss", {"last norm's activations": last, "gradients in flight": 4 * matrix * is_split} | chunk
+    chunk = hidden + _made_and_cast(sizes)[1] + _wide_head(sizes) + max(_making(config, device_type), multiplying)
+    parts = {"last norm's activations": last, "gradients in flight": 4 * matrix * is_split, "loss chunk": chunk}
+    if teacher is not None:
+        theirs = _sizes(teacher, device_type)
+        parts |= {"teacher's hidden states": _hidden_bytes(theirs), "loss chunk": chunk + _wide_head(theirs)}
+    yield "the loss", parts
     total = matrix * ((4 if is_split else w) + s * (is_split and s < 4 or is_cast))
     yield "the loss's backward", {"last norm's activations": last, "loss chunk": hidden // 2, "gradients in flight": total}
 
@@ -559,17 +720,26 @@ def _host_moments(config: TrainingConfig, world_size: int, device_type: str, pha
     """What one rank holds of host memory beside the device's share."""
     own, size = -(-config.num_parameters // world_size), config.dtype.itemsize
     staging = _page_locked(2 * size * -(-max(_group_elements(config)) // world_size), device_type)
-    parts = {"the program": PROGRAM_BYTES[device_type], "the data": DATA_BYTES}
-    if config.offload_optimizer:
+    parts = {"the program": PROGRAM_BYTES[device_type], "the data": DATA_BYTES, **_host_labels(config, phase)}
+    if config.offload_optimizer and phase != TEACHER_ALONE:
         parts |= {"master weights": 4 * own, "gradients": 4 * own}
         first = {"DeepSpeed's staging, until it is replaced": size * (own + _largest_matrix(config)) + staging}
         parts |= first if phase == "initialisation" else {"Adam's moments": 8 * own, "staging": staging}
-    if phase == "save and load":
+    if phase in ("save and load", TEACHER_ALONE):
         parts["pieces of files"] = PIECES_BYTES
     if phase == "training step" and config.activation_checkpointing == "block_offload":
         one_input = size * config.micro_batch_rows * config.context_length * config.hidden_size
         parts["offloaded activations"] = (config.num_layers - 1) * _page_locked(one_input, device_type)
     yield Moment(HOST_MOMENTS[phase], {kind: num_bytes for kind, num_bytes in parts.items() if num_bytes})
+
+
+def _host_labels(config: TrainingConfig, phase: str) -> dict[str, int]:
+    """A micro-batch's labels on their way from the device to a file or back, and the numbers of the windows to be labelled."""
+    if config.teacher_top_k is None or phase not in (TEACHER_ALONE, "training step"):
+        return {}
+    numbers = WINDOW_BYTES * config.num_steps * config.rows_per_step * (phase == TEACHER_ALONE)
+    copies = LABEL_COPIES * _label_bytes(config, config.teacher_top_k)
+    return {"labels under way": copies, "numbers of windows": numbers}
 
 
 def _page_locked(num_bytes: int, device_type: str) -> int:
@@ -580,11 +750,13 @@ def _page_locked(num_bytes: int, device_type: str) -> int:
 
 def _disk(config: TrainingConfig) -> dict[str, int]:
     """Bytes on the disk that are known: the tokens that the run reads and the checkpoints; metrics and pictures are small."""
-    token = 2 if config.vocab_size <= 2**16 else 4
+    token, num_tokens = 2 if config.vocab_size <= 2**16 else 4, config.num_steps * config.tokens_per_step
+    record = 0 if config.teacher_top_k is None else (token + 2) * config.teacher_top_k + 4
     checkpoint = config.num_parameters * (config.dtype.itemsize + 12)
     saves = config.save_every_steps is not None
     return {
-        "shards of the tokens it reads": config.num_steps * config.tokens_per_step * token,
+        "shards of the tokens it reads": num_tokens * token,
+        "the teacher's labels": num_tokens * record,
         "checkpoints": config.keep_checkpoints * checkpoint * saves,
         "the checkpoint being written": checkpoint * saves,
     }
@@ -652,7 +824,8 @@ def _advice(config: TrainingConfig, world_size: int, local_size: int, room: Room
         True,
         key=lambda n: not _fits(replace(least, num_layers=n), world_size, local_size, room, device_type),
     )
-    smaller = f"num_layers={layers} with that fits" if layers else "choose a smaller model"
+    is_teacher = any(largest_item(moment)[0] == "teacher" for _, moment in reached.values())
+    smaller = f"num_layers={layers} with that fits" if layers else f"choose a smaller {'teacher' if is_teacher else 'model'}"
     return f"with {as_written(changes)} it still needs {words}; {smaller}"
 
 
@@ -668,6 +841,7 @@ def _ladders(config: TrainingConfig, world_size: int, device_type: str) -> list[
         [{"loss_chunk_rows": chunk // 2**n} for n in range(1, 16) if chunk // 2**n >= FEWEST_CHUNK_ROWS],
         _ladder_of_places(config),
         [{"precision": "bf16"}] if config.precision == "fp32" else [],
+        _ladder_of_teacher(config),
         [{"context_length": length} for length in halves if length >= SHORTEST_CONTEXT],
     ]
     return [ladder for ladder in ladders if ladder]
@@ -682,6 +856,12 @@ def _ladder_of_places(config: TrainingConfig) -> list[dict]:
         offload = {} if config.offload_optimizer else {"offload_optimizer": True}
         ladder.append(offload | {"accumulate_on": "cpu", "accumulation_precision": "fp32"})
     return ladder
+
+
+def _ladder_of_teacher(config: TrainingConfig) -> list[dict]:
+    """A teacher that is beside the student: its labels in its place."""
+    is_beside = config.teacher_dir is not None and config.teacher_top_k is None
+    return [{"teacher_top_k": TEACHER_TOP_K}] if is_beside and config.vocab_size > TEACHER_TOP_K else []
 
 
 def _all_last(ladders: list[list[dict]]) -> dict:
@@ -726,9 +906,14 @@ def _why(phase: str, at: Moment) -> str:
 
 def _time_words(config: TrainingConfig, world_size: int, local_size: int, device_type: str, rates: Rates) -> str:
     per_second = tokens_per_second(config, world_size, local_size, device_type, rates)
-    expected = hours(config, per_second)
-    duration = f"{expected:,.1f} hours" if expected >= 2 else f"{expected * 60:,.1f} minutes"
-    return f"about {duration} for {config.num_steps:,} steps at {per_second:,.0f} tokens/s"
+    first = teacher_seconds(config, world_size, rates)
+    duration, before = (_duration(each) for each in (hours(config, per_second, first), first / 3600))
+    alone = f", {before} of it the teacher alone," if first else ""
+    return f"about {duration}{alone} for {config.num_steps:,} steps at {per_second:,.0f} tokens/s"
+
+
+def _duration(num_hours: float) -> str:
+    return f"{num_hours:,.1f} hours" if num_hours >= 2 else f"{num_hours * 60:,.1f} minutes"
 
 
 if __name__ == "__main__":

@@ -7,13 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY, expect_success, launch, metrics, pretrain_script, tiny_config
+from safetensors.torch import save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
-from tracker import Peak, Sides, Tracker, fake_step_peak, fill_fake, graph_of_gpu, peak_of
+from tracker import Peak, Sides, Tracker, fake_step_peak, fake_teacher_peak, fill_fake, graph_of_gpu, peak_of
 
+from ds.tokenizer import to_json
 from scripts.config import ACTIVATION_CHECKPOINTING, TrainingConfig
 from scripts.evaluate import evaluate
 from scripts.memory import OUTSIDE_TORCH, Moment, allocated_bytes, plan
-from scripts.model import continue_ids, empty_model, initialise
+from scripts.model import continue_ids, empty_model, initialise, transformers_config
+from scripts.prepare_data import prepare
 
 MICRO_BATCHES = 3
 OUTSIDE_STORAGES = (*OUTSIDE_TORCH, "the program", "the data", "pieces of files")
@@ -44,6 +47,16 @@ def test_logits_are_never_whole_in_a_step(mode):
     config = wide_config(activation_checkpointing=mode)
     tokens, whole = config.tokens_per_step, replace(config, loss_chunk_rows=config.tokens_per_step)
     assert fake_step_peak(config).largest_bytes < tokens * config.vocab_size < fake_step_peak(whole).largest_bytes
+
+
+@pytest.mark.parametrize("top_k", [None, 16])
+def test_logits_of_neither_model_are_whole_in_a_step_of_distillation(top_k, tmp_path):
+    config = wide_config(teacher_dir=str(tmp_path), teacher_top_k=top_k)
+    (tmp_path / "config.json").write_text(json.dumps(asdict(wide_config(hidden_size=64))))
+    tokens, whole = config.tokens_per_step, replace(config, loss_chunk_rows=config.tokens_per_step)
+    assert fake_step_peak(config).largest_bytes < tokens * config.vocab_size < fake_step_peak(whole).largest_bytes
+    if top_k is not None:
+        assert fake_teacher_peak(config).largest_bytes < tokens * config.vocab_size < fake_teacher_peak(whole).largest_bytes
 
 
 def test_logits_are_never_whole_in_evaluation_and_sampling():
@@ -114,10 +127,14 @@ def engine(tmp_path_factory) -> tuple[TrainingConfig, dict[str, Sides]]:
         tokens_per_step=256 * MICRO_BATCHES, activation_checkpointing="block", loss_chunk_rows=64, sample_tokens=4,
         sample_every_steps=8,
     )  # fmt: skip
+    return config, engine_peaks_of(config, folder)
+
+
+def engine_peaks_of(config: TrainingConfig, folder: Path) -> dict[str, Sides]:
     (result,) = launch(folder, engine_script(config), ["python"], env={"CUDA_VISIBLE_DEVICES": ""})
     output = expect_success([result])
     found = json.loads(next(line for line in output.splitlines() if line.startswith('{"initialisation"')))
-    return config, {phase: Sides(Peak(*device), Peak(*host), down, up) for phase, (device, host, down, up) in found.items()}
+    return {phase: Sides(Peak(*device), Peak(*host), down, up) for phase, (device, host, down, up) in found.items()}
 
 
 def engine_script(config: TrainingConfig) -> str:
@@ -180,6 +197,33 @@ def test_the_plan_is_within_five_percent_of_the_engine(engine, side):
     for phase, names in tracked.items():
         counted = max(getattr(phases[name], side).num_bytes for name in names)
         assert storages(planned[phase]) == pytest.approx(counted, rel=0.05), (phase, planned[phase])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("top_k", [None, 16])
+def test_the_plan_of_a_distillation_is_within_five_percent_of_the_engine(top_k, tmp_path):
+    """The first look at a teacher, or the teacher alone, comes with the initialisation."""
+    sizes = dict(context_length=64, micro_batch_rows=4, precision="bf16", tokens_per_step=256)
+    config = tiny_config(
+        tmp_path, hidden_size=128, mlp_size=320, num_layers=3, loss_chunk_rows=64, sample_tokens=4, sample_every_steps=8,
+        activation_checkpointing="block", teacher_dir=str(tmp_path / "teacher"), teacher_top_k=top_k, **sizes,
+    )  # fmt: skip
+    save_teacher(tiny_config(tmp_path, hidden_size=256, mlp_size=640, num_layers=4, **sizes), tmp_path / "teacher")
+    tracked, planned = engine_peaks_of(config, tmp_path), plan(config, 1, "cpu").device
+    first = max(storages(planned[phase]) for phase in ("teacher alone", "initialisation") if phase in planned)
+    assert first == pytest.approx(tracked["initialisation"].device.num_bytes, rel=0.05)
+    steps = max(tracked[name].device.num_bytes for name in ("step", "second step", "evaluation", "sample"))
+    assert storages(planned["training step"]) == pytest.approx(steps, rel=0.05)
+    assert storages(planned["save and load"]) == pytest.approx(tracked["save"].device.num_bytes, rel=0.05)
+
+
+def save_teacher(config: TrainingConfig, folder: Path) -> None:
+    """An untrained model as transformers has it, with the tokenizer of its data."""
+    folder.mkdir()
+    data = prepare(config)
+    (folder / "tokenizer.json").write_text(to_json(data.tokenizer))
+    (folder / "config.json").write_text(json.dumps(transformers_config(config, data.end_of_text_id)))
+    save_file(dict(initialise(empty_model(config, torch.device("cpu"))).state_dict()), folder / "model.safetensors")
 
 
 def storages(moment: Moment) -> int:

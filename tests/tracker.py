@@ -21,17 +21,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from scripts import losses, model, preflight, trainer
+from scripts import losses, memory, model, preflight, trainer
 from scripts.config import PRECISIONS, TrainingConfig
-from scripts.losses import next_token_loss
 from scripts.model import Decoder, empty_model
 from scripts.prepare_data import prepare
+from scripts.train_distill import _objective, from_labels, from_teacher, label
 from scripts.train_pretrain import next_token
 
 HOUSE = ("/scripts/", "/deepspeed/", "/transformers/", "/benchmarks/")
 COPYING = (torch.ops.aten.copy_.default, torch.ops.aten.add_.Tensor)
 HOST_FILES = ("/ops/adam/cpu_adam.py", "/scripts/checkpoint.py")
-HOST_FUNCTIONS = ("_square",)
+HOST_FUNCTIONS, DEVICE_FUNCTIONS = ("_square",), ("empty_model",)
 HOST_LINES = ("temp_buffer_bit16 = torch.full", "temp_grad_buffer_for_cpu_offload = torch.zeros", "torch.randn(", "pin_memory=")
 
 
@@ -178,6 +178,8 @@ def _birthplace() -> tuple[str, bool]:
             if place is None:
                 place = f"{code.co_filename.rpartition('/')[2]}:{code.co_name}:{frame.f_lineno}"
                 on_host = any(line in linecache.getline(code.co_filename, frame.f_lineno) for line in HOST_LINES)
+            if code.co_name in DEVICE_FUNCTIONS:
+                break
             on_host = on_host or code.co_name in HOST_FUNCTIONS or code.co_filename.endswith(HOST_FILES)
         frame = frame.f_back
     return place or "elsewhere", on_host
@@ -195,21 +197,65 @@ def peak_of(work: Callable[[], Any], existing: Iterable[tuple[str, Tensor]]) -> 
     return tracker.peak(False, 0, len(tracker.events))
 
 
+class Alone(NamedTuple):
+    """A model on one rank as objectives call it, in the place of DeepSpeed's engine."""
+
+    module: Decoder
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        return self.module(ids)
+
+
 def fake_step_peak(config: TrainingConfig) -> Peak:
     """Device-side storages of one micro-batch, as on a GPU of one rank, whatever the size of the model: nothing is computed.
 
-    Forward, loss and backward; each gradient is dropped as soon as it is whole, as scripts/offload.py takes it. Weights and,
-    where they wait on the GPU, the sums of gradients are counted; gradients on their way down are not.
+    Forward, loss and backward; each gradient is dropped as soon as it is whole, as scripts/offload.py takes it. Weights, a
+    teacher's and, where they wait on the GPU, the sums of gradients are counted; gradients on their way down are not.
     """
-    shapes = empty_model(config, torch.device("meta"))
+    shapes, taught = empty_model(config, torch.device("meta")), _teacher_shapes(config)
     with FakeTensorMode(), graph_of_gpu():
-        decoder = fill_fake(shapes)
+        decoder, teacher = fill_fake(shapes), fill_fake(taught)
         for weight in decoder.parameters():
             weight.register_post_accumulate_grad_hook(drop_gradient)
-        ids = torch.zeros(config.micro_batch_rows, config.context_length + 1, dtype=torch.int64)
-        sums = _sums_of_gradients(config, decoder)
-        weights = [("weights", weight) for weight in decoder.parameters()]
-        return peak_of(lambda: _micro_batch(config, decoder, ids), [*weights, *sums, ("ids", ids)])
+        windows, labels = _fake_windows(config), _fake_labels(config)
+        held = [*named("weights", decoder.parameters()), *_sums_of_gradients(config, decoder), ("ids", windows)]
+        if config.teacher_dir is None:
+            return peak_of(lambda: next_token(Alone(decoder), windows, config).backward(), held)
+        if config.teacher_top_k is not None:
+            held += named("labels", labels)
+            return peak_of(lambda: from_labels(Alone(decoder), windows, labels, config).backward(), held)
+        held += named("teacher", teacher.parameters())
+        return peak_of(lambda: from_teacher(Alone(decoder), windows, teacher, config).backward(), held)
+
+
+def fake_teacher_peak(config: TrainingConfig) -> Peak:
+    """Device-side storages while the teacher alone labels a micro-batch, as on a GPU; its labels outlast it."""
+    shapes = _teacher_shapes(config)
+    with FakeTensorMode(), graph_of_gpu():
+        teacher, windows = fill_fake(shapes), _fake_windows(config)
+        held = [*named("teacher", teacher.parameters()), ("ids", windows)]
+        return peak_of(lambda: label(teacher, windows, config), held)
+
+
+def named(place: str, tensors: Iterable[Tensor]) -> list[tuple[str, Tensor]]:
+    """Tensors as `peak_of` wants those that exist before its work."""
+    return [(place, tensor) for tensor in tensors]
+
+
+def _teacher_shapes(config: TrainingConfig) -> nn.Module:
+    shape = memory._teacher(config)
+    return nn.Module() if shape is None else empty_model(shape, torch.device("meta")).requires_grad_(False)
+
+
+def _fake_windows(config: TrainingConfig) -> Tensor:
+    return torch.zeros(config.micro_batch_rows, config.context_length + 1, dtype=torch.int64)
+
+
+def _fake_labels(config: TrainingConfig) -> Any:
+    """As the trainer gives them to the objective."""
+    shape, top_k = (config.micro_batch_rows, config.context_length), config.teacher_top_k or 0
+    ids, logs = torch.zeros(*shape, top_k, dtype=torch.int32), torch.zeros(*shape, top_k, dtype=torch.float16)
+    return ids, logs, torch.zeros(shape)
 
 
 def fill_fake(module: nn.Module) -> Any:
@@ -226,7 +272,7 @@ def fill_fake(module: nn.Module) -> Any:
 
 def _fresh(tensor: Tensor) -> Tensor:
     fake = torch.empty(tensor.shape, dtype=tensor.dtype)
-    return nn.Parameter(fake) if isinstance(tensor, nn.Parameter) else fake
+    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
 
 def engine_peaks(config: TrainingConfig) -> dict[str, Sides]:
@@ -259,10 +305,11 @@ def host_tensors(optimizer: Any) -> Iterator[Tensor]:
 
 def _phases(config: TrainingConfig) -> Iterator[tuple[str, Callable[[], Any]]]:
     runs: list[Any] = []
+    objective = next_token if config.teacher_dir is None else _objective(config)
 
     def begin() -> Any:
         preflight.refuse_untrue_updates = lambda *_: None
-        runs.append(trainer.ready(config, prepare))
+        runs.append(trainer.ready(config, prepare, label))
         return runs[-1].engine.optimizer
 
     def of_run(work: Callable[[Any], Any]) -> Callable[[], Any]:
@@ -273,8 +320,8 @@ def _phases(config: TrainingConfig) -> Iterator[tuple[str, Callable[[], Any]]]:
         run.watch.close(clean=True)
 
     yield "initialisation", begin
-    yield "step", of_run(lambda run: trainer.run_step(run, next_token, 0))
-    yield "second step", of_run(lambda run: trainer.run_step(run, next_token, 1))
+    yield "step", of_run(lambda run: trainer.run_step(run, objective, 0))
+    yield "second step", of_run(lambda run: trainer.run_step(run, objective, 1))
     yield "evaluation", of_run(trainer.held_out_loss)
     yield "sample", of_run(lambda run: trainer._sample(run, 2))
     yield "save", of_run(lambda run: trainer._settle(run, 2, trainer._save(run, 2, trainer.FRESH, print), print))
@@ -321,10 +368,3 @@ def _sums_of_gradients(config: TrainingConfig, decoder: Decoder) -> list[tuple[s
         return []
     dtype = PRECISIONS[config.accumulation_precision]
     return [("sums of gradients", torch.empty_like(weight, dtype=dtype)) for weight in decoder.parameters()]
-
-
-def _micro_batch(config: TrainingConfig, decoder: Decoder, ids: Tensor) -> None:
-    hidden = decoder(ids[:, :-1])
-    loss = next_token_loss(hidden, decoder.head, ids[:, 1:], config.loss_chunk_rows)
-    del hidden
-    loss.backward()
