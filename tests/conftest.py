@@ -17,6 +17,7 @@ from scripts.config import TrainingConfig
 REPOSITORY = Path(__file__).parent.parent
 STEPS, SAVE_EVERY = 8, 4
 PRECISIONS = ("fp32", "bf16")
+RUNS = (*PRECISIONS, "distill", "labels")
 
 
 def tiny_config(folder: Path, **changes) -> TrainingConfig:
@@ -34,6 +35,14 @@ def tiny_config(folder: Path, **changes) -> TrainingConfig:
         keep_checkpoints=9,
     )  # fmt: skip
     return TrainingConfig(**(fields | changes))
+
+
+def tiny_student(teacher: TrainingConfig, name: str, run_dir: Path, **changes) -> TrainingConfig:
+    """A smaller model that learns from a tiny run: "distill" beside it in fp32, "labels" from what it wrote, in bf16."""
+    labels = {"precision": "bf16", "teacher_top_k": 8, "distill_temperature": 2.0, "distill_weight": 0.7}
+    fields = {"hidden_size": 16, "num_heads": 2, "num_kv_heads": 1, "mlp_size": 24, "teacher_dir": teacher.run_dir}
+    fields |= {"precision": "fp32"} if name == "distill" else labels
+    return replace(teacher, run_dir=str(run_dir), **(fields | changes))
 
 
 def launch(
@@ -97,17 +106,21 @@ def free_port() -> int:
 
 
 def pretrain_script(configs: list[TrainingConfig], after: str = "") -> str:
-    """A script that pre-trains each configuration in turn, through the Python call that users have."""
+    """A script that trains each configuration in turn, through the Python calls that users have."""
     described = json.dumps([asdict(config) for config in configs])
     return f"""
 import json
 from scripts.config import TrainingConfig
+from scripts.train_distill import distill
 from scripts.train_pretrain import pretrain
+
+def train(config):
+    (pretrain if config.teacher_dir is None else distill)(config)
 
 if __name__ == "__main__":
     for fields in json.loads({described!r}):
         fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude")}}
-        pretrain(TrainingConfig(**fields))
+        train(TrainingConfig(**fields))
 {after}
 """
 
@@ -121,19 +134,21 @@ import json, os, time
 from pathlib import Path
 import numpy as np
 import torch
-from scripts import checkpoint, offload, prepare_data, trainer
+from scripts import checkpoint, offload, prepare_data, train_distill, trainer
 from scripts.config import TrainingConfig, refusing
 from scripts.train_pretrain import next_token
 
 fields = json.loads({json.dumps(asdict(config))!r})
 fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude")}}
-config, rank, prepare, objective = TrainingConfig(**fields), int(os.environ.get("RANK", "0")), prepare_data.prepare, next_token
+config, rank = TrainingConfig(**fields), int(os.environ.get("RANK", "0"))
+prepare, label = prepare_data.prepare, train_distill.label
+objective = next_token if config.teacher_dir is None else train_distill._objective(config)
 {before}
 if __name__ == "__main__":
     with trainer.leaving():
         try:
             with refusing():
-                run = trainer.ready(config, prepare)
+                run = trainer.ready(config, prepare, label)
             trainer.train(run, objective)
         except SystemExit as left:
             Path(f"exit-{{rank}}").write_text(str(left.code))
@@ -180,16 +195,17 @@ def num_ranks(request) -> int:
 
 @pytest.fixture(scope="session")
 def finished_runs(tmp_path_factory) -> dict[tuple[int, str], TrainingConfig]:
-    """Uninterrupted runs by number of ranks and precision, through the deepspeed launcher."""
+    """Uninterrupted runs by number of ranks and name, one of RUNS, through the deepspeed launcher."""
     return {
-        (ranks, precision): config
+        (ranks, name): config
         for ranks in (1, 2)
-        for precision, config in _finish_runs(tmp_path_factory.mktemp(f"ranks{ranks}"), ranks).items()
+        for name, config in _finish_runs(tmp_path_factory.mktemp(f"ranks{ranks}"), ranks).items()
     }
 
 
 def _finish_runs(folder: Path, ranks: int) -> dict[str, TrainingConfig]:
     configs = {name: tiny_config(folder, run_dir=str(folder / name), precision=name) for name in PRECISIONS}
+    configs |= {name: tiny_student(configs["fp32"], name, folder / name) for name in RUNS[2:]}
     output = expect_success(launch(folder, pretrain_script(list(configs.values())), LAUNCHERS[ranks]))
     assert output.count("Finished: 8 steps.") == len(configs), output
     return configs

@@ -51,10 +51,10 @@ def test_a_checkpoint_opens_in_transformers_with_equal_logits(finished_run):
 
 
 def test_a_checkpoint_keeps_the_training_dtype(finished_runs):
-    for (_, precision), config in finished_runs.items():
+    for config in finished_runs.values():
         assert {tensor.dtype for tensor in load_file(newest_folder(config) / "model.safetensors").values()} == {config.dtype}
         model = AutoModelForCausalLM.from_pretrained(newest_folder(config))
-        assert model.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        assert model.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
 
 
 def test_the_tokenizer_opens_in_transformers_with_equal_ids(finished_run):

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,18 +43,18 @@ with trainer.leaving():
     raise SystemExit(75)
 """
 CASES = [
-    ("deepspeed", "launcher", "SIGTERM", "training"),
-    ("torchrun", "launcher", "SIGINT", "saving"),
-    ("deepspeed", "launcher", "SIGUSR1", "preparation"),
-    ("torchrun", "launcher", "SIGTERM", "evaluation"),
-    ("deepspeed", "rank 0", "SIGINT", "evaluation"),
-    ("torchrun", "rank 0", "SIGUSR1", "training"),
-    ("torchrun", "rank 0", "SIGTERM", "saving"),
-    ("deepspeed", "rank 0", "SIGINT", "preparation"),
-    ("deepspeed", "rank 1", "SIGUSR1", "saving"),
-    ("torchrun", "rank 1", "SIGTERM", "preparation"),
-    ("torchrun", "rank 1", "SIGINT", "training"),
-    ("deepspeed", "rank 1", "SIGUSR1", "evaluation"),
+    ("deepspeed", "launcher", "SIGTERM", "training", "fp32"),
+    ("torchrun", "launcher", "SIGINT", "saving", "distill"),
+    ("deepspeed", "launcher", "SIGUSR1", "preparation", "fp32"),
+    ("torchrun", "launcher", "SIGTERM", "evaluation", "labels"),
+    ("deepspeed", "rank 0", "SIGINT", "evaluation", "fp32"),
+    ("torchrun", "rank 0", "SIGUSR1", "training", "labels"),
+    ("torchrun", "rank 0", "SIGTERM", "saving", "fp32"),
+    ("deepspeed", "rank 0", "SIGINT", "labelling", "labels"),
+    ("deepspeed", "rank 1", "SIGUSR1", "saving", "labels"),
+    ("torchrun", "rank 1", "SIGTERM", "preparation", "distill"),
+    ("torchrun", "rank 1", "SIGINT", "training", "fp32"),
+    ("deepspeed", "rank 1", "SIGUSR1", "evaluation", "distill"),
 ]
 PHASES = """
 phase = {phase!r}
@@ -66,11 +67,13 @@ def marked(function, wait):
     return call
 
 if "training" in phase:
-    objective = marked(next_token, 1.0 if "slow" in phase else 0.05)
+    objective = marked(objective, 1.0 if "slow" in phase else 0.05)
 if phase == "preparation":
     prepare = marked(prepare_data.prepare, 60)
+if phase == "labelling":
+    trainer._label_blocks = marked(trainer._label_blocks, 0.05)
 if phase == "evaluation":
-    trainer.evaluate = marked(trainer.evaluate, 1.0)
+    trainer.held_out_loss = marked(trainer.held_out_loss, 1.0)
 if phase == "saving":
     offload.optimizer_tensors = marked(offload.optimizer_tensors, 1.0)
 """
@@ -138,7 +141,7 @@ def stopping_config(folder: Path, **changes) -> TrainingConfig:
 
 def expect_stopped(ended: Ended, config: TrainingConfig, phase: str) -> None:
     assert ended.ranks == {0: "75", 1: "75"}, ended.output
-    if phase == "preparation":
+    if phase in ("preparation", "labelling"):
         assert "before training went on" in ended.output
         return
     found, faults = newest_verified(config)
@@ -164,13 +167,15 @@ def test_a_request_stops_all_ranks_with_a_save(uninterrupted, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def stopped_runs(uninterrupted, tmp_path_factory) -> dict[tuple, tuple[Ended, TrainingConfig]]:
+def stopped_runs(finished_runs, tmp_path_factory) -> dict[tuple, tuple[Ended, TrainingConfig]]:
     """A run stopped in the way of each case; then all of them are continued."""
     runs = {}
     for case in CASES:
-        launcher, target, name, phase = case
+        launcher, target, name, phase, kind = case
         folder = tmp_path_factory.mktemp("stopped")
-        config = stopping_config(folder, data_dir=uninterrupted.data_dir, corpus=uninterrupted.corpus)
+        config = replace(finished_runs[2, kind], run_dir=str(folder / "run"), silent_rank_seconds=SILENT_SECONDS)
+        if phase == "labelling":
+            config = replace(config, data_dir=str(folder / "data"))
         ended = stop(folder, config, launcher, phase, [(target, name)], 0)
         expect_stopped(ended, config, phase)
         runs[case] = ended, config
@@ -181,10 +186,10 @@ def stopped_runs(uninterrupted, tmp_path_factory) -> dict[tuple, tuple[Ended, Tr
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=[" ".join(case) for case in CASES])
-def test_every_request_anywhere_stops_all_ranks_and_the_run_goes_on_as_if_never_stopped(case, stopped_runs, uninterrupted):
+def test_every_request_anywhere_stops_all_ranks_and_the_run_goes_on_as_if_never_stopped(case, stopped_runs, finished_runs):
     ended, config = stopped_runs[case]
     assert ended.ranks == {0: "75", 1: "75"} and ended.seconds < 2 * GONE_SECONDS
-    assert values(config) == values(uninterrupted)
+    assert values(config) == values(finished_runs[2, case[-1]])
 
 
 def expect_failed(folder: Path, launcher: str, target: str, name: str, seconds: float, words: str) -> None:

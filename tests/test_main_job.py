@@ -12,18 +12,18 @@ from conftest import REPOSITORY, clean_environment
 from matplotlib.image import imread
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-LIMIT_SECONDS = 480
+LIMIT_SECONDS, DISTILL_LIMIT_SECONDS = 480, 360
 pytestmark = pytest.mark.slow
 
 
 def shell(command: str, folder: Path, text: str = "") -> subprocess.CompletedProcess:
-    environment = clean_environment() | {"PYTHONPATH": str(folder), "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
+    environment = clean_environment() | {"PYTHONPATH": str(folder)}
     return subprocess.run(command, shell=True, cwd=folder, env=environment, input=text, text=True, capture_output=True)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[Path, str, float]:
-    """A copy of the repository in which the main job has run, compilation included: folder, printed lines, seconds."""
+    """A copy of the repository in which the main job has run: folder, printed lines, seconds."""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("ds", "scripts"):
         shutil.copytree(REPOSITORY / name, folder / name)
@@ -69,3 +69,28 @@ def test_the_next_command_continues_a_prompt(trained):
 def test_run_again_it_says_that_it_is_finished(trained):
     result = shell("deepspeed scripts/train_pretrain.py", trained[0])
     assert result.returncode == 0 and "This run is finished" in result.stdout
+
+
+@pytest.fixture(scope="module")
+def distilled(trained) -> tuple[str, float]:
+    """What distillation prints where the main job has run, and its seconds."""
+    started = time.monotonic()
+    result = shell("deepspeed scripts/train_distill.py", trained[0])
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
+    return result.stdout, time.monotonic() - started
+
+
+def test_distillation_from_the_main_jobs_model_ends_in_time_with_a_table(trained, distilled):
+    assert distilled[1] < DISTILL_LIMIT_SECONDS
+    rows = {row.split()[0]: row.split() for row in distilled[0][distilled[0].rindex("held out  ") :].splitlines()[1:3]}
+    teacher, student = (float(rows[name][4]) for name in ("teacher", "student"))
+    assert student < 1.1 * teacher
+    assert rows["teacher"][-1].startswith("runs/pretrain/checkpoints/step-") and rows["student"][-1] == "runs/distill"
+
+
+def test_the_student_is_smaller_and_opens_in_transformers(trained, distilled):
+    folders = [
+        re.findall(r"checkpoint \(opens in transformers\): (\S+)", printed)[-1] for printed in (trained[1], distilled[0])
+    ]
+    teacher, student = (AutoModelForCausalLM.from_pretrained(trained[0] / folder) for folder in folders)
+    assert student.num_parameters() < teacher.num_parameters()

@@ -16,6 +16,7 @@ from conftest import (
     LAUNCHERS,
     PRECISIONS,
     REPOSITORY,
+    RUNS,
     SAVE_EVERY,
     STEPS,
     TORCHRUN,
@@ -26,6 +27,7 @@ from conftest import (
     metrics,
     pretrain_script,
     tiny_config,
+    tiny_student,
     training_script,
 )
 from hypothesis import given
@@ -33,6 +35,7 @@ from hypothesis import strategies as st
 from ledger import prove
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from ds.loader import micro_batches
 from scripts.checkpoint import file_sha256, find_fault, newest_folder, refuse_other_run
@@ -49,14 +52,15 @@ from safetensors.torch import save_file
 from scripts import lifecycle, trainer
 from scripts.config import TrainingConfig
 from scripts.prepare_data import prepare
+from scripts.train_distill import _objective, label
 from scripts.train_pretrain import next_token
 
 if __name__ == "__main__":
     for fields in json.loads({described!r}):
         fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude")}}
         config = TrainingConfig(**fields)
-        run = trainer.ready(config, prepare)
-        losses = [trainer.run_step(run, next_token, step).loss for step in range({steps})]
+        run, objective = trainer.ready(config, prepare, label), _objective(config) if config.teacher_dir else next_token
+        losses = [trainer.run_step(run, objective, step).loss for step in range({steps})]
         run.watch.close(clean=True)
         if run.ranks.rank == 0:
             weights = {{name: weight.detach().clone() for name, weight in run.engine.module.named_parameters()}}
@@ -65,15 +69,22 @@ if __name__ == "__main__":
 """
 
 
-def exact_configs(folder: Path, ranks: int) -> list:
-    """Accumulation over 1, 4 and 8 micro-batches of 2 rows of 32 tokens on each rank; tied and untied heads, in turn on two."""
-    return [
+def exact_configs(folder: Path, ranks: int, teacher: TrainingConfig) -> list:
+    """Accumulation over 1, 4 and 8 micro-batches of 2 rows of 32 tokens on each rank; tied and untied heads, in turn on two. On
+    one rank also from a teacher, beside the student and as labels of all ids but one.
+    """
+    alone = [
         tiny_config(
             folder, run_dir=str(folder / f"{accumulation}-tied{tied}"), precision="fp32", tie_embeddings=tied,
             tokens_per_step=64 * ranks * accumulation, max_grad_norm=0.5, learning_rate=1e-3, min_learning_rate=1e-4,
         )
         for number, accumulation in enumerate((1, 4, 8)) for tied in (True, False) if ranks == 1 or tied == bool(number % 2)
     ]  # fmt: skip
+    taught = {"teacher_dir": teacher.run_dir, "distill_temperature": 2.0, "distill_weight": 0.75}
+    students = [
+        replace(alone[-1], run_dir=str(folder / f"top-{top_k}"), teacher_top_k=top_k, **taught) for top_k in (None, 256)
+    ]
+    return alone + (students if ranks == 1 else [])
 
 
 def plain_adamw(config) -> tuple[dict[str, torch.Tensor], list[float]]:
@@ -92,6 +103,8 @@ def plain_adamw(config) -> tuple[dict[str, torch.Tensor], list[float]]:
         windows = torch.from_numpy(batch.ids)
         logits = torch.nn.functional.linear(model(windows[:, :-1]), model.head)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+        if config.teacher_dir is not None:
+            loss = (1 - config.distill_weight) * loss + config.distill_weight * plain_divergence(config, windows, logits)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -100,9 +113,20 @@ def plain_adamw(config) -> tuple[dict[str, torch.Tensor], list[float]]:
     return dict(model.named_parameters()), losses
 
 
-def launch_exact(folder: Path, ranks: int) -> list:
+def plain_divergence(config, windows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Hinton et al. 2015, with the teacher as transformers opens it."""
+    folder = newest_folder(replace(config, run_dir=config.teacher_dir))
+    assert folder is not None
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(windows[:, :-1]).logits
+    ours, theirs = ((each / config.distill_temperature).log_softmax(-1).flatten(0, 1) for each in (logits, theirs))
+    divergence = torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+    return divergence * config.distill_temperature**2
+
+
+def launch_exact(folder: Path, ranks: int, teacher: TrainingConfig) -> list:
     """One rank under srun's variables; two ranks as two machines, each a torchrun agent on the loopback address."""
-    configs = exact_configs(folder, ranks)
+    configs = exact_configs(folder, ranks, teacher)
     code = STEP_SCRIPT.format(described=json.dumps([asdict(config) for config in configs]), steps=EXACT_STEPS)
     if ranks == 1:
         slurm = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "localhost"}
@@ -126,24 +150,25 @@ def launch_exact(folder: Path, ranks: int) -> list:
     return configs
 
 
-def test_zero_offload_with_accumulation_equals_plain_adamw(num_ranks, tmp_path):
-    for config in launch_exact(tmp_path, num_ranks):
+def test_zero_offload_with_accumulation_equals_plain_adamw(finished_runs, num_ranks, tmp_path):
+    for config in launch_exact(tmp_path, num_ranks, finished_runs[1, "fp32"]):
         weights, losses = plain_adamw(config)
-        ours = load_file(config.run_dir + ".safetensors")
+        ours, is_exact = load_file(config.run_dir + ".safetensors"), config.teacher_top_k is None
         assert ours.keys() == weights.keys()
         for name, weight in weights.items():
-            torch.testing.assert_close(ours[name], weight, rtol=0, atol=2e-6, msg=lambda text, where=name: f"{where}: {text}")
+            limit = 2e-6 if is_exact else 5e-4
+            torch.testing.assert_close(ours[name], weight, rtol=0, atol=limit, msg=lambda text, where=name: f"{where}: {text}")
         with safe_open(config.run_dir + ".safetensors", "pt") as file:
-            np.testing.assert_allclose(json.loads(file.metadata()["losses"]), losses, rtol=1e-5)
+            np.testing.assert_allclose(json.loads(file.metadata()["losses"]), losses, rtol=1e-5 if is_exact else 1e-3)
 
 
 @pytest.fixture(scope="module")
 def resumed_runs(finished_runs, num_ranks, tmp_path_factory) -> dict:
     """Runs that stopped after the first save, continued by a fresh launch; "elastic" was begun by another number of ranks."""
     folder = tmp_path_factory.mktemp(f"resumed{num_ranks}")
-    copies = {name: as_if_stopped_after(SAVE_EVERY, finished_runs[num_ranks, name], folder / name) for name in PRECISIONS}
+    copies = {name: as_if_stopped_after(SAVE_EVERY, finished_runs[num_ranks, name], folder / name) for name in RUNS}
     copies["elastic"] = as_if_stopped_after(SAVE_EVERY, finished_runs[3 - num_ranks, "fp32"], folder / "elastic")
-    again = "        pretrain(TrainingConfig(**fields))"
+    again = "        train(TrainingConfig(**fields))"
     output = expect_success(launch(folder, pretrain_script(list(copies.values()), again), TORCHRUN[num_ranks]))
     return {"output": output, **copies}
 
@@ -156,15 +181,15 @@ def held_out(config) -> list[tuple]:
     return [(line["step"], line["val_loss"], line["val_bits_per_byte"]) for line in metrics(config) if line["kind"] == "eval"]
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_resume_is_bitwise_the_uninterrupted_run(finished_runs, resumed_runs, num_ranks, precision):
-    whole, resumed = finished_runs[num_ranks, precision], resumed_runs[precision]
+@pytest.mark.parametrize("name", RUNS)
+def test_resume_is_bitwise_the_uninterrupted_run(finished_runs, resumed_runs, num_ranks, name):
+    whole, resumed = finished_runs[num_ranks, name], resumed_runs[name]
     assert losses(resumed) == losses(whole)
     assert held_out(resumed) == held_out(whole)
     last = Path("checkpoints") / f"step-{STEPS:08d}"
-    names = ["model.safetensors", *(f"training/optimizer-{r:05d}-of-{num_ranks:05d}.safetensors" for r in range(num_ranks))]
-    for name in names:
-        assert file_sha256(resumed.run_dir / last / name) == file_sha256(whole.run_dir / last / name), name
+    files = ["model.safetensors", *(f"training/optimizer-{r:05d}-of-{num_ranks:05d}.safetensors" for r in range(num_ranks))]
+    for file in files:
+        assert file_sha256(resumed.run_dir / last / file) == file_sha256(whole.run_dir / last / file), file
 
 
 def test_another_number_of_ranks_continues_the_run(finished_runs, resumed_runs, num_ranks):
@@ -176,18 +201,18 @@ def test_another_number_of_ranks_continues_the_run(finished_runs, resumed_runs, 
 
 
 def test_a_finished_run_says_so_when_started_again(resumed_runs):
-    assert resumed_runs["output"].count("This run is finished: 8 steps.") == 3
+    assert resumed_runs["output"].count("This run is finished: 8 steps.") == len(RUNS) + 1
 
 
 def test_each_step_is_logged_once(finished_runs, resumed_runs, num_ranks):
-    for config in (finished_runs[num_ranks, "bf16"], resumed_runs["bf16"]):
+    for config in (finished_runs[num_ranks, "bf16"], resumed_runs["bf16"], resumed_runs["labels"]):
         assert [step for step, _, _ in losses(config)] == list(range(1, STEPS + 1))
         assert [step for step, _, _ in held_out(config)] == [0, SAVE_EVERY, STEPS]
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 1e-2)])
-def test_one_and_two_ranks_agree_in_loss(finished_runs, precision, tolerance):
-    one, two = (losses(finished_runs[ranks, precision]) for ranks in (1, 2))
+@pytest.mark.parametrize(("name", "tolerance"), [("fp32", 1e-4), ("bf16", 1e-2), ("distill", 1e-4), ("labels", 1e-2)])
+def test_one_and_two_ranks_agree_in_loss(finished_runs, name, tolerance):
+    one, two = (losses(finished_runs[ranks, name]) for ranks in (1, 2))
     np.testing.assert_allclose([loss for _, loss, _ in one], [loss for _, loss, _ in two], rtol=tolerance)
 
 
@@ -327,11 +352,12 @@ def dying(function, countdown):
         return die() if countdown < 0 else function(*arguments, **keywords)
     return call
 
-def slowly(engine, windows, config):
-    time.sleep(0.01)
-    return next_token(engine, windows, config)
+given = objective
 
-objective = slowly
+def objective(*everything):
+    time.sleep(0.01)
+    return given(*everything)
+
 if {in_save}:
     module, name, calls = chance.choice([
         (checkpoint, "_write_blocks", 20), (checkpoint, "_publish", 2), (checkpoint, "_prune", 2), (checkpoint.os, "fsync", 30),
@@ -378,19 +404,20 @@ import json, os, signal
 from scripts import lifecycle, trainer
 from scripts.config import TrainingConfig
 from scripts.prepare_data import prepare
+from scripts.train_distill import from_labels, label
 from scripts.train_pretrain import next_token
 
 stop_after = {stop_after}
 
-def stopping(engine, windows, config):
+def stopping(*everything):
     if run.watch.step == stop_after and run.ranks.rank == run.ranks.world_size - 1:
         os.kill(os.getpid(), signal.SIGUSR1)
-    return next_token(engine, windows, config)
+    return (next_token if everything[-1].teacher_dir is None else from_labels)(*everything)
 
 if __name__ == "__main__":
     for fields in json.loads({described!r}):
         fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude")}}
-        run = trainer.ready(TrainingConfig(**fields), prepare)
+        run = trainer.ready(TrainingConfig(**fields), prepare, label)
         try:
             trainer.train(run, stopping)
         except SystemExit as left:
@@ -399,9 +426,11 @@ if __name__ == "__main__":
 """
 
 
-def elastic_configs(folder: Path, name: str) -> list:
+def elastic_configs(folder: Path, name: str, teacher: TrainingConfig) -> list:
     changes = dict(num_steps=ELASTIC_STEPS, save_every_steps=100, eval_every_steps=30)
-    return [tiny_config(folder, run_dir=str(folder / f"{name}-{kind}"), precision=kind, **changes) for kind in PRECISIONS]
+    alone = [tiny_config(folder, run_dir=str(folder / f"{name}-{kind}"), precision=kind, **changes) for kind in PRECISIONS]
+    student = tiny_student(replace(alone[0], run_dir=teacher.run_dir), "labels", folder / f"{name}-labels")
+    return [*alone, student]
 
 
 def launch_elastic(folder: Path, configs: list, ranks: int, stop_after: int | None) -> None:
@@ -410,10 +439,10 @@ def launch_elastic(folder: Path, configs: list, ranks: int, stop_after: int | No
 
 
 @pytest.fixture(scope="module")
-def elastic_runs(tmp_path_factory) -> tuple[list, list]:
-    """Sixty steps on one rank, and the same on one, two and again one rank; in each precision."""
+def elastic_runs(finished_runs, tmp_path_factory) -> tuple[list, list]:
+    """Sixty steps on one rank, and the same on one, two and again one rank; in each precision, and from labels."""
     folder = tmp_path_factory.mktemp("elastic")
-    whole, moved = elastic_configs(folder, "whole"), elastic_configs(folder, "moved")
+    whole, moved = (elastic_configs(folder, name, finished_runs[1, "fp32"]) for name in ("whole", "moved"))
     launch_elastic(folder, whole, 1, None)
     for ranks, stop_after in ((1, 20), (2, 40), (1, None)):
         launch_elastic(folder, moved, ranks, stop_after)
@@ -421,7 +450,7 @@ def elastic_runs(tmp_path_factory) -> tuple[list, list]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "tolerance"), [(0, 1e-4), (1, 1e-2)], ids=PRECISIONS)
+@pytest.mark.parametrize(("number", "tolerance"), [(0, 1e-4), (1, 1e-2), (2, 1e-2)], ids=(*PRECISIONS, "labels"))
 def test_one_two_and_one_rank_make_the_run_of_one(elastic_runs, number, tolerance):
     whole, moved = (runs[number] for runs in elastic_runs)
     assert [event["ranks"] for event in events(moved, "started")] == [1, 2, 1]
@@ -435,7 +464,7 @@ def test_one_two_and_one_rank_make_the_run_of_one(elastic_runs, number, toleranc
 
 
 def test_the_log_of_every_run_proves_that_no_window_was_skipped_or_read_twice(finished_runs, resumed_runs, num_ranks):
-    for config in (finished_runs[num_ranks, "bf16"], resumed_runs["bf16"], resumed_runs["elastic"]):
+    for config in (finished_runs[num_ranks, "bf16"], *(resumed_runs[name] for name in ("bf16", "labels", "elastic"))):
         assert prove(Path(config.run_dir))
 
 
