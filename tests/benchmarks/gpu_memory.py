@@ -76,6 +76,10 @@ GRID = (
     Row("grid", "124M", "block", changed(num_layers=24, vocab_size=8192), None),
     Row("grid", "124M", "block", changed(precision="fp32"), None),
 )
+TAUGHT = (
+    Row("teacher", "124M", "block", changed(teacher="1.3B"), None),
+    Row("teacher", "124M", "block", changed(teacher="1.3B", teacher_top_k=32), None),
+)
 
 
 def main() -> None:
@@ -84,7 +88,7 @@ def main() -> None:
         return
     started, rows = time.perf_counter(), []
     compile_adam()
-    for row in (*GRID[:6], *GOALS, *GRID[6:]):
+    for row in (*GRID[:6], *GOALS[:4], *TAUGHT, *GOALS[4:], *GRID[6:]):
         limit = SECONDS_OF_LARGE.get(row.model, ROW_SECONDS)
         if time.perf_counter() - started + limit > WHOLE_SECONDS:
             found = {"fault": "not begun: it might outlast the whole's time"}
@@ -139,18 +143,19 @@ def measure(row: Row) -> None:
 
 def measure_ours(shape: Model, row: Row) -> dict:
     """The trainer's own steps on random tokens: the plan's peak and the measured ones, and tokens/s of the last step."""
-    from scripts import trainer
+    from scripts import train_distill, trainer
     from scripts.memory import allocated_bytes, plan
     from scripts.train_pretrain import next_token
 
     folder = Path(tempfile.mkdtemp())
     config = configure(shape, row, folder)
+    objective = next_token if config.teacher_dir is None else train_distill._objective(config)
     started, trainer.initialise = time.perf_counter(), draw_on_device
-    run = trainer.ready(config, lambda _: random_data(folder, config.vocab_size, row.capped_gb))
+    run = trainer.ready(config, lambda _: random_data(folder, config.vocab_size, row.capped_gb), train_distill.label)
     ready_seconds, initial = time.perf_counter() - started, torch.cuda.max_memory_allocated()
     for step in range(NUM_STEPS):
         started = time.perf_counter()
-        trainer.run_step(run, next_token, step)  # pyright: ignore[reportArgumentType]
+        trainer.run_step(run, objective, step)  # pyright: ignore[reportArgumentType, reportOptionalMemberAccess]
         torch.cuda.synchronize()
         seconds = time.perf_counter() - started
     return {
@@ -164,6 +169,8 @@ def measure_ours(shape: Model, row: Row) -> dict:
 def random_data(folder: Path, vocab_size: int, capped_gb: float | None):
     """What the trainer reads; asked for it after CUDA is set up and before anything is loaded, this caps the process too."""
     from ds.shards import TokenStream, open_shard, write_shard
+    from ds.tokenizer import raw_bytes
+    from scripts.prepare_data import Data
 
     if capped_gb is not None:
         total = torch.cuda.get_device_properties(0).total_memory
@@ -171,7 +178,25 @@ def random_data(folder: Path, vocab_size: int, capped_gb: float | None):
     ids = np.random.default_rng(0).integers(0, vocab_size, 200_000).astype(np.uint16)
     write_shard(folder / "train.bin", ids, vocab_size, "0" * 64)
     stream = TokenStream((open_shard(folder / "train.bin"),), "0" * 64)
-    return type("Random", (), {"fingerprint": "", "train": stream})
+    return Data({}, stream, None, raw_bytes(), "")
+
+
+def write_teacher(shape: Model, folder: Path) -> str:
+    """A transformers folder of bfloat16 weights, all alike, with the tokenizer of `random_data`; its path. CUDA is left alone,
+    because the trainer sets it up.
+    """
+    from safetensors.torch import save_file
+
+    from ds.tokenizer import raw_bytes, to_json
+    from scripts.model import empty_model, transformers_config
+
+    config = config_of(shape, "none")
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(transformers_config(config, 256)))
+    (folder / "tokenizer.json").write_text(to_json(raw_bytes()))
+    weights = dict(empty_model(config, torch.device("cpu")).named_parameters())
+    save_file({name: weight.detach().fill_(0.01) for name, weight in weights.items()}, folder / "model.safetensors")
+    return str(folder)
 
 
 @torch.no_grad()
@@ -185,6 +210,8 @@ def draw_on_device(model: Any) -> Any:
 def configure(shape: Model, row: Row, folder: Path):
     """Our configuration of a row: two micro-batches a step, nothing evaluated, sampled or saved."""
     changes = json.loads(row.changes)
+    if "teacher" in changes:
+        changes["teacher_dir"] = write_teacher(BY_NAME[changes.pop("teacher")], folder / "teacher")
     length = changes.get("context_length", shape.context_length)
     rows = changes.get("micro_batch_rows", shape.rows)
     never = dict.fromkeys(("eval_every_steps", "sample_every_steps", "save_every_steps"))
