@@ -206,9 +206,16 @@ def finished_runs(tmp_path_factory) -> dict[tuple[int, str], TrainingConfig]:
 def _finish_runs(folder: Path, ranks: int) -> dict[str, TrainingConfig]:
     configs = {name: tiny_config(folder, run_dir=str(folder / name), precision=name) for name in PRECISIONS}
     configs |= {name: tiny_student(configs["fp32"], name, folder / name) for name in RUNS[2:]}
+    before = shared_buffers()
     output = expect_success(launch(folder, pretrain_script(list(configs.values())), LAUNCHERS[ranks]))
+    assert shared_buffers() <= before
     assert output.count("Finished: 8 steps.") == len(configs), output
     return configs
+
+
+def shared_buffers() -> set[str]:
+    """Names of the buffers that DeepSpeed shares among ranks of one machine without a GPU."""
+    return {path.name for path in Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")}
 
 
 @pytest.fixture(scope="session")
