@@ -9,7 +9,7 @@ import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache, partial
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -133,9 +133,20 @@ def forget_shared_memory(address: str, port: str, rank: int) -> None:
     Path("/dev", "shm", f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink(missing_ok=True)
 
 
-def ask_the_processor_once() -> None:
-    """Each CPU Adam asks cpuinfo for the processor's maker, which takes subprocesses and more than a second: once is enough."""
-    cpuinfo.get_cpu_info = cache(cpuinfo.get_cpu_info)
+def start_quickly() -> None:
+    """Spares two detours of DeepSpeed's. Each CPU Adam asks cpuinfo for the processor's maker, by subprocesses that take a
+    second: it is asked once, meanwhile. Every engine imports Muon to be compiled, which loads torch's compiler, a second and
+    90 MiB: it stays as it is written.
+    """
+    from deepspeed.runtime import compiler
+
+    cpuinfo.get_cpu_info = ThreadPoolExecutor(1).submit(cpuinfo.get_cpu_info).result
+    compile_with = compiler.compile
+    compiler.compile = lambda *_, **__: lambda function: function
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    finally:
+        compiler.compile = compile_with
 
 
 def lighten(engine, config) -> None:

@@ -460,7 +460,7 @@ def _set_up_cuda() -> None:
 def _join(config: TrainingConfig, ranks: Ranks) -> None:
     """Makes the process deterministic and joins the process group."""
     deepspeed_logger.setLevel("WARNING")
-    offload.ask_the_processor_once()
+    offload.start_quickly()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_size))
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
@@ -949,7 +949,7 @@ def _reporting(run: Run) -> Iterator[Callable[[dict], None]]:
                 _show(record, config, bar)
             except (OSError, UnicodeEncodeError):
                 lifecycle.lose_terminal()
-            if record.get("event") == "saved":
+            if record.get("event") == "saved" and record["step"] < config.num_steps:
                 _draw(config)
 
         yield report

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scripts.offload import ROW_ELEMENTS, Ring, _square
 
 PATH_SCRIPT = """
-import gc, json, math, os, threading, time
+import gc, json, math, os, sys, threading, time
 from dataclasses import replace
 from functools import partial
 import deepspeed, torch
@@ -181,7 +181,7 @@ def footprint(config):
 
 
 if __name__ == "__main__":
-    offload.ask_the_processor_once()
+    offload.start_quickly()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
@@ -196,6 +196,7 @@ if __name__ == "__main__":
         "drift": {{"fp32": drifts(fp32, places[:2]), "bf16": drifts(bf16, places[::2])}},
         "spoilt": [spoilt(of(config, 3)) for config in (fp32, bf16_on_gpu)],
         "footprint": [footprint(of(config, 3)) for config in (fp32, bf16, bf16_on_gpu)],
+        "compiler": "torch._inductor.compile_fx" in sys.modules,
     }}
     with open(f"report-{{rank}}.json", "w") as file:
         json.dump(report, file)
@@ -229,6 +230,10 @@ def assert_stock(reports: list[dict]) -> None:
 
 def test_updates_are_those_of_stock_deepspeed_in_every_place(reports):
     assert_stock(reports)
+
+
+def test_torchs_compiler_is_never_loaded(reports):
+    assert not any(report["compiler"] for report in reports)
 
 
 @pytest.mark.gpu

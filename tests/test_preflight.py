@@ -26,7 +26,7 @@ from scripts.model import empty_model
 BATCH_KEYS = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}
 BUCKET_KEYS = {"reduce_bucket_size", "allgather_bucket_size"}
 TRUTH_SCRIPT = """
-import cpuinfo, functools, gc, json, os, random, sys, time, weakref
+import functools, gc, json, os, random, sys, time, weakref
 import deepspeed, numpy, torch
 from deepspeed.runtime.engine import DeepSpeedEngine as Engine
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as Optimizer
@@ -35,7 +35,7 @@ from scripts.config import TrainingConfig
 from scripts.losses import next_token_loss
 from scripts.model import empty_model, initialise, parameter_groups
 
-cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+offload.start_quickly()
 rank, world_size, engines = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), []
 loss_of, groups_of, drift = preflight.tiny_objective, parameter_groups, 0.0
 
