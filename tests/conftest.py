@@ -91,11 +91,13 @@ def _kill_family(process: subprocess.Popen) -> None:
 
 
 def clean_environment() -> dict[str, str]:
-    """This environment without a launcher's variables, with the repository importable and this Python's commands first."""
+    """This environment without a launcher's variables, with the repository importable and this Python's commands first. Idle
+    threads wait instead of spinning, so that launches side by side, or another program's work, take no more than their share.
+    """
     launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {name: value for name, value in os.environ.items() if name not in launchers and not name.startswith("SLURM_")}
     path = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
-    return kept | {"PYTHONPATH": str(REPOSITORY), "PATH": path}
+    return kept | {"PYTHONPATH": str(REPOSITORY), "PATH": path, "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def free_port() -> int:

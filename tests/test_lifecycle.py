@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -168,20 +169,24 @@ def test_a_request_stops_all_ranks_with_a_save(uninterrupted, tmp_path):
 
 @pytest.fixture(scope="module")
 def stopped_runs(finished_runs, tmp_path_factory) -> dict[tuple, tuple[Ended, TrainingConfig]]:
-    """A run stopped in the way of each case; then all of them are continued."""
-    runs = {}
-    for case in CASES:
-        launcher, target, name, phase, kind = case
-        folder = tmp_path_factory.mktemp("stopped")
-        config = replace(finished_runs[2, kind], run_dir=str(folder / "run"), silent_rank_seconds=SILENT_SECONDS)
-        if phase == "labelling":
-            config = replace(config, data_dir=str(folder / "data"))
-        ended = stop(folder, config, launcher, phase, [(target, name)], 0)
-        expect_stopped(ended, config, phase)
-        runs[case] = ended, config
-    configs = [config for _, config in runs.values()]
-    expect_success(launch(tmp_path_factory.mktemp("continued"), pretrain_script(configs), COMMANDS["torchrun"]))
-    return runs
+    """A run stopped in the way of each case, two at a time; then all of them are continued."""
+    configs = {case: stopped_config(case, finished_runs, tmp_path_factory.mktemp("stopped")) for case in CASES}
+    with ThreadPoolExecutor(2) as pool:
+        runs = dict(zip(CASES, pool.map(stop_as, CASES, configs.values()), strict=True))
+    expect_success(launch(tmp_path_factory.mktemp("continued"), pretrain_script(list(configs.values())), COMMANDS["torchrun"]))
+    return {case: (ended, configs[case]) for case, ended in runs.items()}
+
+
+def stopped_config(case: tuple, finished_runs: dict, folder: Path) -> TrainingConfig:
+    config = replace(finished_runs[2, case[-1]], run_dir=str(folder / "run"), silent_rank_seconds=2 * SILENT_SECONDS)
+    return replace(config, data_dir=str(folder / "data")) if "labelling" in case else config
+
+
+def stop_as(case: tuple, config: TrainingConfig) -> Ended:
+    launcher, target, name, phase, _ = case
+    ended = stop(Path(config.run_dir).parent, config, launcher, phase, [(target, name)], 0)
+    expect_stopped(ended, config, phase)
+    return ended
 
 
 @pytest.mark.slow
