@@ -551,7 +551,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run_with_the_last_good_checkpo
     assert [event["step"] for event in events(config, "skipped")] == [6, 7, 8]
 
 
-GARBAGE_STEPS = 112
+GARBAGE_STEPS = 160
 
 
 def test_a_loss_spike_names_the_garbage_that_was_planted(tmp_path):
