@@ -12,7 +12,7 @@ from conftest import REPOSITORY, clean_environment
 from matplotlib.image import imread
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-LIMIT_SECONDS, DISTILL_LIMIT_SECONDS = 480, 360
+LIMIT_SECONDS, DISTILL_LIMIT_SECONDS = 400, 360
 pytestmark = pytest.mark.slow
 
 
