@@ -97,7 +97,8 @@ def clean_environment() -> dict[str, str]:
     launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {name: value for name, value in os.environ.items() if name not in launchers and not name.startswith("SLURM_")}
     path = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
-    return kept | {"PYTHONPATH": str(REPOSITORY), "PATH": path, "OMP_WAIT_POLICY": "PASSIVE"}
+    importable = os.pathsep.join([str(REPOSITORY), *filter(None, [kept.get("PYTHONPATH")])])
+    return kept | {"PYTHONPATH": importable, "PATH": path, "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def free_port() -> int:

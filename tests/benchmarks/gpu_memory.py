@@ -128,7 +128,7 @@ def environment() -> dict[str, str]:
         port = probe.getsockname()[1]
     kept = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
     rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return kept | rank | {"PYTHONPATH": str(ROOT)}
+    return kept | rank | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [kept.get("PYTHONPATH")])])}
 
 
 def measure(row: Row) -> None:
