@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from glob import has_magic, iglob
 from hashlib import sha256
+from itertools import takewhile
 from pathlib import Path
 from typing import IO
 
@@ -21,10 +22,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
+# pyarrow, because zstandard's own reader takes a truncated file for a complete one.
+OPENERS = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": lambda path, _: io.BufferedReader(pa.input_stream(str(path), compression="zstd")),
+}
+# How many rows are in memory at once; the documents are the same.
 PARQUET_BATCH_ROWS = 1024
 PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 ZIP_START = b"PK\x03\x04"
-# The opcodes of protocols 0 to 5 by what follows each: so many bytes, a length of so many bytes and that much, so many lines.
+# The opcodes of pickle's protocols 0 to 5, by what follows each: so many bytes; a length of so many bytes, and as many bytes as
+# it says; so many lines.
 FIXED_BYTES = {
     **dict.fromkeys(b"012()NQR]abdelostu}\x81\x85\x86\x87\x88\x89\x8f\x90\x91\x92\x93\x94\x97\x98", 0),
     **dict.fromkeys(b"Khq\x80\x82", 1), **dict.fromkeys(b"M\x83", 2), **dict.fromkeys(b"Jjr\x84", 4),
@@ -40,8 +50,8 @@ STOP = ord(".")
 def corpus_files(corpus: tuple[str, ...], exclude: tuple[str, ...]) -> list[Path]:
     """The files of all entries, sorted, each once. An entry is a file, a folder (read recursively) or a glob (`**` too).
 
-    Below a folder or the fixed part of a glob, hidden names are left out, and so is every path of which one part matches
-    a pattern of `exclude` (as in fnmatch). A file that is named itself is never left out.
+    Below a folder, or below the fixed part of a glob, hidden names are left out, and so is every path with a part that matches
+    a pattern of `exclude` (as in fnmatch). A file that an entry names itself is never left out.
 
     Raises:
         ValueError: an entry is not there, or no file of it is left.
@@ -54,7 +64,7 @@ def corpus_files(corpus: tuple[str, ...], exclude: tuple[str, ...]) -> list[Path
 
 
 def corpus_digest(files: Iterable[Path]) -> str:
-    """sha256 (hex) over the names, as given, and the sizes in bytes: cheap, the contents are not read."""
+    """sha256 (hex) of the names, as given, and of the sizes in bytes. The contents are not read."""
     digest = sha256()
     for path in files:
         digest.update(json.dumps([path.as_posix(), path.stat().st_size]).encode())
@@ -89,13 +99,22 @@ def file_documents(path: Path, text_field: str) -> Iterator[bytes]:
     try:
         yield from filter(None, _reader(path)(path, text_field))
     except UNREADABLE as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} cannot be read ({reason}); repair it, or leave it out by corpus_exclude") from error
+        raise ValueError(f"{path} cannot be read ({one_line(error)}); repair it, or leave it out by corpus_exclude") from error
 
 
 def is_held_out(document: bytes, fraction: float) -> bool:
-    """Whether the document is for validation; its own bytes alone decide, so it stays where it is when the corpus grows."""
+    """Whether the document is for validation. Only its own bytes decide, so it stays in its split when the corpus grows."""
     return int.from_bytes(sha256(document).digest()[:8], "big") / 2**64 < fraction
+
+
+def fixed_part(pattern: Path) -> Path:
+    """The folders before a glob's first wildcard."""
+    return Path(*takewhile(lambda part: not has_magic(part), pattern.parts))
+
+
+def one_line(error: BaseException) -> str:
+    """The words of an error in one line, for a refusal; its class if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _entry_files(entry: str, exclude: tuple[str, ...]) -> list[Path]:
@@ -112,16 +131,6 @@ def _entry_files(entry: str, exclude: tuple[str, ...]) -> list[Path]:
         excluded = f"corpus_exclude leaves out all {len(files)}" if files else "nothing is there"
         raise ValueError(f"corpus: {entry!r} matches no file ({excluded}); name a file, folder or glob that holds text")
     return kept
-
-
-def fixed_part(pattern: Path) -> Path:
-    """The folders before a glob's first wildcard."""
-    fixed = []
-    for part in pattern.parts:
-        if has_magic(part):
-            break
-        fixed.append(part)
-    return Path(*fixed)
 
 
 def _files_below(root: Path) -> list[Path]:
@@ -153,7 +162,7 @@ def _whole_file(path: Path, text_field: str) -> Iterator[bytes]:
 
 
 def _begins_with_pickle(content: bytes) -> bool:
-    """Whether the bytes begin with a whole pickle of protocol 2 to 5, opcode after opcode up to the one that stops it."""
+    """Whether the bytes begin with a whole pickle of protocol 2 to 5: one opcode after the other, up to STOP."""
     at = 2 if content.startswith(PICKLE_STARTS) else len(content)
     while at < len(content) and content[at] != STOP:
         at = _behind_opcode(content, at)
@@ -161,7 +170,7 @@ def _begins_with_pickle(content: bytes) -> bool:
 
 
 def _behind_opcode(content: bytes, at: int) -> int:
-    """Where the next opcode is; the end of the content if this is none."""
+    """The place of the opcode after the one at `at`; the end of the content if there is no opcode at `at`."""
     opcode, at = content[at], at + 1
     if opcode in FIXED_BYTES:
         return at + FIXED_BYTES[opcode]
@@ -223,13 +232,4 @@ def _check_column(path: Path, text_field: str, kind: pa.DataType) -> None:
 
 
 def _open(path: Path) -> IO[bytes]:
-    opener = OPENERS.get(path.suffix.lower(), open)
-    return opener(path, "rb")
-
-
-def _open_zstd(path: Path, mode: str) -> IO[bytes]:
-    # pyarrow: zstandard's own reader takes a truncated file for a complete one.
-    return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))  # type: ignore[arg-type]
-
-
-OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstd}
+    return OPENERS.get(path.suffix.lower(), open)(path, "rb")

@@ -15,19 +15,29 @@ import numpy as np
 
 from ds.shards import Labels, LabelStream, TokenStream
 
+# Part of the data order: another number of rounds would give every run other windows.
 NUM_ROUNDS = 8
+# How many are in memory at once, and how many counts are remembered; what is found is the same.
 SCAN_TOKENS = 2**22
 PERMUTED_ROWS = 2**16
+REMEMBERED_COUNTS = 2**16
 
 
 class MicroBatch(NamedTuple):
-    """What one rank reads at once: `rows` (B,) int64, the run's row numbers (step * rows_per_step + row of the step),
-    `windows` (B,) int64, the windows that were read for them, and `ids` (B, T + 1) int64, their tokens.
+    """What one rank reads at once: `rows` (B,) int64, the run's row numbers (step * rows_per_step + row of the step), `windows`
+    (B,) int64, the windows that were read for them, and `ids` (B, T + 1) int64, their tokens.
     """
 
     rows: np.ndarray
     windows: np.ndarray
     ids: np.ndarray
+
+
+class RankWindows(NamedTuple):
+    """What one rank reads in a step, by micro-batch: `rows`, the run's row numbers, and their `windows`, both (G, B) int64."""
+
+    rows: np.ndarray
+    windows: np.ndarray
 
 
 class Document(NamedTuple):
@@ -66,14 +76,14 @@ def micro_batches(
         )
     place = {"step": step, "rank": rank, "world_size": world_size, "seed": seed}
     due = rank_windows(num_windows, micro_batch_rows=micro_batch_rows, rows_per_step=rows_per_step, **place)
-    for rows, windows in zip(*due, strict=True):
+    for rows, windows in zip(due.rows, due.windows, strict=True):
         yield MicroBatch(rows, windows, read_windows(stream, windows, context_length))
 
 
 def rank_windows(
     num_windows: int, *, step: int, rank: int, world_size: int, micro_batch_rows: int, rows_per_step: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """What a rank reads in a step, which every rank can say: the run's row numbers and their windows, both (G, B) int64.
+) -> RankWindows:
+    """What a rank reads in a step; any rank can compute it for any other.
 
     Row b of micro-batch m is row (m * world_size + rank) * micro_batch_rows + b of the step, so the ranks are disjoint and
     together read what one rank would.
@@ -81,19 +91,28 @@ def rank_windows(
     windows = step_windows(step, rows_per_step, num_windows, seed)
     rows = step * rows_per_step + np.arange(rows_per_step, dtype=np.int64)
     shape = (-1, world_size, micro_batch_rows)
-    return rows.reshape(shape)[:, rank], windows.reshape(shape)[:, rank]
+    return RankWindows(rows.reshape(shape)[:, rank], windows.reshape(shape)[:, rank])
 
 
 def held_out_batches(
     stream: TokenStream, *, rank: int, world_size: int, micro_batch_rows: int, context_length: int, num_windows: int
 ) -> Iterator[np.ndarray]:
-    """The first `num_windows` windows, or all if there are fewer, in order: arrays (rows, context_length + 1) int64.
+    """The `spread_windows` of the whole stream, in order: arrays (rows, context_length + 1) int64.
 
     Batch k goes to rank k % world_size; all have micro_batch_rows rows but the last, which may have fewer.
     """
-    num_windows = min(num_windows, count_windows(stream.num_tokens, context_length))
-    for first in range(rank * micro_batch_rows, num_windows, world_size * micro_batch_rows):
-        yield read_windows(stream, np.arange(first, min(first + micro_batch_rows, num_windows)), context_length)
+    windows = spread_windows(count_windows(stream.num_tokens, context_length), num_windows)
+    for first in range(rank * micro_batch_rows, len(windows), world_size * micro_batch_rows):
+        yield read_windows(stream, windows[first : first + micro_batch_rows], context_length)
+
+
+def spread_windows(num_available: int, num_windows: int) -> np.ndarray:
+    """`num_windows` of `num_available` windows, or all if there are fewer, spread evenly and ascending: (N,) int64.
+
+    Window i of N is the one in the middle of the i-th of N equal parts.
+    """
+    count = min(num_windows, num_available)
+    return (2 * np.arange(count, dtype=np.int64) + 1) * num_available // (2 * max(count, 1))
 
 
 def read_windows(stream: TokenStream, windows: np.ndarray, context_length: int) -> np.ndarray:
@@ -102,10 +121,8 @@ def read_windows(stream: TokenStream, windows: np.ndarray, context_length: int) 
     return np.stack([stream.read(start, start + context_length + 1) for start in starts])
 
 
-def read_labels(labels: LabelStream, windows: np.ndarray, context_length: int) -> Labels:
-    """What was said of the token after each of the first T = context_length of windows: (B,) int64 -> (B, T, k) ids and logs,
-    (B, T) tail.
-    """
+def read_labels(labels: LabelStream, windows: np.ndarray, context_length: int) -> Labels[np.ndarray]:
+    """The labels of the first T = context_length tokens of windows: (B,) int64 -> (B, T, k) ids and logs, (B, T) tail."""
     starts = (windows * context_length).tolist()
     rows = [labels.read(start, start + context_length) for start in starts]
     return Labels(*(np.stack(field) for field in zip(*rows, strict=True)))
@@ -121,7 +138,7 @@ def step_windows(step: int, rows_per_step: int, num_windows: int, seed: int) -> 
 
 
 def windows_of_run(num_steps: int, rows_per_step: int, num_windows: int, seed: int) -> np.ndarray:
-    """The windows that the steps before `num_steps` read, each once, ascending: (N,) int64; one byte a window is needed."""
+    """The windows that the steps before `num_steps` read, each once, ascending: (N,) int64. Needs one byte for each window."""
     num_rows = num_steps * rows_per_step
     if num_rows >= num_windows:
         return np.arange(num_windows, dtype=np.int64)
@@ -132,10 +149,10 @@ def windows_of_run(num_steps: int, rows_per_step: int, num_windows: int, seed: i
 
 
 def digest_rows(rows: np.ndarray, items: np.ndarray) -> np.ndarray:
-    """Which rows held what, as a sum: (N,) int64 row numbers, (N, L) int64 -> (4,) int64.
+    """A sum that says which row held which items: (N,) int64 row numbers, (N, L) int64 items -> (4,) int64.
 
-    The four words (little-endian uint32) of blake2b-128 of the number and the items of each row, summed over the rows: the
-    digests of any split of the rows add up to that of all, in any order. Exact below 2**31 rows.
+    It adds up, over the rows, the four words (little-endian uint32) of blake2b-128 of the row's number and items. So the
+    digests of any split of the rows, in any order, add up to that of all rows. Exact below 2**31 rows.
     """
     lines = np.concatenate([rows[:, None], items], axis=1, dtype="<i8")
     words = b"".join(blake2b(line, digest_size=16).digest() for line in lines)
@@ -143,20 +160,20 @@ def digest_rows(rows: np.ndarray, items: np.ndarray) -> np.ndarray:
 
 
 def digest_hex(digest: np.ndarray) -> str:
-    """(4,) int64, a sum of `digest_rows` -> 32 hex digits, the words modulo 2**32."""
+    """A sum of `digest_rows`, (4,) int64 -> 32 hex digits, each word modulo 2**32."""
     return "".join(f"{word % 2**32:08x}" for word in digest.tolist())
 
 
 def documents_between(stream: TokenStream, start: int, stop: int, end_of_text_id: int) -> list[Document]:
-    """Every document that overlaps the tokens [start, stop), in order, whole: it may start before and stop behind them.
+    """Every document that overlaps the tokens [start, stop), in order. Each is whole: it may start before and stop behind them.
 
-    The first call reads the stream from its beginning, SCAN_TOKENS at a time, to count; later ones remember the counts. A
-    last document need not have an end of text.
+    The first call counts the documents from the beginning of the stream, SCAN_TOKENS at a time; later calls remember the
+    counts. The last document of a stream need not have an end of text.
     """
     number, begin, stops = 0, 0, []
     for first in range(0, start, SCAN_TOKENS):
-        num_before, last_stop = _count_stops(stream, first, min(first + SCAN_TOKENS, start), end_of_text_id)
-        number, begin = number + num_before, last_stop or begin
+        before = _count_stops(stream, first, min(first + SCAN_TOKENS, start), end_of_text_id)
+        number, begin = number + before.num_stops, before.last_stop or begin
     for inside in _document_stops(stream, start, stop, end_of_text_id):
         stops += inside.tolist()
     if start < stop and stop not in stops[-1:]:
@@ -166,11 +183,11 @@ def documents_between(stream: TokenStream, start: int, stop: int, end_of_text_id
 
 
 def permute(index: np.ndarray, num_items: int, seed: int, epoch: int) -> np.ndarray:
-    """Where a bijection of [0, num_items) sends each index: (N,) -> (N,) int64; O(1) memory, another one for each epoch.
+    """A permutation of range(num_items), another one for each epoch: (N,) indices -> (N,) int64, in O(N) memory.
 
-    A balanced Feistel network over the least 4**h >= num_items, walked along its cycle until the value is inside again
-    (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002); the round function is the mix of splitmix64 (Steele,
-    Lea and Flood, 2014), keyed by blake2b of seed and epoch.
+    A balanced Feistel network over the least 4**h >= num_items, applied again to each result that is not below num_items
+    (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002). Its round function is the mix of splitmix64 (Steele,
+    Lea and Flood, 2014), with keys from blake2b of seed and epoch.
     """
     keys = np.frombuffer(blake2b(f"{seed} {epoch}".encode(), digest_size=8 * NUM_ROUNDS).digest(), dtype="<u8")
     half_bits = max((num_items - 1).bit_length() + 1, 2) // 2
@@ -194,13 +211,19 @@ def _mix(values: np.ndarray) -> np.ndarray:
     return values ^ values >> 31
 
 
-@lru_cache(maxsize=2**16)
-def _count_stops(stream: TokenStream, start: int, stop: int, end_of_text_id: int) -> tuple[int, int]:
-    """How many documents stop in the tokens [start, stop), and where the last of them does; 0 if none."""
-    number, last_stop = 0, 0
+class _Stops(NamedTuple):
+    """How many documents stop in some tokens, and where the last of them does; 0 if none."""
+
+    num_stops: int
+    last_stop: int
+
+
+@lru_cache(maxsize=REMEMBERED_COUNTS)
+def _count_stops(stream: TokenStream, start: int, stop: int, end_of_text_id: int) -> _Stops:
+    counted = _Stops(0, 0)
     for found in _document_stops(stream, start, stop, end_of_text_id):
-        number, last_stop = number + len(found), int(found[-1])
-    return number, last_stop
+        counted = _Stops(counted.num_stops + len(found), int(found[-1]))
+    return counted
 
 
 def _document_stops(stream: TokenStream, start: int, stop: int, end_of_text_id: int) -> Iterator[np.ndarray]:

@@ -1,13 +1,13 @@
-"""The byte formats of tokens and of their labels: headers, checksums, memory-mapped read. Only this room knows bytes.
+"""The byte formats of tokens and of labels: headers, checksums, memory-mapped reading. No other room knows these bytes.
 
-A token file is a header of 128 bytes, the tokens (little-endian, 2 or 4 bytes each), and the sha256 of each block of 4 MiB
-of tokens. The header holds the sha256 of itself and of that table, so every byte is covered and a bad block can be named.
-It appears whole or not at all.
+A token file is a header of 128 bytes, the tokens (little-endian, 2 or 4 bytes each), and the sha256 of each block of 4 MiB of
+tokens. The header holds the sha256 of itself and of that table, so every byte is covered and a bad block can be named. The file
+appears whole or not at all.
 
-A label file holds what a model says of the token after each token of one token file: a header of 184 bytes, as many records
-as there are tokens (k ids of 2 or 4 bytes, k float16, one float32; little-endian), and the sha256 of each block of records.
-It is there from the start, without any block, and is filled block by block, by several processes; a block counts if its
-digest is that of its bytes, so a kill leaves nothing that could be taken for a label. What is not written takes no room.
+A label file holds what a model says of the token after each token of one token file: a header of 184 bytes, as many records as
+there are tokens (k ids of 2 or 4 bytes, k float16, one float32; little-endian), and the sha256 of each block of records. It is
+made without any label, and several processes fill it block by block. A block counts if its digest is that of its bytes, so a
+kill leaves nothing that could be taken for a label. What is not written takes no room on the disk.
 
 Knows nothing of text, of models, nor of what the ids mean.
 """
@@ -15,40 +15,47 @@ Knows nothing of text, of models, nor of what the ids mean.
 import errno
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Generic, NamedTuple, TypeVar
 from uuid import uuid4
 
 import numpy as np
 
-MAGIC = b"TIGHTFIT"
-VERSION = 1
+# The two formats: other values would make other files.
+MAGIC, VERSION = b"TIGHTFIT", 1
 HEADER = struct.Struct("<8sIIQ32s32s40x")  # magic, version, bytes per token, tokens, tokenizer fingerprint, sha256, zeros
-DIGEST_AT = slice(56, 88)
-DIGEST_BYTES = 32
+DIGEST_AT, DIGEST_BYTES = slice(56, 88), 32
 BLOCK_BYTES = 2**22
-REMEDY = "delete the data_dir that holds it and prepare the data again"
-LABEL_MAGIC = b"TIGHTLAB"
-LABEL_VERSION = 1
+LABEL_MAGIC, LABEL_VERSION = b"TIGHTLAB", 1
 LABEL_HEADER = struct.Struct("<8sIII4xQQQQ32s32s32s")  # magic, version, then what LabelHeader holds; its sha256 follows
 LABEL_HEADER_BYTES = LABEL_HEADER.size + DIGEST_BYTES
-HASHED_BYTES = 2**22
-HASHING_THREADS = 8
-NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
+# How labels are hashed: threads that keep a disk busy, each with a small piece in memory. No result depends on it.
+HASHED_BYTES, HASHING_THREADS = 2**22, 8
+REMEDY = "delete the data_dir that holds it and prepare the data again"
+Array = TypeVar("Array")
 
 
 class Shard(NamedTuple):
-    """One open file: `ids` (num_tokens,) uint16 or uint32, memory-mapped; both digests are hex."""
+    """One open token file: `ids` (num_tokens,) uint16 or uint32, memory-mapped; both digests are hex."""
 
     path: Path
     ids: np.ndarray
     fingerprint: str
     sha256: str
+
+
+class ShardPart(NamedTuple):
+    """Some of the tokens of a stream: the number of their shard, and where in it they are."""
+
+    shard: int
+    tokens: slice
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,9 +72,8 @@ class TokenStream:
     def __post_init__(self) -> None:
         for shard in self.shards:
             if shard.fingerprint != self.fingerprint:
-                raise ValueError(
-                    f"{shard.path} was made with tokenizer {shard.fingerprint[:12]}, not with {self.fingerprint[:12]}; {REMEDY}"
-                )
+                made_with, ours = shard.fingerprint[:12], self.fingerprint[:12]
+                raise ValueError(f"{shard.path} was made with tokenizer {made_with}, not with {ours}; {REMEDY}")
 
     @cached_property
     def borders(self) -> np.ndarray:
@@ -85,32 +91,32 @@ class TokenStream:
 
     def parts(self, start: int, stop: int) -> Iterator[np.ndarray]:
         """The same ids as each shard holds them: memory-mapped views (N,) uint16 or uint32, nothing is copied."""
-        return (self.shards[number].ids[inside] for number, inside in self.places(start, stop))
+        return (self.shards[part.shard].ids[part.tokens] for part in self.places(start, stop))
 
-    def places(self, start: int, stop: int) -> Iterator[tuple[int, slice]]:
-        """Where the tokens from `start` to before `stop` lie: the number of each shard and the slice of its tokens."""
+    def places(self, start: int, stop: int) -> Iterator[ShardPart]:
+        """Where the tokens from `start` to before `stop` are, shard after shard."""
         assert 0 <= start <= stop <= self.num_tokens, (start, stop, self.num_tokens)
         first = int(np.searchsorted(self.borders, start, side="right")) - 1
         for number in range(first, len(self.shards)):
             begin, end = self.borders[number : number + 2].tolist()
             if begin >= stop:
                 break
-            yield number, slice(max(start - begin, 0), min(stop, end) - begin)
+            yield ShardPart(number, slice(max(start - begin, 0), min(stop, end) - begin))
 
 
-class Labels(NamedTuple):
-    """What a model says of the token after each of N: `ids` (N, k) integers, the likeliest, best first; `logs` (N, k) float16,
-    their log-probabilities in nats; `tail` (N,) float32, the probability of all other ids together.
+class Labels(NamedTuple, Generic[Array]):
+    """What a model says of the next token at each position, as numpy arrays or as torch tensors: `ids` (..., k) integers, most
+    likely first; `logs` (..., k) float16, their log-probabilities in nats; `tail` (...) float32, all other ids' probability.
     """
 
-    ids: np.ndarray
-    logs: np.ndarray
-    tail: np.ndarray
+    ids: Array
+    logs: Array
+    tail: Array
 
 
 class LabelHeader(NamedTuple):
-    """What a label file is made for: a shard of `num_tokens`, the first of them at `first_position` of the stream, and its
-    sha256, as those of the tokenizer and of the labels' identity; the `num_positions` of all files, in blocks.
+    """What a label file is made for: a shard of `num_tokens`, the first of them at `first_position` of the stream, and how its
+    labels are stored. `num_positions` counts those of all files; `shard`, `tokenizer` and `identity` are sha256 digests.
     """
 
     top_k: int
@@ -123,67 +129,103 @@ class LabelHeader(NamedTuple):
     tokenizer: bytes
     identity: bytes
 
-    @property
-    def first_block(self) -> int:
-        """The first block that does not start before the shard."""
-        return -(-self.first_position // self.block_tokens)
-
-    @property
-    def table_offset(self) -> int:
-        """The byte at which the digests start."""
-        return LABEL_HEADER_BYTES + self.num_tokens * _record(self.top_k, self.id_bytes).itemsize
-
-    @property
-    def file_bytes(self) -> int:
-        """The size of the file, with a digest for each block that starts in the shard."""
-        num_blocks = -(-(self.first_position + self.num_tokens) // self.block_tokens) - self.first_block
-        return self.table_offset + num_blocks * DIGEST_BYTES
-
 
 class LabelFile(NamedTuple):
-    """One file, and what its header says."""
+    """One label file: its header, the first block whose digest it holds, the byte where its digests start, and its size."""
 
     path: Path
     header: LabelHeader
+    first_block: int
+    table_offset: int
+    num_bytes: int
+
+
+class _Span(NamedTuple):
+    """Some bytes of a file."""
+
+    path: Path
+    offset: int
+    num_bytes: int
 
 
 @dataclass(frozen=True, eq=False)
 class LabelStream:
-    """The labels of the first `num_positions` tokens of `stream`, in a file for each of its shards.
+    """The labels of the first `num_positions` tokens of `stream`, in a file in `folder` for each of its shards.
 
-    Block b is the positions from b * block_tokens to before (b + 1) * block_tokens or, in the last, num_positions. Several
-    processes may write different blocks at once. Each reading maps what it reads and no more, so labels do not pile up in the
-    process's memory.
+    Of each position `top_k` ids are kept; an id takes 2 bytes if `vocab_size` <= 65536, else 4. `identity`, 64 hex digits, says
+    whose labels they are. Block b is the positions from b * block_tokens to before (b + 1) * block_tokens, or to num_positions.
+    Several processes may write different blocks at once. A reading maps only what it reads, so memory does not fill up.
     """
 
-    files: tuple[LabelFile, ...]
+    folder: Path
     stream: TokenStream
-    record: np.dtype
+    top_k: int
+    vocab_size: int
     block_tokens: int
     num_positions: int
-
-    @property
-    def top_k(self) -> int:
-        """How many ids are kept of one position."""
-        return self.record["ids"].shape[0]
+    identity: str
 
     @property
     def num_blocks(self) -> int:
         """How many blocks hold all positions."""
         return -(-self.num_positions // self.block_tokens)
 
-    def read(self, start: int, stop: int) -> Labels:
+    @cached_property
+    def record(self) -> np.dtype:
+        """What is kept of one position, without gaps."""
+        ids = f"<u{_id_bytes(self.vocab_size)}"
+        return np.dtype([("ids", ids, (self.top_k,)), ("logs", "<f2", (self.top_k,)), ("tail", "<f4")])
+
+    @cached_property
+    def files(self) -> tuple[LabelFile, ...]:
+        """The files that are to be there, in the order of the shards."""
+        assert 0 <= self.num_positions <= self.stream.num_tokens, (self.num_positions, self.stream.num_tokens)
+        id_bytes, files = _id_bytes(self.vocab_size), []
+        for shard, (first, stop) in zip(self.stream.shards, pairwise(self.stream.borders.tolist()), strict=True):
+            made_for = map(bytes.fromhex, (shard.sha256, shard.fingerprint, self.identity))
+            header = LabelHeader(self.top_k, id_bytes, self.block_tokens, self.num_positions, first, stop - first, *made_for)
+            first_block, stop_block = -(-first // self.block_tokens), -(-stop // self.block_tokens)
+            table_offset = LABEL_HEADER_BYTES + (stop - first) * self.record.itemsize
+            num_bytes = table_offset + (stop_block - first_block) * DIGEST_BYTES
+            files.append(LabelFile(self.folder / f"{shard.path.stem}.labels", header, first_block, table_offset, num_bytes))
+        return tuple(files)
+
+    def create(self) -> None:
+        """Makes the folder and the files that are not there, without any label; each appears whole or not at all. Several
+        processes may do so at once; on a file system without hard links, one at a time.
+
+        Raises:
+            OSError: there is no room.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for file in self.files:
+            if not file.path.exists():
+                packed = LABEL_HEADER.pack(LABEL_MAGIC, LABEL_VERSION, *file.header)
+                with _published(file.path, _link) as opened:
+                    opened.write(packed + sha256(packed).digest())
+                    opened.truncate(file.num_bytes)
+        sync_folder(self.folder)
+
+    def check(self) -> None:
+        """Looks at the header and the size of each file; hashes no label.
+
+        Raises:
+            ValueError: a file is absent, not a label file, of another version or length, damaged in its header, or was made
+                for something else: names the first value that differs.
+        """
+        for file in self.files:
+            _check_label_file(file, f"delete the folder {self.folder} and the teacher is asked again")
+
+    def read(self, start: int, stop: int) -> Labels[np.ndarray]:
         """The labels of the positions from `start` to before `stop`, ids as int64; zeros where nothing was written."""
         assert 0 <= start <= stop <= self.num_positions, (start, stop, self.num_positions)
-        parts = [
-            np.memmap(path, self.record, "r", offset, (num_bytes // self.record.itemsize,)).view(np.ndarray)
-            for path, offset, num_bytes in self._spans(start, stop)
-        ]
+        spans, size = self._spans(start, stop), self.record.itemsize
+        parts = [np.memmap(s.path, self.record, "r", s.offset, (s.num_bytes // size,)).view(np.ndarray) for s in spans]
         ids, logs, tail = ([part[name] for part in (np.empty(0, self.record), *parts)] for name in Labels._fields)
         return Labels(np.concatenate(ids, dtype=np.int64), np.concatenate(logs), np.concatenate(tail))
 
-    def write(self, start: int, labels: Labels) -> None:
-        """Writes whole blocks, the first of them at position `start`; a kill leaves each right or `faulty`.
+    def write(self, start: int, labels: Labels[np.ndarray]) -> None:
+        """Writes whole blocks, the first of them at position `start`; a kill leaves each block right or `faulty`.
 
         Raises:
             ValueError: a label is not a number.
@@ -193,20 +235,18 @@ class LabelStream:
         assert start % self.block_tokens == 0 and stop <= self.num_positions, (start, stop)
         assert stop % self.block_tokens == 0 or stop == self.num_positions, (stop, self.block_tokens)
         data, block_bytes = memoryview(_packed(start, labels, self.record)), self.block_tokens * self.record.itemsize
-        for path, offset, num_bytes in self._spans(start, stop):
-            _write_at(path, offset, data[at : at + num_bytes])
-            at += num_bytes
+        for span in self._spans(start, stop):
+            _write_span(span, data[at : at + span.num_bytes])
+            at += span.num_bytes
         for block, at in enumerate(range(0, len(data), block_bytes), start // self.block_tokens):
-            _write_at(*self._digest_place(block), sha256(data[at : at + block_bytes]).digest())
+            _write_span(self._digest_span(block), sha256(data[at : at + block_bytes]).digest())
 
     def faulty(self, blocks: np.ndarray) -> np.ndarray:
-        """Those of `blocks` (N,) int64 that are not written or whose bytes are not those that were written: (M,) int64.
-
-        Reads them on HASHING_THREADS threads, each HASHED_BYTES at a time.
-        """
+        """Those of `blocks` (N,) int64 that are not written or whose bytes are not those that were written: (M,) int64."""
         with ThreadPoolExecutor(HASHING_THREADS) as pool:
-            are_right = list(pool.map(self._are_right, np.array_split(blocks, HASHING_THREADS)))
-        return blocks[~np.concatenate(are_right)]
+            shares = [share.tolist() for share in np.array_split(blocks, HASHING_THREADS)]
+            are_right = list(chain(*pool.map(lambda share: list(map(self._is_right, share)), shares)))
+        return blocks[~np.array(are_right, dtype=bool)]
 
     def sync(self) -> None:
         """Makes durable what this machine wrote."""
@@ -214,32 +254,26 @@ class LabelStream:
             with file.path.open("rb") as opened:
                 os.fsync(opened.fileno())
 
-    def _are_right(self, blocks: np.ndarray) -> np.ndarray:
-        return np.array([self._is_right(block) for block in blocks.tolist()], dtype=bool)
-
     def _is_right(self, block: int) -> bool:
-        written = b"".join(_read_at(*self._digest_place(block), DIGEST_BYTES))
-        return any(written) and written == self._digest(block)
-
-    def _digest(self, block: int) -> bytes:
+        written = b"".join(_read_span(self._digest_span(block)))
+        if not any(written):
+            return False
         digest, start = sha256(), block * self.block_tokens
-        for span in self._spans(start, min(start + self.block_tokens, self.num_positions)):
-            for piece in _read_at(*span):
-                digest.update(piece)
-        return digest.digest()
+        spans = self._spans(start, min(start + self.block_tokens, self.num_positions))
+        for piece in chain.from_iterable(map(_read_span, spans)):
+            digest.update(piece)
+        return written == digest.digest()
 
-    def _digest_place(self, block: int) -> tuple[Path, int]:
-        """The file that holds the digest of a block, and at which byte: that of the block's first position."""
-        start = block * self.block_tokens
-        number, _ = next(self.stream.places(start, start + 1))
-        path, header = self.files[number]
-        return path, header.table_offset + (block - header.first_block) * DIGEST_BYTES
+    def _digest_span(self, block: int) -> _Span:
+        """Where the digest of a block is: in the file that holds the block's first position."""
+        file = self.files[int(np.searchsorted(self.stream.borders, block * self.block_tokens, side="right")) - 1]
+        return _Span(file.path, file.table_offset + (block - file.first_block) * DIGEST_BYTES, DIGEST_BYTES)
 
-    def _spans(self, start: int, stop: int) -> Iterator[tuple[Path, int, int]]:
-        """Where the records of the positions [start, stop) lie: file, byte offset, number of bytes."""
+    def _spans(self, start: int, stop: int) -> Iterator[_Span]:
+        """Where the records of the positions from `start` to before `stop` are."""
         size = self.record.itemsize
-        for number, inside in self.stream.places(start, stop):
-            yield self.files[number].path, LABEL_HEADER_BYTES + inside.start * size, (inside.stop - inside.start) * size
+        for shard, own in self.stream.places(start, stop):
+            yield _Span(self.files[shard].path, LABEL_HEADER_BYTES + own.start * size, (own.stop - own.start) * size)
 
 
 def write_shard(path: Path, ids: np.ndarray | Iterable[np.ndarray], vocab_size: int, fingerprint: str) -> int:
@@ -250,15 +284,17 @@ def write_shard(path: Path, ids: np.ndarray | Iterable[np.ndarray], vocab_size: 
     Raises:
         ValueError: an id is outside the vocabulary.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            num_tokens = _write(file, [ids] if isinstance(ids, np.ndarray) else ids, vocab_size, bytes.fromhex(fingerprint))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    token_bytes, table = _id_bytes(vocab_size), bytearray()
+    with _published(path, os.replace) as file:
+        file.write(bytes(HEADER.size))
+        for block in _blocks([ids] if isinstance(ids, np.ndarray) else ids, vocab_size, f"<u{token_bytes}"):
+            file.write(block)
+            table += sha256(block).digest()
+        num_tokens = (file.tell() - HEADER.size) // token_bytes
+        file.write(table)
+        fields = (MAGIC, VERSION, token_bytes, num_tokens, bytes.fromhex(fingerprint))
+        file.seek(0)
+        file.write(HEADER.pack(*fields, sha256(HEADER.pack(*fields, bytes(DIGEST_BYTES)) + table).digest()))
     sync_folder(path.parent)
     return num_tokens
 
@@ -269,9 +305,11 @@ def open_shard(path: Path) -> Shard:
     Raises:
         ValueError: not there, not a shard, of another version, truncated or too long.
     """
-    header = _read_header(path)
-    _, _, token_bytes, num_tokens, fingerprint, digest = HEADER.unpack(header)
-    expected = HEADER.size + num_tokens * token_bytes + _num_blocks(num_tokens * token_bytes) * DIGEST_BYTES
+    header = _read_start(path, HEADER.size, MAGIC, "shard", REMEDY)
+    _, version, token_bytes, num_tokens, fingerprint, digest = HEADER.unpack(header)
+    if version != VERSION or token_bytes not in (2, 4):
+        raise ValueError(f"{path}: version {version} with {token_bytes} bytes a token at byte 0, not {VERSION}; {REMEDY}")
+    expected = HEADER.size + num_tokens * token_bytes + -(-num_tokens * token_bytes // BLOCK_BYTES) * DIGEST_BYTES
     if path.stat().st_size != expected:
         raise ValueError(f"{path} ends at byte {path.stat().st_size} and, by its header at byte 0, at {expected}; {REMEDY}")
     kind = f"<u{token_bytes}"
@@ -286,57 +324,24 @@ def verify_shard(path: Path) -> None:
         ValueError: as `open_shard`; or a byte has changed: names the offset of the first bad block, of the first digest that
             is not that of its block, or of the header.
     """
-    payload_bytes = open_shard(path).ids.nbytes
+    num_bytes = open_shard(path).ids.nbytes
+    starts = range(0, num_bytes, BLOCK_BYTES)
     with path.open("rb") as file:
         header = file.read(HEADER.size)
-        file.seek(HEADER.size + payload_bytes)
+        digests = [sha256(file.read(min(BLOCK_BYTES, num_bytes - start))).digest() for start in starts]
         table = file.read()
-        file.seek(HEADER.size)
-        start = _first_bad_block(file, payload_bytes, table)
-    is_signed = header[DIGEST_AT] == _header_digest(header, table)
-    if start is not None and is_signed:
-        raise ValueError(f"{path}: the block at byte {HEADER.size + start} is damaged; {REMEDY}")
-    if start is not None:
-        at = HEADER.size + payload_bytes + start // BLOCK_BYTES * DIGEST_BYTES
-        raise ValueError(f"{path}: the digest table is damaged at byte {at}; {REMEDY}")
+    unsigned = header[: DIGEST_AT.start] + bytes(DIGEST_BYTES) + header[DIGEST_AT.stop :]
+    is_signed = header[DIGEST_AT] == sha256(unsigned + table).digest()
+    bad = next((n for n, digest in enumerate(digests) if digest != table[n * DIGEST_BYTES : (n + 1) * DIGEST_BYTES]), None)
+    if bad is not None:
+        at = HEADER.size + (starts[bad] if is_signed else num_bytes + bad * DIGEST_BYTES)
+        raise ValueError(f"{path}: the {'block' if is_signed else 'digest'} at byte {at} is damaged; {REMEDY}")
     if not is_signed:
         raise ValueError(f"{path}: the header at byte 0 is damaged; {REMEDY}")
 
 
-def create_labels(
-    folder: Path, stream: TokenStream, top_k: int, vocab_size: int, block_tokens: int, num_positions: int, identity: str
-) -> None:
-    """Makes `folder` and the label files that are not there, without any label; each appears whole or not at all.
-
-    Several processes may do so at once; on a file system without hard links, one at a time. An id takes 2 bytes if `vocab_size`
-    <= 65536, else 4; `identity` is 64 hex digits: whose labels they are.
-
-    Raises:
-        OSError: there is no room.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for path, header in _label_headers(folder, stream, top_k, vocab_size, block_tokens, num_positions, identity):
-        if not path.exists():
-            _create_labels(path, header)
-    sync_folder(folder)
-
-
-def open_labels(
-    folder: Path, stream: TokenStream, top_k: int, vocab_size: int, block_tokens: int, num_positions: int, identity: str
-) -> LabelStream:
-    """The files that `create_labels` made with the same arguments; looks at headers and sizes, hashes no label.
-
-    Raises:
-        ValueError: a file is absent, no label file, of another version, damaged in its header, truncated, or was made for
-            something else: names the first that differs.
-    """
-    headers = _label_headers(folder, stream, top_k, vocab_size, block_tokens, num_positions, identity)
-    files = tuple(_open_labels(path, header) for path, header in headers)
-    return LabelStream(files, stream, _record(top_k, _id_bytes(vocab_size)), block_tokens, num_positions)
-
-
 def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable."""
+    """Makes the names in a folder durable. An OSError says that it is not there or that its disk fails."""
     number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -344,19 +349,28 @@ def sync_folder(folder: Path) -> None:
         os.close(number)
 
 
-def _write(file, arrays: Iterable[np.ndarray], vocab_size: int, fingerprint: bytes) -> int:
-    token_bytes = _id_bytes(vocab_size)
-    file.write(bytes(HEADER.size))
-    table = bytearray()
-    for block in _blocks(arrays, vocab_size, f"<u{token_bytes}"):
-        file.write(block)
-        table += sha256(block).digest()
-    num_tokens = (file.tell() - HEADER.size) // token_bytes
-    file.write(table)
-    header = HEADER.pack(MAGIC, VERSION, token_bytes, num_tokens, fingerprint, bytes(DIGEST_BYTES))
-    file.seek(0)
-    file.write(header[: DIGEST_AT.start] + _header_digest(header, table) + header[DIGEST_AT.stop :])
-    return num_tokens
+@contextmanager
+def _published(path: Path, publish: Callable[[Path, Path], None]) -> Iterator[IO[bytes]]:
+    """A temporary file beside `path`. When it is whole it is made durable, and `publish` gives it its name."""
+    temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _link(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)
+    except OSError as fault:
+        if fault.errno in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK):  # There are no hard links here.
+            os.replace(temporary, path)
+        elif fault.errno != errno.EEXIST:  # Then another process was first, and may have written into its file.
+            raise
 
 
 def _blocks(arrays: Iterable[np.ndarray], vocab_size: int, kind: str) -> Iterator[bytes]:
@@ -373,39 +387,11 @@ def _blocks(arrays: Iterable[np.ndarray], vocab_size: int, kind: str) -> Iterato
         yield bytes(waiting)
 
 
-def _first_bad_block(file: IO[bytes], payload_bytes: int, table: bytes) -> int | None:
-    """Where in the tokens the first block starts whose digest is not the table's."""
-    for start in range(0, payload_bytes, BLOCK_BYTES):
-        at = start // BLOCK_BYTES * DIGEST_BYTES
-        if sha256(file.read(min(BLOCK_BYTES, payload_bytes - start))).digest() != table[at : at + DIGEST_BYTES]:
-            return start
-    return None
-
-
-def _header_digest(header: bytes, table: bytes | bytearray) -> bytes:
-    return sha256(header[: DIGEST_AT.start] + bytes(DIGEST_BYTES) + header[DIGEST_AT.stop :] + table).digest()
-
-
-def _read_header(path: Path) -> bytes:
-    header = _read_start(path, HEADER.size, REMEDY)
-    magic, version, token_bytes, *_ = HEADER.unpack(header)
-    if magic != MAGIC:
-        raise ValueError(f"{path} is not a shard, at byte 0 it has {magic!r}; {REMEDY}")
-    if version != VERSION or token_bytes not in (2, 4):
-        kind = f"version {version} with {token_bytes} bytes a token"
-        raise ValueError(f"{path} is of {kind} by its header at byte 0, not of version {VERSION}; {REMEDY}")
-    return header
-
-
-def _num_blocks(payload_bytes: int) -> int:
-    return -(-payload_bytes // BLOCK_BYTES)
-
-
 def _id_bytes(vocab_size: int) -> int:
     return 2 if vocab_size <= 2**16 else 4
 
 
-def _read_start(path: Path, num_bytes: int, remedy: str) -> bytes:
+def _read_start(path: Path, num_bytes: int, magic: bytes, kind: str, remedy: str) -> bytes:
     try:
         with path.open("rb") as file:
             header = file.read(num_bytes)
@@ -413,15 +399,28 @@ def _read_start(path: Path, num_bytes: int, remedy: str) -> bytes:
         raise ValueError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
     if len(header) < num_bytes:
         raise ValueError(f"{path} ends at byte {len(header)}, within the {num_bytes} of its header; {remedy}")
+    if not header.startswith(magic):
+        raise ValueError(f"{path} is not a {kind}, at byte 0 it has {header[: len(magic)]!r}; {remedy}")
     return header
 
 
-def _record(top_k: int, id_bytes: int) -> np.dtype:
-    """What is kept of one position, without gaps."""
-    return np.dtype([("ids", f"<u{id_bytes}", (top_k,)), ("logs", "<f2", (top_k,)), ("tail", "<f4")])
+def _check_label_file(file: LabelFile, remedy: str) -> None:
+    path, start = file.path, _read_start(file.path, LABEL_HEADER_BYTES, LABEL_MAGIC, "label file", remedy)
+    packed, digest = start[: LABEL_HEADER.size], start[LABEL_HEADER.size :]
+    _, version, *found = LABEL_HEADER.unpack(packed)
+    if version != LABEL_VERSION:
+        raise ValueError(f"{path} is of version {version}, not of version {LABEL_VERSION}; {remedy}")
+    if digest != sha256(packed).digest():
+        raise ValueError(f"{path}: the header at byte 0 is damaged; {remedy}")
+    for name, *values in zip(LabelHeader._fields, found, file.header, strict=True):
+        there, wanted = (value.hex()[:12] if isinstance(value, bytes) else value for value in values)
+        if values[0] != values[1]:
+            raise ValueError(f"{path} was made for {name} {there}, not {wanted}; {remedy}")
+    if path.stat().st_size != file.num_bytes:
+        raise ValueError(f"{path} ends at byte {path.stat().st_size}, not at {file.num_bytes}; {remedy}")
 
 
-def _packed(start: int, labels: Labels, record: np.dtype) -> bytes:
+def _packed(start: int, labels: Labels[np.ndarray], record: np.dtype) -> bytes:
     """The labels of the positions from `start` on as records."""
     records = np.empty(len(labels.tail), record)
     for name, values in labels._asdict().items():
@@ -435,84 +434,17 @@ def _packed(start: int, labels: Labels, record: np.dtype) -> bytes:
     return records.tobytes()
 
 
-def _label_headers(
-    folder: Path, stream: TokenStream, top_k: int, vocab_size: int, block_tokens: int, num_positions: int, identity: str
-) -> Iterator[tuple[Path, LabelHeader]]:
-    """Each label file and what it is made for."""
-    assert 0 <= num_positions <= stream.num_tokens, (num_positions, stream.num_tokens)
-    shared = (top_k, _id_bytes(vocab_size), block_tokens, num_positions)
-    for shard, first in zip(stream.shards, stream.borders.tolist(), strict=False):
-        digests = map(bytes.fromhex, (shard.sha256, shard.fingerprint, identity))
-        yield folder / f"{shard.path.stem}.labels", LabelHeader(*shared, first, len(shard.ids), *digests)
-
-
-def _create_labels(path: Path, header: LabelHeader) -> None:
-    packed = LABEL_HEADER.pack(LABEL_MAGIC, LABEL_VERSION, *header)
-    temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(packed + sha256(packed).digest())
-            file.truncate(header.file_bytes)
-            file.flush()
-            os.fsync(file.fileno())
-        _link(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _link(temporary: Path, path: Path) -> None:
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return  # Another process was first, and may have written into it.
-    except OSError as fault:
-        if fault.errno not in NO_HARD_LINKS:
-            raise
-        os.replace(temporary, path)
-
-
-def _open_labels(path: Path, wanted: LabelHeader) -> LabelFile:
-    remedy = f"delete the folder {path.parent} and the teacher is asked again"
-    found = _read_label_header(path, remedy)
-    for name, one, other in zip(LabelHeader._fields, found, wanted, strict=True):
-        if one != other:
-            raise ValueError(f"{path} was made for {name} {_shown(one)}, not {_shown(other)}; {remedy}")
-    if path.stat().st_size != wanted.file_bytes:
-        raise ValueError(f"{path} ends at byte {path.stat().st_size}, not at {wanted.file_bytes}; {remedy}")
-    return LabelFile(path, wanted)
-
-
-def _read_label_header(path: Path, remedy: str) -> LabelHeader:
-    start = _read_start(path, LABEL_HEADER_BYTES, remedy)
-    packed, digest = start[: LABEL_HEADER.size], start[LABEL_HEADER.size :]
-    magic, version, *fields = LABEL_HEADER.unpack(packed)
-    if magic != LABEL_MAGIC:
-        raise ValueError(f"{path} holds no labels, at byte 0 it has {magic!r}; {remedy}")
-    if version != LABEL_VERSION:
-        raise ValueError(f"{path} is of version {version}, not of version {LABEL_VERSION}; {remedy}")
-    if digest != sha256(packed).digest():
-        raise ValueError(f"{path}: the header at byte 0 is damaged; {remedy}")
-    return LabelHeader(*fields)
-
-
-def _shown(value: int | bytes) -> str:
-    return value.hex()[:12] if isinstance(value, bytes) else str(value)
-
-
-def _read_at(path: Path, offset: int, num_bytes: int) -> Iterator[bytes]:
-    """The bytes from `offset` on, HASHED_BYTES at a time; fewer where the file ends."""
-    with path.open("rb", buffering=0) as file:
-        file.seek(offset)
-        while num_bytes and (piece := file.read(min(num_bytes, HASHED_BYTES))):
-            num_bytes -= len(piece)
+def _read_span(span: _Span) -> Iterator[bytes]:
+    """The bytes of a span, HASHED_BYTES at a time; fewer where the file ends."""
+    remaining_bytes = span.num_bytes
+    with span.path.open("rb", buffering=0) as file:
+        file.seek(span.offset)
+        while remaining_bytes and (piece := file.read(min(remaining_bytes, HASHED_BYTES))):
+            remaining_bytes -= len(piece)
             yield piece
 
 
-def _write_at(path: Path, offset: int, data: bytes | memoryview) -> None:
-    number = os.open(path, os.O_WRONLY)
-    try:
-        while data:
-            written = os.pwrite(number, data, offset)
-            data, offset = data[written:], offset + written
-    finally:
-        os.close(number)
+def _write_span(span: _Span, data: bytes | memoryview) -> None:
+    with span.path.open("rb+") as file:
+        file.seek(span.offset)
+        file.write(data)

@@ -8,36 +8,46 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
-from itertools import groupby, zip_longest
+from itertools import groupby, tee, zip_longest
 from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from ds.corpus import one_line
+
 END_OF_TEXT = "<|endoftext|>"
 ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "<|im_end|>", "</s>")
 QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Part of how text becomes ids: a text of so many characters without a line end is cut after them.
 PIECE_CHARACTERS = 2**16
+# How much text is encoded at once, on all cores; the ids are the same.
 BATCH_CHARACTERS = 2**21
 INVALID_BYTES = re.compile("([\udc80-\udcff]+)")
 # No pre-token of QWEN2_PATTERN holds a line end and what stands after it, so here a text can be cut without a trace.
 LAST_LINE_END = re.compile(r"(?s:.*)\n(?=\S)")
+# The character that stands for each byte, by byte; source: bytes_to_unicode in GPT-2's encoder.py.
+PRINTABLE_BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHER_BYTES = [byte for byte in range(256) if byte not in PRINTABLE_BYTES]
+BYTE_SYMBOLS = [chr(byte if byte in PRINTABLE_BYTES else 256 + OTHER_BYTES.index(byte)) for byte in range(256)]
+SYMBOL_BYTES = {symbol: byte for byte, symbol in enumerate(BYTE_SYMBOLS)}
 # In no common text; SmolLM's vocabulary lacks 21 of them, because none was in the text that it was made from.
 RARE_BYTES = bytes([*range(9), 11, 12, *range(14, 32), 127, 0xC0, 0xC1, *range(0xF1, 256)])
 NFC = {"type": "NFC"}
 PRE_TOKENIZERS = ("ByteLevel", "Digits", "Punctuation", "Split")
+# Far above every real tokenizer; a file beyond them would only fill the memory.
 LARGEST_FILE_BYTES = 2**28
-LARGEST_VOCABULARY = 2**24
+LARGEST_VOCABULARY_IDS = 2**24
 SHOWN_CHARACTERS = 20
 REMEDY = "name the tokenizer.json of a byte-level BPE, such as Qwen3's, Llama 3's or SmolLM's"
 
 
 def raw_bytes() -> Tokenizer:
     """The tokenizer without merges: id = byte value, and 256 is the end of text."""
-    return _finished(models.BPE(vocab={symbol: byte for byte, symbol in enumerate(_SYMBOLS)}, merges=[]))
+    return _finished(models.BPE(vocab={symbol: byte for byte, symbol in enumerate(BYTE_SYMBOLS)}, merges=[]))
 
 
 def train(documents: Iterable[bytes], vocab_size: int) -> Tokenizer:
@@ -48,7 +58,9 @@ def train(documents: Iterable[bytes], vocab_size: int) -> Tokenizer:
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = _qwen2_pre_tokenizer()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=_SYMBOLS, special_tokens=[], show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, initial_alphabet=BYTE_SYMBOLS, special_tokens=[], show_progress=False
+    )
     texts = (piece for document in documents for piece in _pieces(document) if isinstance(piece, str))
     tokenizer.train_from_iterator(texts, trainer)
     nearest = tokenizer.get_vocab_size() + 1
@@ -113,11 +125,17 @@ def encode_documents(tokenizer: Tokenizer, documents: Iterable[bytes]) -> Iterat
         ValueError: as `encode`.
     """
     assert tokenizer.encode_special_tokens, "a tokenizer that this module did not make"
-    pieces_of = _pieces if tokenizer.get_vocab_size() > 257 else _one_piece
+    pieces_of = _pieces if tokenizer.get_vocab_size() > 257 else lambda document: [document]
     checked = _refusing_missing_bytes(documents, _missing_bytes(tokenizer))
-    numbered = ((number, piece) for number, document in enumerate(checked) for piece in pieces_of(document))
-    for _, pieces in groupby(_encode_pieces(tokenizer, numbered), key=itemgetter(0)):
-        yield np.concatenate([ids for _, ids in pieces])
+    numbered = tee((number, piece) for number, document in enumerate(checked) for piece in pieces_of(document))
+    numbers, pieces = (map(itemgetter(field), pairs) for field, pairs in enumerate(numbered))
+    for _, of_document in groupby(zip(numbers, _encode_pieces(tokenizer, pieces), strict=True), key=itemgetter(0)):
+        yield np.concatenate([ids for _, ids in of_document])
+
+
+def with_end_of_text(ids: np.ndarray, end_of_text_id: int) -> np.ndarray:
+    """The (T,) ids of a document -> (T + 1,), the end of text behind them: it is what separates documents in a shard."""
+    return np.append(ids, ids.dtype.type(end_of_text_id))
 
 
 def decode(tokenizer: Tokenizer, ids: Iterable[int] | np.ndarray) -> bytes:
@@ -177,13 +195,13 @@ def _vocabulary_difference(here: dict[str, int], there: dict[str, int]) -> str:
     number = min(number for _, number in here.items() ^ there.items())
     changed = (there.items() - here.items(), here.items() - there.items())
     tokens = [min((token for token, place in pairs if place == number), default=None) for pairs in changed]
-    return f"id {number} is {_shown(tokens[0])} there and {_shown(tokens[1])} here"
+    return f"id {number} is {_token_words(tokens[0])} there and {_token_words(tokens[1])} here"
 
 
 def _merges_difference(here: list[list[str]], there: list[list[str]]) -> str:
     number = next(number for number, (one, other) in enumerate(zip_longest(there, here)) if one != other)
     one, other = (" ".join(merges[number]) if number < len(merges) else None for merges in (there, here))
-    return f"merge {number} is {_shown(one)} there and {_shown(other)} here"
+    return f"merge {number} is {_token_words(one)} there and {_token_words(other)} here"
 
 
 def _added_tokens_difference(here: list[list], there: list[list]) -> str:
@@ -191,7 +209,7 @@ def _added_tokens_difference(here: list[list], there: list[list]) -> str:
     for number, token, _ in sorted(there + here):
         one, other = (kind.get(number, "ordinary") for kind in kinds)
         if one != other:
-            return f"id {number}, {_shown(token)}, is {one} there and {other} here"
+            return f"id {number}, {_token_words(token)}, is {one} there and {other} here"
     return "the added tokens differ in order"
 
 
@@ -202,22 +220,10 @@ def _pre_tokenizer_difference(here: object, there: object) -> str:
     return f"the pre-tokenizer is {one} there and {other} here"
 
 
-def _shown(token: str | None) -> str:
+def _token_words(token: str | None) -> str:
     if token is None:
         return "nothing"
     return repr(token if len(token) <= SHOWN_CHARACTERS else token[: SHOWN_CHARACTERS - 1] + "…")
-
-
-def _byte_symbols() -> list[str]:
-    """The character that stands for each byte, by byte; source: bytes_to_unicode in GPT-2's encoder.py."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    codes = {byte: byte for byte in printable} | {byte: 256 + number for number, byte in enumerate(others)}
-    return [chr(codes[byte]) for byte in range(256)]
-
-
-_SYMBOLS = _byte_symbols()
-_BYTES = {symbol: byte for byte, symbol in enumerate(_SYMBOLS)}
 
 
 def _qwen2_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
@@ -234,10 +240,6 @@ def _finished(model: models.Model) -> Tokenizer:
     return tokenizer
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
 @contextmanager
 def _naming(file: Path) -> Iterator[None]:
     """What breaks inside, a panic of `tokenizers` included, is raised as a ValueError that names the file."""
@@ -246,7 +248,7 @@ def _naming(file: Path) -> Iterator[None]:
     except BaseException as error:  # tokenizers raises Exception itself, and its panics are not even that
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"{file} cannot be read as a tokenizer ({_one_line(error)}); name another tokenizer.json") from error
+        raise ValueError(f"{file} cannot be read as a tokenizer ({one_line(error)}); name another tokenizer.json") from error
 
 
 def _read_json(file: Path) -> dict:
@@ -294,8 +296,8 @@ def _pre_tokenizer_kinds(part: object) -> list[object]:
 
 
 def _checked(tokenizer: Tokenizer, file: Path) -> Tokenizer:
-    if vocab_size(tokenizer) > LARGEST_VOCABULARY:
-        raise ValueError(f"{file} has the id {vocab_size(tokenizer) - 1}, ids are below {LARGEST_VOCABULARY}; {REMEDY}")
+    if vocab_size(tokenizer) > LARGEST_VOCABULARY_IDS:
+        raise ValueError(f"{file} has the id {vocab_size(tokenizer) - 1}, ids are below {LARGEST_VOCABULARY_IDS}; {REMEDY}")
     ids = tokenizer.get_vocab(with_added_tokens=False).values()
     if len(set(ids)) < len(ids):
         raise ValueError(f"{file} gives the same id to several tokens; {REMEDY}")
@@ -315,7 +317,7 @@ def _checked(tokenizer: Tokenizer, file: Path) -> Tokenizer:
 
 def _missing_bytes(tokenizer: Tokenizer) -> bytes:
     """The bytes that have no token."""
-    return bytes(byte for byte, symbol in enumerate(_SYMBOLS) if tokenizer.token_to_id(symbol) is None)
+    return bytes(byte for byte, symbol in enumerate(BYTE_SYMBOLS) if tokenizer.token_to_id(symbol) is None)
 
 
 def _probes(tokenizer: Tokenizer) -> list[bytes]:
@@ -340,10 +342,6 @@ def _refusing_missing_bytes(documents: Iterable[bytes], missing: bytes) -> Itera
         yield document
 
 
-def _one_piece(document: bytes) -> Iterator[bytes]:
-    yield document
-
-
 def _pieces(document: bytes) -> Iterator[str | bytes]:
     """Text that is valid as strings, bytes that are not UTF-8 as bytes; at least one piece."""
     for part in INVALID_BYTES.split(document.decode("utf-8", "surrogateescape")):
@@ -363,22 +361,23 @@ def _cut(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _encode_pieces(tokenizer: Tokenizer, numbered: Iterable[tuple[int, str | bytes]]) -> Iterator[tuple[int, np.ndarray]]:
-    byte_ids = np.array([tokenizer.token_to_id(symbol) or 0 for symbol in _SYMBOLS], dtype=np.uint32)
-    for batch in _batches(numbered):
-        texts = [piece for _, piece in batch if isinstance(piece, str)]
+def _encode_pieces(tokenizer: Tokenizer, pieces: Iterable[str | bytes]) -> Iterator[np.ndarray]:
+    """The (T,) uint32 ids of each piece."""
+    byte_ids = np.array([tokenizer.token_to_id(symbol) or 0 for symbol in BYTE_SYMBOLS], dtype=np.uint32)
+    for batch in _batches(pieces):
+        texts = [piece for piece in batch if isinstance(piece, str)]
         encodings = iter(tokenizer.encode_batch_fast(texts, add_special_tokens=False))
-        for number, piece in batch:
+        for piece in batch:
             if isinstance(piece, str):
-                yield number, np.array(next(encodings).ids, dtype=np.uint32)
+                yield np.array(next(encodings).ids, dtype=np.uint32)
             else:
-                yield number, byte_ids[np.frombuffer(piece, dtype=np.uint8)]
+                yield byte_ids[np.frombuffer(piece, dtype=np.uint8)]
 
 
-def _batches(numbered: Iterable[tuple[int, str | bytes]]) -> Iterator[list[tuple[int, str | bytes]]]:
+def _batches(pieces: Iterable[str | bytes]) -> Iterator[list[str | bytes]]:
     batch, size = [], 0
-    for number, piece in numbered:
-        batch.append((number, piece))
+    for piece in pieces:
+        batch.append(piece)
         size += len(piece)
         if size >= BATCH_CHARACTERS:
             yield batch
@@ -399,4 +398,4 @@ def _added_bytes(token: AddedToken) -> bytes:
 
 
 def _ordinary_bytes(token: str | None) -> bytes:
-    return bytes(_BYTES[symbol] for symbol in token or "" if symbol in _BYTES)
+    return bytes(SYMBOL_BYTES[symbol] for symbol in token or "" if symbol in SYMBOL_BYTES)

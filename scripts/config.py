@@ -9,9 +9,11 @@ import re
 import sys
 import sysconfig
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from glob import has_magic
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -31,7 +33,6 @@ AT_LEAST = {
     "sample_top_k": 1, "save_every_steps": 1, "keep_checkpoints": 1, "max_skipped_steps": 1, "spike_window_steps": 2,
     "rank_timeout_minutes": 1, "silent_rank_seconds": 2, "seed": 0, "teacher_top_k": 1,
 }  # fmt: skip
-HOST_CHUNK_ROWS = 1024
 MAKE_TEACHER = "deepspeed scripts/train_pretrain.py makes a teacher, or name a Llama or Qwen3 folder of transformers' format"
 LARGEST_SEED, LARGEST_NUMBER = 2**32 - 1, 1e300
 ABOVE_ZERO = (
@@ -49,6 +50,54 @@ ABOVE_ZERO = (
 )
 NOT_NEGATIVE = ("validation_fraction", "min_learning_rate", "weight_decay", "sample_temperature")
 BELOW_ONE = ("validation_fraction", "beta1", "beta2")
+
+# Settings of the system: waits, threads, buffers and estimates. Memory and time estimates enter the plan alone, no result.
+GIB, MIB = 2**30, 2**20
+HOST_CHUNK_ROWS = 1024
+
+RUN_DIR_WAIT_SECONDS = 60
+RUN_DIR_POLL_SECONDS = 0.2
+LONG_LOCK_SECONDS = 60
+LOCK_POLL_SECONDS = 0.1
+WATCH_BEAT_SECONDS = 0.25
+SECOND_SIGNAL_AFTER_SECONDS = {"SIGINT": 0.3, "SIGTERM": 2.0}
+LEAVE_SECONDS = 3.0
+LAST_WORDS_SECONDS = 1.0
+SAY_SECONDS = 1.0
+VERDICT_SECONDS = 1.0
+CONNECT_SECONDS = 60.0
+LABEL_PROGRESS_SECONDS = 300
+
+HASH_THREADS = 2
+VERIFY_THREADS = 8
+LOAD_THREADS = 2
+WRITE_BACK_BYTES = 32 * MIB
+LOAD_PIECE_ELEMENTS = 2**22
+OPTIMIZER_CHUNK_ELEMENTS = 2**24
+GRADIENT_PIECE_ELEMENTS = 2**22
+GRADIENT_CACHE_ELEMENTS = 2**18
+
+CUDA_CONTEXT_BYTES = 256 * MIB
+CUDA_LIBRARIES_BYTES = 256 * MIB
+CUBLAS_WORKSPACE_BYTES = 64 * MIB
+NUM_MULTIPROCESSORS = 128
+ALLOCATOR_SLACK_SHARE = 0.02
+PROGRAM_BYTES = {"cuda": 2304 * MIB, "cpu": 544 * MIB}
+DATA_BYTES = 64 * MIB
+FILE_PIECES_BYTES = 64 * MIB
+PRODUCT_EFFICIENCY_SHARE = 0.6
+RATE_SECONDS = 0.02
+RATE_COPIED_BYTES = 32 * MIB
+RATE_MOST_ROWS = {"cpu": 256, "cuda": 8192}
+
+NUM_OFFERS = 3
+OFFERED_TEACHER_TOP_K = 32
+FEWEST_OFFERED_CHUNK_ROWS = 64
+SHORTEST_OFFERED_CONTEXT = 64
+OFFERED_MEMORY_SHARE = 0.9
+NUM_NAMED_DOCUMENTS = 3
+NAMED_DOCUMENT_TOKENS = 48
+LABEL_ERROR_TOKENS = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,9 +182,15 @@ class TrainingConfig:
     distill_temperature: float = 1.0
     distill_divergence: str = "forward"
 
+    def __new__(cls, **values: object) -> "TrainingConfig":
+        with _refusing_presets():
+            _refuse_unknown_fields(values)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
-        for law in LAWS:
-            law(self)
+        with _refusing_presets():
+            for law in LAWS:
+                law(self)
 
     @property
     def head_width(self) -> int:
@@ -170,11 +225,6 @@ class TrainingConfig:
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
         return embeddings + self.num_layers * self.block_parameters + self.hidden_size
 
-    @property
-    def asked_of_teacher(self) -> tuple[int | None, float, int, str]:
-        """What decides a teacher's labels, beside the teacher and the shards."""
-        return self.teacher_top_k, self.distill_temperature, self.context_length, self.precision
-
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches that each of `world_size` ranks runs in one step.
 
@@ -193,6 +243,10 @@ class TrainingConfig:
                 f" = {tokens}; nearest is {nearest}"
             )
         return self.tokens_per_step // tokens
+
+    def keeps_gradient_sums(self, world_size: int) -> bool:
+        """Whether sums of gradients stay on the GPU from one micro-batch to the next, or for an optimizer on the GPU."""
+        return self.accumulate_on == "gpu" and (self.accumulation_steps(world_size) > 1 or not self.offload_optimizer)
 
     @staticmethod
     def deepspeed_config(config: "TrainingConfig", world_size: int) -> dict:
@@ -234,6 +288,10 @@ class TrainingConfig:
         }
 
 
+# What help() and editors show of the class is the dataclass's own __init__, with every field.
+TrainingConfig.__new__.__signature__ = signature(TrainingConfig.__init__)  # pyright: ignore[reportFunctionMemberAccess]
+
+
 def product_dtype(storage: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype of matrix products of `storage` tensors: their own, but float32 on a CPU that lacks 16-bit products.
 
@@ -244,7 +302,7 @@ def product_dtype(storage: torch.dtype, device: torch.device) -> torch.dtype:
     return storage
 
 
-def refuse_unfit(config: TrainingConfig, world_size: int) -> None:
+def refuse_on_this_machine(config: TrainingConfig, world_size: int) -> None:
     """Checks what the fields alone cannot tell: the ranks, the device and the paths of this machine.
 
     Raises:
@@ -293,13 +351,27 @@ def refuse_arguments(arguments: list[str]) -> None:
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """Turns a ValueError into what a user sees: one line for each machine, and exit status 2."""
+    """Turns a ValueError into one line for each machine and exit status 2."""
     try:
         yield
     except ValueError as refusal:
         if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
             print(f"refused: {refusal}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+
+
+def _refusing_presets() -> AbstractContextManager[None]:
+    """`refusing` while this file is being read, so that a wrong preset ends every command in one line; else nothing."""
+    is_read = getattr(__spec__, "_initializing", True)
+    return refusing() if is_read else nullcontext()
+
+
+def _refuse_unknown_fields(values: dict[str, object]) -> None:
+    names = [field.name for field in fields(TrainingConfig)]
+    for name in values:
+        if name not in names:
+            nearest = get_close_matches(name, names, n=1, cutoff=0.0)[0]
+            raise ValueError(f"{name} is no field of TrainingConfig; nearest is {nearest}")
 
 
 def _check_types(config: TrainingConfig) -> None:
@@ -489,51 +561,50 @@ FOR_CARDS = {
     "save_every_steps": 500, "keep_checkpoints": 2, "init_from": None, "teacher_dir": None, "teacher_top_k": None,
 }  # fmt: skip
 
-with refusing():
-    PRETRAIN = TrainingConfig()
-    DISTILL = replace(
-        PRETRAIN, run_dir="runs/distill", teacher_dir=PRETRAIN.run_dir, init_from=None, hidden_size=128, num_layers=3,
-        num_heads=2, num_kv_heads=1, head_size=None, mlp_size=352,
-    )  # fmt: skip
-    GPU_4GB = replace(
-        PRETRAIN, **FOR_CARDS, run_dir="runs/gpu-4gb", data_dir="data/gpu-4gb", context_length=2048, hidden_size=1280,
-        num_layers=36, num_heads=20, num_kv_heads=5, head_size=64, mlp_size=3584, rope_theta=10000.0, tokens_per_step=2**18,
-        micro_batch_rows=4, activation_checkpointing="block", num_steps=52_000, learning_rate=8e-4, min_learning_rate=8e-5,
-        warmup_steps=1000,
-    )  # fmt: skip
-    GPU_6GB = replace(
-        PRETRAIN, **FOR_CARDS, run_dir="runs/gpu-6gb", data_dir="data/gpu-6gb", context_length=2048, hidden_size=2048,
-        num_layers=28, num_heads=16, num_kv_heads=4, head_size=128, mlp_size=5632, rope_theta=10000.0, tokens_per_step=2**19,
-        micro_batch_rows=4, activation_checkpointing="block", num_steps=51_000, learning_rate=5e-4, min_learning_rate=5e-5,
-        warmup_steps=1000,
-    )  # fmt: skip
-    GPU_8GB = replace(
-        PRETRAIN, **FOR_CARDS, run_dir="runs/gpu-8gb", data_dir="data/gpu-8gb", context_length=2048, hidden_size=2048,
-        num_layers=32, num_heads=16, num_kv_heads=8, head_size=128, mlp_size=6144, rope_theta=10000.0, tokens_per_step=2**19,
-        micro_batch_rows=4, activation_checkpointing="block", num_steps=64_000, learning_rate=4e-4, min_learning_rate=4e-5,
-        warmup_steps=1000,
-    )  # fmt: skip
-    GPU_12GB = replace(
-        PRETRAIN, **FOR_CARDS, run_dir="runs/gpu-12gb", data_dir="data/gpu-12gb", context_length=4096, hidden_size=3072,
-        num_layers=32, num_heads=24, num_kv_heads=8, head_size=128, mlp_size=8192, rope_theta=500_000.0, tokens_per_step=2**20,
-        micro_batch_rows=4, activation_checkpointing="block_offload", num_steps=63_000, learning_rate=3e-4,
-        min_learning_rate=3e-5, warmup_steps=1000,
-    )  # fmt: skip
-    GPU_16GB = replace(
-        PRETRAIN, **FOR_CARDS, run_dir="runs/gpu-16gb", data_dir="data/gpu-16gb", context_length=4096, hidden_size=2560,
-        num_layers=34, num_heads=32, num_kv_heads=8, head_size=128, mlp_size=9728, rope_theta=500_000.0, tokens_per_step=2**20,
-        micro_batch_rows=4, activation_checkpointing="block_offload", num_steps=67_000, learning_rate=3e-4,
-        min_learning_rate=3e-5, warmup_steps=1000,
-    )  # fmt: skip
-    GPU_24GB = replace(
-        PRETRAIN, **FOR_CARDS, run_dir="runs/gpu-24gb", data_dir="data/gpu-24gb", context_length=4096, hidden_size=4096,
-        num_layers=36, num_heads=32, num_kv_heads=8, head_size=128, mlp_size=12288, rope_theta=500_000.0, tokens_per_step=2**21,
-        micro_batch_rows=4, activation_checkpointing="block_offload", num_steps=68_000, learning_rate=2e-4,
-        min_learning_rate=2e-5, warmup_steps=2000,
-    )  # fmt: skip
-    GPUS_8X80GB = replace(
-        PRETRAIN, **FOR_CARDS, run_dir="runs/gpus-8x80gb", data_dir="data/gpus-8x80gb", context_length=4096, hidden_size=5120,
-        num_layers=48, num_heads=40, num_kv_heads=8, head_size=128, mlp_size=17408, rope_theta=500_000.0, tokens_per_step=2**22,
-        micro_batch_rows=8, activation_checkpointing="block", num_steps=76_000, learning_rate=2e-4, min_learning_rate=2e-5,
-        warmup_steps=2000,
-    )  # fmt: skip
+PRETRAIN = TrainingConfig()
+DISTILL = replace(
+    PRETRAIN, run_dir="runs/distill", teacher_dir=PRETRAIN.run_dir, init_from=None, hidden_size=128, num_layers=3,
+    num_heads=2, num_kv_heads=1, head_size=None, mlp_size=352,
+)  # fmt: skip
+GPU_4GB = replace(
+    PRETRAIN, **FOR_CARDS, run_dir="runs/gpu-4gb", data_dir="data/gpu-4gb", context_length=2048, hidden_size=1280,
+    num_layers=36, num_heads=20, num_kv_heads=5, head_size=64, mlp_size=3584, rope_theta=10000.0, tokens_per_step=2**18,
+    micro_batch_rows=4, activation_checkpointing="block", num_steps=52_000, learning_rate=8e-4, min_learning_rate=8e-5,
+    warmup_steps=1000,
+)  # fmt: skip
+GPU_6GB = replace(
+    PRETRAIN, **FOR_CARDS, run_dir="runs/gpu-6gb", data_dir="data/gpu-6gb", context_length=2048, hidden_size=2048,
+    num_layers=28, num_heads=16, num_kv_heads=4, head_size=128, mlp_size=5632, rope_theta=10000.0, tokens_per_step=2**19,
+    micro_batch_rows=4, activation_checkpointing="block", num_steps=51_000, learning_rate=5e-4, min_learning_rate=5e-5,
+    warmup_steps=1000,
+)  # fmt: skip
+GPU_8GB = replace(
+    PRETRAIN, **FOR_CARDS, run_dir="runs/gpu-8gb", data_dir="data/gpu-8gb", context_length=2048, hidden_size=2048,
+    num_layers=32, num_heads=16, num_kv_heads=8, head_size=128, mlp_size=6144, rope_theta=10000.0, tokens_per_step=2**19,
+    micro_batch_rows=4, activation_checkpointing="block", num_steps=64_000, learning_rate=4e-4, min_learning_rate=4e-5,
+    warmup_steps=1000,
+)  # fmt: skip
+GPU_12GB = replace(
+    PRETRAIN, **FOR_CARDS, run_dir="runs/gpu-12gb", data_dir="data/gpu-12gb", context_length=4096, hidden_size=3072,
+    num_layers=32, num_heads=24, num_kv_heads=8, head_size=128, mlp_size=8192, rope_theta=500_000.0, tokens_per_step=2**20,
+    micro_batch_rows=4, activation_checkpointing="block_offload", num_steps=63_000, learning_rate=3e-4,
+    min_learning_rate=3e-5, warmup_steps=1000,
+)  # fmt: skip
+GPU_16GB = replace(
+    PRETRAIN, **FOR_CARDS, run_dir="runs/gpu-16gb", data_dir="data/gpu-16gb", context_length=4096, hidden_size=2560,
+    num_layers=34, num_heads=32, num_kv_heads=8, head_size=128, mlp_size=9728, rope_theta=500_000.0, tokens_per_step=2**20,
+    micro_batch_rows=4, activation_checkpointing="block_offload", num_steps=67_000, learning_rate=3e-4,
+    min_learning_rate=3e-5, warmup_steps=1000,
+)  # fmt: skip
+GPU_24GB = replace(
+    PRETRAIN, **FOR_CARDS, run_dir="runs/gpu-24gb", data_dir="data/gpu-24gb", context_length=4096, hidden_size=4096,
+    num_layers=36, num_heads=32, num_kv_heads=8, head_size=128, mlp_size=12288, rope_theta=500_000.0, tokens_per_step=2**21,
+    micro_batch_rows=4, activation_checkpointing="block_offload", num_steps=68_000, learning_rate=2e-4,
+    min_learning_rate=2e-5, warmup_steps=2000,
+)  # fmt: skip
+GPUS_8X80GB = replace(
+    PRETRAIN, **FOR_CARDS, run_dir="runs/gpus-8x80gb", data_dir="data/gpus-8x80gb", context_length=4096, hidden_size=5120,
+    num_layers=48, num_heads=40, num_kv_heads=8, head_size=128, mlp_size=17408, rope_theta=500_000.0, tokens_per_step=2**22,
+    micro_batch_rows=8, activation_checkpointing="block", num_steps=76_000, learning_rate=2e-4, min_learning_rate=2e-5,
+    warmup_steps=2000,
+)  # fmt: skip

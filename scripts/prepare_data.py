@@ -26,11 +26,13 @@ from tokenizers import Tokenizer
 from ds import tokenizer as bpe
 from ds.corpus import corpus_digest, corpus_files, documents, file_documents, fixed_part, is_held_out
 from ds.loader import count_windows
-from ds.shards import LabelStream, TokenStream, create_labels, open_labels, open_shard, sync_folder, verify_shard, write_shard
+from ds.shards import LabelStream, TokenStream, open_shard, sync_folder, verify_shard, write_shard
 from scripts.config import PRETRAIN, TrainingConfig, refuse_arguments, refusing
 
 FORMAT_VERSION = 1
+# Part of the format: a block of labels has at least so many tokens, so that its digest of 32 bytes adds little to it.
 LEAST_BLOCK_TOKENS = 64
+# The fields that decide the data: the manifest holds them, and data made with other values is refused.
 FIELDS = (
     "corpus", "corpus_exclude", "text_field", "validation_fraction", "tokens_per_shard", "vocab_size", "tokenizer_path",
     "tokenizer_sample_bytes",
@@ -84,21 +86,29 @@ class Data(NamedTuple):
             )
 
     def labels(self, top_k: int, context_length: int, vocab_size: int, identity: str) -> LabelStream:
-        """Where a teacher's labels of the training windows are kept, beside the shards; made at the first call, without any
-        label. `identity` (sha256 hex) says which teacher's they are, and how it was asked.
+        """The files beside the shards that keep a teacher's labels of the training windows. The first call makes them, without
+        any label. `identity` (sha256 hex) says which teacher's they are, and how it was asked.
 
         Raises:
             ValueError: there are labels that are not of these shards or this identity, or there is no room for them.
         """
-        folder = self._folder / f"labels-{identity[:16]}"
-        num_positions = count_windows(self.train.num_tokens, context_length) * context_length
-        block_tokens = context_length * -(-LEAST_BLOCK_TOKENS // context_length)
-        place = (folder, self.train, top_k, vocab_size, block_tokens, num_positions, identity)
+        labels = LabelStream(
+            folder=self._folder / f"labels-{identity[:16]}",
+            stream=self.train,
+            top_k=top_k,
+            vocab_size=vocab_size,
+            block_tokens=context_length * -(-LEAST_BLOCK_TOKENS // context_length),
+            num_positions=count_windows(self.train.num_tokens, context_length) * context_length,
+            identity=identity,
+        )
         try:
-            create_labels(*place)
+            labels.create()
         except OSError as fault:
-            raise ValueError(f"{folder} cannot be written ({fault.strerror}); make room for the teacher's labels") from None
-        return open_labels(*place)
+            raise ValueError(
+                f"{labels.folder} cannot be written ({fault.strerror}); make room for the teacher's labels"
+            ) from None
+        labels.check()
+        return labels
 
     @property
     def _folder(self) -> Path:
@@ -123,14 +133,32 @@ def open_data(config: TrainingConfig) -> Data:
         ValueError: there is no manifest, a field or the corpus has changed, the tokenizer or a shard is damaged, missing or
             not the manifest's, or a split is shorter than one window.
     """
-    manifest, fingerprint = _read_manifest(config)
+    content = _read_manifest(config)
+    manifest = json.loads(content)
     _check_fields(config, manifest)
     _check_corpus(config, manifest)
     tokenizer = _open_tokenizer(config, manifest)
     train = _open_split(config, manifest, "train")
     validation = _open_split(config, manifest, "validation") if config.validation_fraction > 0 else None
     _check_windows(config, train.num_tokens, validation.num_tokens if validation else 0)
-    return Data(manifest, train, validation, tokenizer, fingerprint)
+    return Data(manifest, train, validation, tokenizer, sha256(content).hexdigest())
+
+
+def sample_documents(config: TrainingConfig, files: list[Path]) -> Iterator[bytes]:
+    """Training documents for the tokenizer: each file gives in proportion to its size, tokenizer_sample_bytes in all."""
+    corpus_bytes = sum(file.stat().st_size for file in files) or 1
+    num_due, num_taken = 0.0, 0
+    for file in files:
+        num_due += config.tokenizer_sample_bytes * file.stat().st_size / corpus_bytes
+        if num_taken >= num_due:
+            continue
+        for document in file_documents(file, config.text_field):
+            if is_held_out(document, config.validation_fraction):
+                continue
+            yield document[: config.tokenizer_sample_bytes - num_taken]
+            num_taken += len(document)
+            if num_taken >= num_due:
+                break
 
 
 def main() -> None:
@@ -141,11 +169,22 @@ def main() -> None:
     print(f"data: {data.train.num_tokens:,} training tokens in {PRETRAIN.data_dir}")
 
 
-@dataclass
-class _Split:
-    """One split while it is built: counts, shards written, ids that wait for theirs."""
+class _ShardEntry(NamedTuple):
+    """What the manifest says of one shard; `sha256` in hex."""
 
     name: str
+    num_tokens: int
+    sha256: str
+
+
+@dataclass
+class _Split:
+    """One split while it is built: counts, the shards that are written, the ids that wait for the next shard."""
+
+    name: str
+    folder: Path
+    config: TrainingConfig
+    fingerprint: str
     num_documents: int = 0
     num_bytes: int = 0
     num_tokens: int = 0
@@ -153,7 +192,29 @@ class _Split:
     waiting: list[np.ndarray] = field(default_factory=list)
     num_waiting: int = 0
 
+    def add(self, document: bytes, ids: np.ndarray) -> None:
+        """Takes a document and its (T,) ids, and writes every shard that is full."""
+        self.num_documents += 1
+        self.num_bytes += len(document)
+        while len(ids):
+            taken, ids = np.split(ids, [self.config.tokens_per_shard - self.num_waiting])
+            self.waiting.append(taken)
+            self.num_waiting += len(taken)
+            if self.num_waiting == self.config.tokens_per_shard:
+                self.write_waiting()
+
+    def write_waiting(self) -> None:
+        """Writes the ids that wait, if there are any, as one shard."""
+        if not self.num_waiting:
+            return
+        path = self.folder / f"{self.name}-{len(self.shards):05d}.bin"
+        num_tokens = write_shard(path, self.waiting, self.config.vocab_size, self.fingerprint)
+        self.shards.append(_ShardEntry(path.name, num_tokens, open_shard(path).sha256)._asdict())
+        self.num_tokens += num_tokens
+        self.waiting, self.num_waiting = [], 0
+
     def summary(self) -> dict:
+        """What the manifest says of the split."""
         return {name: getattr(self, name) for name in ("num_documents", "num_bytes", "num_tokens", "shards")}
 
 
@@ -211,26 +272,26 @@ def _is_alive(process: int) -> bool:
 
 def _build_in(folder: Path, config: TrainingConfig, files: list[Path]) -> None:
     tokenizer = _make_tokenizer(config, files)
-    fingerprint = bpe.fingerprint(tokenizer)
     print(f"tokenizer: {config.vocab_size} tokens", flush=True)
-    train, validation = _write_splits(folder, config, files, tokenizer, fingerprint)
+    fingerprint = bpe.fingerprint(tokenizer)
+    splits = {name: _Split(name, folder, config, fingerprint) for name in ("train", "validation")}
+    _write_splits(splits, config, files, tokenizer)
+    train, validation = splits.values()
     _check_windows(config, train.num_tokens, validation.num_tokens)
     bytes_per_token = (train.num_bytes + validation.num_bytes) / (train.num_tokens + validation.num_tokens)
     counts = f"{train.num_tokens:,} training tokens, {validation.num_tokens:,} held out"
     print(f"shards: {counts}, {bytes_per_token:.2f} bytes a token", flush=True)
     _write_durably(folder / "tokenizer.json", bpe.to_json(tokenizer))
     head = {"format_version": FORMAT_VERSION, **_fields(config), "corpus_digest": corpus_digest(files)}
-    splits = {split.name: split.summary() for split in (train, validation)}
-    _write_durably(
-        folder / "manifest.json", json.dumps(head | {"tokenizer_fingerprint": fingerprint} | splits, indent=1) + "\n"
-    )
+    manifest = head | {"tokenizer_fingerprint": fingerprint} | {name: split.summary() for name, split in splits.items()}
+    _write_durably(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
 
 def _make_tokenizer(config: TrainingConfig, files: list[Path]) -> Tokenizer:
     if config.vocab_size == 257:
         return bpe.raw_bytes()
     if config.tokenizer_path is None:
-        return bpe.train(_sample(config, files), config.vocab_size)
+        return bpe.train(sample_documents(config, files), config.vocab_size)
     tokenizer = bpe.load(config.tokenizer_path)
     num_ids = bpe.vocab_size(tokenizer)
     if config.vocab_size not in (num_ids, _padded_vocab_size(config.tokenizer_path, num_ids)):
@@ -242,65 +303,22 @@ def _make_tokenizer(config: TrainingConfig, files: list[Path]) -> Tokenizer:
 
 def _padded_vocab_size(path: str, num_ids: int) -> int | None:
     """The rows of the embedding of the model whose folder `path` is: some models have more than their tokenizer has ids."""
-    description = Path(path) / "config.json"
-    if not description.is_file():
-        return None
     try:
-        size = json.loads(description.read_text())["vocab_size"]
+        size = json.loads((Path(path) / "config.json").read_text())["vocab_size"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return size if isinstance(size, int) and size > num_ids else None
 
 
-def _sample(config: TrainingConfig, files: list[Path]) -> Iterator[bytes]:
-    """Training documents for the tokenizer: each file gives in proportion to its size, tokenizer_sample_bytes in all."""
-    corpus_bytes = sum(file.stat().st_size for file in files) or 1
-    num_due, num_taken = 0.0, 0
-    for file in files:
-        num_due += config.tokenizer_sample_bytes * file.stat().st_size / corpus_bytes
-        if num_taken >= num_due:
-            continue
-        for document in file_documents(file, config.text_field):
-            if is_held_out(document, config.validation_fraction):
-                continue
-            yield document[: config.tokenizer_sample_bytes - num_taken]
-            num_taken += len(document)
-            if num_taken >= num_due:
-                break
-
-
-def _write_splits(
-    folder: Path, config: TrainingConfig, files: list[Path], tokenizer: Tokenizer, fingerprint: str
-) -> tuple[_Split, _Split]:
-    train, validation = _Split("train"), _Split("validation")
-    end_of_text = np.array([bpe.end_of_text_id(tokenizer)], dtype=np.uint32)
+def _write_splits(splits: dict[str, _Split], config: TrainingConfig, files: list[Path], tokenizer: Tokenizer) -> None:
+    """Writes the shards of both splits; in them, each document is followed by the end of text."""
+    end_of_text_id = bpe.end_of_text_id(tokenizer)
     plain, to_encode = tee(documents(files, config.text_field))
     for document, ids in zip(plain, bpe.encode_documents(tokenizer, to_encode), strict=True):
-        split = validation if is_held_out(document, config.validation_fraction) else train
-        split.num_documents += 1
-        split.num_bytes += len(document)
-        _add(split, np.append(ids, end_of_text), folder, config, fingerprint)
-    for split in (train, validation):
-        if split.num_waiting:
-            _write_waiting(split, folder, config, fingerprint)
-    return train, validation
-
-
-def _add(split: _Split, ids: np.ndarray, folder: Path, config: TrainingConfig, fingerprint: str) -> None:
-    while len(ids):
-        taken, ids = np.split(ids, [config.tokens_per_shard - split.num_waiting])
-        split.waiting.append(taken)
-        split.num_waiting += len(taken)
-        if split.num_waiting == config.tokens_per_shard:
-            _write_waiting(split, folder, config, fingerprint)
-
-
-def _write_waiting(split: _Split, folder: Path, config: TrainingConfig, fingerprint: str) -> None:
-    path = folder / f"{split.name}-{len(split.shards):05d}.bin"
-    num_tokens = write_shard(path, split.waiting, config.vocab_size, fingerprint)
-    split.shards.append({"name": path.name, "num_tokens": num_tokens, "sha256": open_shard(path).sha256})
-    split.num_tokens += num_tokens
-    split.waiting, split.num_waiting = [], 0
+        split = splits["validation" if is_held_out(document, config.validation_fraction) else "train"]
+        split.add(document, bpe.with_end_of_text(ids, end_of_text_id))
+    for split in splits.values():
+        split.write_waiting()
 
 
 def _write_durably(path: Path, text: str) -> None:
@@ -322,19 +340,19 @@ def _fields(config: TrainingConfig) -> dict:
     return json.loads(json.dumps({name: getattr(config, name) for name in FIELDS}))
 
 
-def _read_manifest(config: TrainingConfig) -> tuple[dict, str]:
+def _read_manifest(config: TrainingConfig) -> bytes:
+    """The bytes of manifest.json, once it is known to be JSON of this version."""
     path = _manifest_path(config)
     try:
         content = path.read_bytes()
-        manifest = json.loads(content)
-        version = manifest["format_version"]
+        version = json.loads(content)["format_version"]
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); run scripts/prepare_data.py") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged; {_delete(config)}") from error
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} is of version {version}, not of version {FORMAT_VERSION}; {_delete(config)}")
-    return manifest, sha256(content).hexdigest()
+    return content
 
 
 def _delete(config: TrainingConfig) -> str:
@@ -373,15 +391,15 @@ def _open_tokenizer(config: TrainingConfig, manifest: dict) -> Tokenizer:
 
 def _open_split(config: TrainingConfig, manifest: dict, name: str) -> TokenStream:
     try:
-        expected = [(entry["name"], entry["num_tokens"], entry["sha256"]) for entry in manifest[name]["shards"]]
+        entries = [_ShardEntry(**entry) for entry in manifest[name]["shards"]]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{_manifest_path(config)} is damaged; {_delete(config)}") from error
-    paths = [Path(config.data_dir, shard_name) for shard_name, _, _ in expected]
+    paths = [Path(config.data_dir, entry.name) for entry in entries]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(verify_shard, paths))
     shards = tuple(map(open_shard, paths))
-    for shard, (_, num_tokens, digest) in zip(shards, expected, strict=True):
-        if (len(shard.ids), shard.sha256) != (num_tokens, digest):
+    for shard, entry in zip(shards, entries, strict=True):
+        if (len(shard.ids), shard.sha256) != (entry.num_tokens, entry.sha256):
             raise ValueError(f"{shard.path} is not the shard that manifest.json names; {_delete(config)}")
     return TokenStream(shards, manifest["tokenizer_fingerprint"])
 

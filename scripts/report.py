@@ -1,4 +1,4 @@
-"""Metrics -> pictures and words for people. Knows the lines of metrics.jsonl and matplotlib; nothing of models."""
+"""Records of metrics.jsonl -> pictures and words for people. Owns matplotlib; knows no run directory and no model."""
 
 import json
 import math
@@ -10,7 +10,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-NUM_NAMED_DOCUMENTS = 3
+from scripts.config import NUM_NAMED_DOCUMENTS, TrainingConfig
+from scripts.memory import comparison_words
+
 TRAIN, HELD_OUT, RATE, NORM = "#9aa7b4", "#c2410c", "#1d4ed8", "#4d7c0f"
 
 
@@ -23,11 +25,18 @@ class Row(NamedTuple):
     where: str
 
 
+class Alone(NamedTuple):
+    """The run of the same student without a teacher: its folder and its records."""
+
+    run_dir: str
+    records: list[dict]
+
+
 def draw_losses(metrics: Path, picture: Path) -> None:
     """Draws training and held-out loss against tokens, with learning rate and gradient norm below, into a PNG file.
 
-    `metrics` holds one JSON object a line, of kind "train", "eval" or "event"; of events the teacher's is drawn; a null is a
-    gap.
+    `metrics` holds one JSON object a line, of kind "train", "eval" or "event". Of the events, only the teacher's held-out loss
+    is drawn. A null leaves a gap.
     """
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     train = [record for record in records if record["kind"] == "train"]
@@ -36,8 +45,8 @@ def draw_losses(metrics: Path, picture: Path) -> None:
     figure = Figure(figsize=(9, 8), dpi=120, layout="constrained")
     loss, rate, norm = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
     _plot_losses(loss, train, held_out, teacher)
-    _plot_line(rate, train, "learning_rate", "learning rate", RATE)
-    _plot_line(norm, train, "grad_norm", "gradient norm", NORM)
+    _plot_line(rate, train, "learning_rate", unit="learning rate", color=RATE)
+    _plot_line(norm, train, "grad_norm", unit="gradient norm", color=NORM)
     for axes in (rate, norm):
         axes.set_ylim(bottom=0)
     norm.set_xlabel("tokens read")
@@ -48,7 +57,7 @@ def draw_losses(metrics: Path, picture: Path) -> None:
 
 
 def line_of(record: dict, num_steps: int, top_k: int | None) -> str:
-    """What a person reads of a record other than those of a launch's beginning and end; `top_k` of a teacher's labels."""
+    """What a person reads of a record, for all kinds but "started" and "memory". `top_k` is how many ids a teacher labels."""
     where = f"step {record['step']}/{num_steps}"
     words = {
         "train": train_words,
@@ -81,6 +90,27 @@ def indented(text: str | None) -> str:
     return "\n".join(f"    {line}" for line in (text or "").splitlines())
 
 
+def summary(config: TrainingConfig, records: list[dict], *, picture: Path, saved: Path | None, alone: Alone | None) -> str:
+    """What a person wants to know at the end of a run, in several lines.
+
+    `records` are all of the run's, `picture` is its loss curve, `saved` its newest checkpoint. A student with a teacher is
+    compared with it, and with the same student without a teacher, if `alone` is given.
+    """
+    held_out = [record for record in records if record["kind"] == "eval"]
+    samples = [record["text"] for record in records if record.get("event") == "sample"]
+    lines = [""]
+    if held_out:
+        lines += [f"  held out before: {held_out_words(held_out[0])}", f"  held out after:  {held_out_words(held_out[-1])}"]
+    if samples:
+        lines += ["  sample:", indented(samples[-1])]
+    lines += [f"  {comparison_words(record)}" for record in records if record.get("event") == "memory"][-1:]
+    lines += [f"  picture: {picture}"]
+    lines += [f"  checkpoint (opens in transformers): {saved}"] if saved else []
+    if config.teacher_dir is None:
+        return "\n".join([*lines, '  next: echo "def" | python scripts/generate.py'])
+    return "\n".join([*lines, *_comparison_with_teacher(config, records, alone)])
+
+
 def table(rows: list[Row]) -> list[str]:
     """Lines: a head and one for each row."""
     lines = [f"  {'held out':<16}{'parameters':>12}{'nats per token':>16}{'bits per byte':>15}{'step':>8}  where"]
@@ -89,6 +119,19 @@ def table(rows: list[Row]) -> list[str]:
         step = record["step"] if record.get("kind") == "eval" else ""
         lines += [f"  {name:<16}{num_parameters / 1e6:>10,.2f} M{nats:>16}{bits:>15}{step:>8}  {where}"]
     return lines
+
+
+def _comparison_with_teacher(config: TrainingConfig, records: list[dict], alone: Alone | None) -> list[str]:
+    teacher = next((record for record in records if record.get("event") == "teacher"), {})
+    rows = [Row("teacher", teacher.get("num_parameters", 0), teacher, teacher.get("folder", ""))]
+    rows += [Row("student", config.num_parameters, _last_held_out(records), config.run_dir)]
+    if alone is None:
+        return [*table(rows), "  to compare: train the same student without a teacher, as the README says"]
+    return table([*rows, Row("without teacher", config.num_parameters, _last_held_out(alone.records), alone.run_dir)])
+
+
+def _last_held_out(records: list[dict]) -> dict:
+    return next((record for record in reversed(records) if record["kind"] == "eval"), {})
 
 
 def _number(value: float | None) -> str:
@@ -113,11 +156,12 @@ def _named_documents(record: dict) -> str:
 
 def _plot_losses(axes: Axes, train: list[dict], held_out: list[dict], teacher: dict | None) -> None:
     label = "training" if teacher is None else "training objective, with the teacher"
-    _plot_line(axes, train, "loss", "loss (nats per token)", TRAIN, label)
+    _plot_line(axes, train, "loss", unit="loss (nats per token)", color=TRAIN, label=label)
     if teacher is not None and teacher.get("val_loss") is not None:
         axes.axhline(teacher["val_loss"], color=HELD_OUT, linewidth=1, linestyle="--", label="held out, the teacher")
     if held_out:
-        axes.plot(*_series(held_out, "val_loss"), color=HELD_OUT, marker="o", markersize=4, label="held out")
+        tokens, losses = _values(held_out, "tokens"), _values(held_out, "val_loss")
+        axes.plot(tokens, losses, color=HELD_OUT, marker="o", markersize=4, label="held out")
     finite = [record for record in held_out if record["val_loss"] is not None]
     if finite:
         last = finite[-1]
@@ -128,13 +172,12 @@ def _plot_losses(axes: Axes, train: list[dict], held_out: list[dict], teacher: d
     axes.legend(frameon=False)
 
 
-def _plot_line(axes: Axes, records: list[dict], name: str, unit: str, color: str, label: str | None = None) -> None:
+def _plot_line(axes: Axes, records: list[dict], name: str, *, unit: str, color: str, label: str | None = None) -> None:
     marker = "." if len(records) == 1 else None
-    axes.plot(*_series(records, name), color=color, linewidth=1, marker=marker, label=label)
+    axes.plot(_values(records, "tokens"), _values(records, name), color=color, linewidth=1, marker=marker, label=label)
     axes.set_ylabel(unit)
     axes.grid(alpha=0.25)
 
 
-def _series(records: list[dict], name: str) -> tuple[list[float], list[float]]:
-    values = [math.nan if record[name] is None else record[name] for record in records]
-    return [record["tokens"] for record in records], values
+def _values(records: list[dict], name: str) -> list[float]:
+    return [math.nan if record[name] is None else record[name] for record in records]

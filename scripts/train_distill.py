@@ -5,65 +5,71 @@ import sys
 import torch
 from torch import Tensor
 
-from scripts import trainer
+from ds.shards import Labels
 from scripts.config import DISTILL, TrainingConfig, refuse_arguments, refusing
-from scripts.losses import Labels, distillation_loss, label_loss, likeliest
+from scripts.engine.distributed import leaving
+from scripts.model.losses import LabelledTokens, distillation_loss, label_loss, likeliest
 from scripts.prepare_data import prepare
+from scripts.run.state import Run
+from scripts.trainer import Objective, set_up, train
 
 
 def distill(config: TrainingConfig) -> None:
-    """Trains the student that `config` describes from its teacher to the last step, or continues it; prepares the data first,
-    and with `teacher_top_k` the teacher's labels, where they are not there.
+    """Trains the student that `config` describes from its teacher to the last step, or continues it.
+
+    Prepares the data first, and with `teacher_top_k` the teacher's labels, where they are not there.
 
     Raises:
         ValueError: the configuration, the teacher, the data or the run directory is refused before training.
     """
-    trainer.train(_ready(config), _objective(config))
+    train(_set_up(config), objective_of(config))
+
+
+def objective_of(config: TrainingConfig) -> Objective:
+    """The objective of a distillation: `from_teacher`, or `from_labels` with `teacher_top_k`."""
+    return from_teacher if config.teacher_top_k is None else from_labels
 
 
 def from_teacher(engine, windows: Tensor, teacher, config: TrainingConfig) -> Tensor:
     """The objective with a teacher beside the student: windows (B, T + 1) int64 -> mean loss in nats, () float32."""
     inputs, targets = windows[:, :-1], windows[:, 1:]
     with torch.no_grad():
-        taught = teacher(inputs)
+        teacher_hidden = teacher(inputs)
     return distillation_loss(
-        engine(inputs), engine.module.head, targets, taught, teacher.head, config.distill_weight, config.distill_temperature,
-        config.distill_divergence, config.loss_chunk_rows,
+        engine(inputs), engine.module.head, targets, teacher_hidden, teacher.head, weight=config.distill_weight,
+        temperature=config.distill_temperature, divergence=config.distill_divergence, chunk_rows=config.loss_chunk_rows,
     )  # fmt: skip
 
 
-def from_labels(engine, windows: Tensor, labels: tuple[Tensor, Tensor, Tensor], config: TrainingConfig) -> Tensor:
-    """The objective with a teacher's labels: windows (B, T + 1), ids and log-probabilities (B, T, k) and tails (B, T) -> ()."""
+def from_labels(engine, windows: Tensor, labels: Labels[Tensor], config: TrainingConfig) -> Tensor:
+    """The objective with a teacher's labels: windows (B, T + 1) int64, labels of (B, T) tokens -> mean loss in nats, ()."""
     return label_loss(
-        engine(windows[:, :-1]), engine.module.head, windows[:, 1:], Labels(*labels), config.distill_weight,
-        config.distill_temperature, config.distill_divergence, config.loss_chunk_rows,
+        engine(windows[:, :-1]), engine.module.head, windows[:, 1:], labels, weight=config.distill_weight,
+        temperature=config.distill_temperature, divergence=config.distill_divergence, chunk_rows=config.loss_chunk_rows,
     )  # fmt: skip
 
 
-def label(teacher, windows: Tensor, config: TrainingConfig) -> tuple[Labels, Tensor]:
-    """What the teacher says of windows (B, T + 1): its labels, and the nats that they leave out, (B, T)."""
+def label(teacher, windows: Tensor, config: TrainingConfig) -> LabelledTokens:
+    """A teacher's labels of windows (B, T + 1) int64, and the nats that they leave out, (B, T) float32."""
     with torch.no_grad():
         hidden = teacher(windows[:, :-1])
     return likeliest(hidden, teacher.head, config.teacher_top_k or 0, config.distill_temperature, config.loss_chunk_rows)
 
 
-def _ready(config: TrainingConfig) -> trainer.Run | None:
+def _set_up(config: TrainingConfig) -> Run | None:
     if config.teacher_dir is None:
         raise ValueError("teacher_dir=None: distillation needs a teacher; name a run's folder or a Llama or Qwen3 folder")
-    return trainer.ready(config, prepare, label)
-
-
-def _objective(config: TrainingConfig) -> trainer.Objective:
-    return from_teacher if config.teacher_top_k is None else from_labels
+    return set_up(config, prepare, label)
 
 
 def main() -> None:
+    """The command: refuses arguments, then trains DISTILL."""
     with refusing():
         refuse_arguments(sys.argv[1:])
-        run = _ready(DISTILL)
-    trainer.train(run, _objective(DISTILL))
+        run = _set_up(DISTILL)
+    train(run, objective_of(DISTILL))
 
 
 if __name__ == "__main__":
-    with trainer.leaving():
+    with leaving():
         main()

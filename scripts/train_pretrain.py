@@ -2,12 +2,12 @@
 
 import sys
 
-from torch import Tensor
-
-from scripts import trainer
 from scripts.config import PRETRAIN, TrainingConfig, refuse_arguments, refusing
-from scripts.losses import next_token_loss
+from scripts.engine.distributed import leaving
+from scripts.model.losses import next_token
 from scripts.prepare_data import prepare
+from scripts.run.state import Run
+from scripts.trainer import set_up, train
 
 
 def pretrain(config: TrainingConfig) -> None:
@@ -16,28 +16,23 @@ def pretrain(config: TrainingConfig) -> None:
     Raises:
         ValueError: the configuration, the data or the run directory is refused before training.
     """
-    trainer.train(_ready(config), next_token)
+    train(_set_up(config), next_token)
 
 
-def next_token(engine, windows: Tensor, config: TrainingConfig) -> Tensor:
-    """The pre-training objective: windows (B, T + 1) int64 -> mean nats per token, () float32."""
-    hidden = engine(windows[:, :-1])
-    return next_token_loss(hidden, engine.module.head, windows[:, 1:], config.loss_chunk_rows)
-
-
-def _ready(config: TrainingConfig) -> trainer.Run | None:
+def _set_up(config: TrainingConfig) -> Run | None:
     if config.teacher_dir is not None:
         raise ValueError(f"teacher_dir={config.teacher_dir!r} has no effect in pre-training; set teacher_dir=None")
-    return trainer.ready(config, prepare)
+    return set_up(config, prepare)
 
 
 def main() -> None:
+    """The command: refuses arguments, then trains PRETRAIN."""
     with refusing():
         refuse_arguments(sys.argv[1:])
-        run = _ready(PRETRAIN)
-    trainer.train(run, next_token)
+        run = _set_up(PRETRAIN)
+    train(run, next_token)
 
 
 if __name__ == "__main__":
-    with trainer.leaving():
+    with leaving():
         main()

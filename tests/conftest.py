@@ -1,23 +1,39 @@
 """What several test files share: launching real ranks, tiny configurations, and the runs that many assertions look at."""
 
+import fcntl
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import settings
 
 from scripts.config import TrainingConfig
+
+settings.register_profile("default", deadline=None, max_examples=25)
+settings.register_profile("thorough", deadline=None, max_examples=100)
+settings.load_profile("default")
 
 REPOSITORY = Path(__file__).parent.parent
 STEPS, SAVE_EVERY = 8, 4
 PRECISIONS = ("fp32", "bf16")
 RUNS = (*PRECISIONS, "distill", "labels")
+LAUNCHING = (
+    "test_trainer", "test_watch", "test_checkpoint", "test_train_distill", "test_setup", "test_offload",
+    "test_footprint",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two workers take one file after another: those that launch most come first, so that none of them is left for the end."""
+    items.sort(key=lambda item: LAUNCHING.index(item.path.stem) if item.path.stem in LAUNCHING else len(LAUNCHING))
 
 
 def tiny_config(folder: Path, **changes) -> TrainingConfig:
@@ -108,11 +124,21 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def pretrain_script(configs: list[TrainingConfig], after: str = "") -> str:
-    """A script that trains each configuration in turn, through the Python calls that users have."""
+UNCHECKED = """
+from scripts.engine import truth_check
+truth_check.refuse_untrue_updates = lambda *_: None
+"""
+
+
+def pretrain_script(configs: list[TrainingConfig], after: str = "", before: str = UNCHECKED) -> str:
+    """A script that trains each configuration in turn, through the Python calls that users have.
+
+    Without the truth check, unless `before` is empty: one launch of each kind makes it.
+    """
     described = json.dumps([asdict(config) for config in configs])
     return f"""
 import json
+{before}
 from scripts.config import TrainingConfig
 from scripts.train_distill import distill
 from scripts.train_pretrain import pretrain
@@ -128,30 +154,33 @@ if __name__ == "__main__":
 """
 
 
-def training_script(config: TrainingConfig, before: str) -> str:
+def training_script(config: TrainingConfig, before: str, unchecked: str = UNCHECKED) -> str:
     """A script that trains one configuration with `before`, code that may change what `objective` and others do, and that
-    leaves each rank's exit status in a file exit-<rank>.
+    leaves each rank's exit status in a file exit-<rank>. Without the truth check, unless `unchecked` is empty.
     """
     return f"""
 import json, os, time
 from pathlib import Path
 import numpy as np
 import torch
-from scripts import checkpoint, offload, prepare_data, train_distill, trainer
+from scripts import prepare_data, train_distill, trainer
 from scripts.config import TrainingConfig, refusing
-from scripts.train_pretrain import next_token
+from scripts.engine import distributed, offload, truth_check, watch
+from scripts.model.losses import next_token
+from scripts.run import checkpoint, storage, teacher
 
 fields = json.loads({json.dumps(asdict(config))!r})
 fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude")}}
 config, rank = TrainingConfig(**fields), int(os.environ.get("RANK", "0"))
+{unchecked}
 prepare, label = prepare_data.prepare, train_distill.label
-objective = next_token if config.teacher_dir is None else train_distill._objective(config)
+objective = next_token if config.teacher_dir is None else train_distill.objective_of(config)
 {before}
 if __name__ == "__main__":
-    with trainer.leaving():
+    with distributed.leaving():
         try:
             with refusing():
-                run = trainer.ready(config, prepare, label)
+                run = trainer.set_up(config, prepare, label)
             trainer.train(run, objective)
         except SystemExit as left:
             Path(f"exit-{{rank}}").write_text(str(left.code))
@@ -169,6 +198,16 @@ def expect_success(results: list[subprocess.CompletedProcess]) -> str:
 def metrics(config: TrainingConfig) -> list[dict]:
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(config) -> list[tuple]:
+    """Step, loss and gradient norm of each train line."""
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in metrics(config) if line["kind"] == "train"]
+
+
+def held_out(config) -> list[tuple]:
+    """Step, loss and bits per byte of each evaluation."""
+    return [(line["step"], line["val_loss"], line["val_bits_per_byte"]) for line in metrics(config) if line["kind"] == "eval"]
 
 
 def as_if_stopped_after(step: int, config: TrainingConfig, folder: Path) -> TrainingConfig:
@@ -198,22 +237,37 @@ def num_ranks(request) -> int:
 
 @pytest.fixture(scope="session")
 def finished_runs(tmp_path_factory) -> dict[tuple[int, str], TrainingConfig]:
-    """Uninterrupted runs by number of ranks and name, one of RUNS, through the deepspeed launcher."""
-    return {
-        (ranks, name): config
-        for ranks in (1, 2)
-        for name, config in _finish_runs(tmp_path_factory.mktemp(f"ranks{ranks}"), ranks).items()
-    }
+    """Uninterrupted runs by number of ranks and name, one of RUNS: one rank without a launcher, two through `deepspeed`.
 
-
-def _finish_runs(folder: Path, ranks: int) -> dict[str, TrainingConfig]:
-    configs = {name: tiny_config(folder, run_dir=str(folder / name), precision=name) for name in PRECISIONS}
-    configs |= {name: tiny_student(configs["fp32"], name, folder / name) for name in RUNS[2:]}
-    before = shared_buffers()
-    output = expect_success(launch(folder, pretrain_script(list(configs.values())), LAUNCHERS[ranks]))
-    assert shared_buffers() <= before
-    assert output.count("Finished: 8 steps.") == len(configs), output
+    The first of the workers that needs them makes them for all.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "finished"
+    folder.mkdir(exist_ok=True)
+    configs = {(ranks, name): config for ranks in (1, 2) for name, config in _configs(folder / f"{ranks}").items()}
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for ranks in (1, 2):
+            _finish([config for (number, _), config in configs.items() if number == ranks], folder / f"{ranks}", ranks)
     return configs
+
+
+def _configs(folder: Path) -> dict[str, TrainingConfig]:
+    configs = {name: tiny_config(folder, run_dir=str(folder / name), precision=name) for name in PRECISIONS}
+    return configs | {name: tiny_student(configs["fp32"], name, folder / name) for name in RUNS[2:]}
+
+
+def _finish(configs: list[TrainingConfig], folder: Path, ranks: int) -> None:
+    if (folder / "done").exists():
+        return
+    before, command = shared_buffers(), ["python"] if ranks == 1 else LAUNCHERS[ranks]
+    output = expect_success(launch(folder, pretrain_script(configs, before=""), command))
+    left, limit = shared_buffers() - before, time.monotonic() + 60
+    while left & shared_buffers():
+        assert time.monotonic() < limit, "buffers of a launch that is over, not of one beside it"
+        time.sleep(0.5)
+    assert output.count("Finished: 8 steps.") == len(configs), output
+    (folder / "done").touch()
 
 
 def shared_buffers() -> set[str]:

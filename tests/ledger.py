@@ -23,13 +23,20 @@ class Order(NamedTuple):
     seed: int
 
 
+class Logged(NamedTuple):
+    """What a train line says of the windows that were read up to its step."""
+
+    step: int
+    windows_hash: str
+
+
 class Log(NamedTuple):
-    """A run's log, checked for its form: `logged` holds (step, windows_hash) of each train line."""
+    """A run's log, checked for its form, with what each train line says."""
 
     order: Order
     num_launches: int
     ranks: list[int]
-    logged: list[tuple[int, str]]
+    logged: list[Logged]
 
 
 def prove(run_dir: Path) -> list[str]:
@@ -43,7 +50,7 @@ def prove(run_dir: Path) -> list[str]:
     log = _read_log(run_dir, config)
     lines = list(_epoch_lines(log))
     ranks = ", ".join(map(str, log.ranks))
-    where = f"steps 1 to {log.logged[-1][0]}, {log.num_launches} launches, on {ranks} ranks"
+    where = f"steps 1 to {log.logged[-1].step}, {log.num_launches} launches, on {ranks} ranks"
     return [*lines, f"proved: {where}: no window skipped, none read twice within an epoch"]
 
 
@@ -79,7 +86,7 @@ def _read_log(run_dir: Path, config: dict) -> Log:
             if order is None:
                 raise ValueError(f"{place}: a train line before any launch said how many windows there are")
             _check_step(record, logged, started, config, place)
-            logged.append((record["step"], str(record.get("windows_hash"))))
+            logged.append(Logged(record["step"], str(record.get("windows_hash"))))
     if order is None or not logged:
         raise ValueError(f"{path} has no {'train line' if order else 'launch'}; there is nothing to prove")
     return Log(order, len(started), sorted({record["ranks"] for record in started}), logged)
@@ -127,8 +134,8 @@ def _check_launch(here: Order, before: Order | None, config: dict, place: str) -
             raise ValueError(f"{place}: a launch with {name}={value}, and config.json says {named[name]}")
 
 
-def _check_place(step: int, logged: list[tuple[int, str]], started: list[dict], config: dict, place: str) -> None:
-    last = logged[-1][0] if logged else 0
+def _check_place(step: int, logged: list[Logged], started: list[dict], config: dict, place: str) -> None:
+    last = logged[-1].step if logged else 0
     if not started and step != 0:
         raise ValueError(f"{place}: the first launch starts after step {step}; what was read before it is not in the log")
     if step < last:
@@ -139,8 +146,8 @@ def _check_place(step: int, logged: list[tuple[int, str]], started: list[dict], 
         raise ValueError(f"{place}: a launch starts after step {step}, and there is no line of step {_due_after(last, config)}")
 
 
-def _check_step(record: dict, logged: list[tuple[int, str]], started: list[dict], config: dict, place: str) -> None:
-    step, last = _whole_number(record, "step", place), logged[-1][0] if logged else 0
+def _check_step(record: dict, logged: list[Logged], started: list[dict], config: dict, place: str) -> None:
+    step, last = _whole_number(record, "step", place), logged[-1].step if logged else 0
     if step <= last:
         raise ValueError(f"{place}: step {step} is logged after step {last}")
     if step <= started[-1]["step"]:

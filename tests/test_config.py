@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields, replace
@@ -14,12 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from conftest import REPOSITORY, clean_environment
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from scripts import config as config_module
-from scripts.config import AT_LEAST, TrainingConfig, refuse_arguments, refuse_unfit, refusing
-from scripts.model import Decoder
+from scripts.config import AT_LEAST, TrainingConfig, refuse_arguments, refuse_on_this_machine, refusing
+from scripts.model.decoder import Decoder
 
 ROOT = Path(config_module.__file__).parents[1]
 NAN, INF = math.nan, math.inf
@@ -186,7 +188,6 @@ def test_bad_value_is_refused_in_one_line_that_names_the_field_and_a_remedy_that
         },
     )
 )  # fmt: skip
-@settings(deadline=None, max_examples=200)
 def test_who_takes_the_advice_of_each_refusal_arrives_at_a_valid_config(changes):
     refusals = []
     for _ in range(20):
@@ -221,7 +222,6 @@ def test_every_field_has_a_bad_value_that_is_known():
     context=st.integers(1, 99),
     world_size=st.sampled_from([1, 2, 3, 8]),
 )
-@settings(deadline=None)
 def test_remainder_of_a_step_names_the_nearest_sizes_on_both_sides(tokens, rows, context, world_size):
     unit = rows * context * world_size
     assume(tokens % unit)
@@ -245,7 +245,6 @@ def neighbours(number: int, unit: int) -> tuple[int, int]:
 
 
 @given(hidden=st.integers(1, 300), heads=st.integers(1, 40), kv_heads=st.integers(1, 40))
-@settings(deadline=None)
 def test_heads_that_do_not_divide_name_the_nearest_divisor(hidden, heads, kv_heads):
     assume(hidden % heads or heads % kv_heads)
     message = refusal(hidden_size=hidden, num_heads=heads, num_kv_heads=kv_heads)
@@ -290,7 +289,6 @@ def shapes(draw):
 
 
 @given(batch=batches(), shape=shapes(), norm=st.floats(1e-3, 9.0), precision=st.sampled_from(["bf16", "fp16", "fp32"]))
-@settings(deadline=None)
 def test_deepspeed_dict_is_stage_2_and_its_batch_adds_up(batch, shape, norm, precision):
     world_size, sizes = batch
     config = made(**sizes, **shape, max_grad_norm=norm, precision=precision, offload_optimizer=True)
@@ -327,13 +325,12 @@ def test_optimizer_gets_the_numbers_of_the_config():
 
 def test_world_size_that_does_not_divide_is_refused_by_the_deepspeed_dict_and_by_the_machine():
     config = made()
-    for check in (TrainingConfig.deepspeed_config, refuse_unfit):
+    for check in (TrainingConfig.deepspeed_config, refuse_on_this_machine):
         with pytest.raises(ValueError, match=r"tokens_per_step=8192 .* = 6144; nearest is 6144 and 12288"):
             check(config, 3)
 
 
 @given(shape=shapes())
-@settings(deadline=None, max_examples=60)
 def test_number_of_parameters_is_that_of_the_real_model(shape):
     config = made(**shape)
     with torch.device("meta"):
@@ -346,25 +343,25 @@ def test_number_of_parameters_is_that_of_the_real_model(shape):
 def test_path_that_is_not_there_is_refused_before_training_not_in_the_config(tmp_path, field):
     config = made(**{field: f"{tmp_path}/absent"})
     with pytest.raises(ValueError, match=f"^{field}='{tmp_path}/absent' is not there; [^\n]*name [^\n]+$"):
-        refuse_unfit(config, 1)
+        refuse_on_this_machine(config, 1)
     (tmp_path / "absent").mkdir()
-    refuse_unfit(config, 1)
+    refuse_on_this_machine(config, 1)
 
 
 def test_corpus_that_is_not_there_is_refused_unless_the_data_is_prepared(tmp_path):
     config = made(corpus=(f"{tmp_path}/*.none", f"{tmp_path}/absent"), data_dir=f"{tmp_path}")
     with pytest.raises(ValueError, match=f"^corpus: '{tmp_path}/absent' is not there; name [^\n]+$"):
-        refuse_unfit(config, 1)
+        refuse_on_this_machine(config, 1)
     (tmp_path / "manifest.json").touch()
-    refuse_unfit(config, 1)
+    refuse_on_this_machine(config, 1)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
 def test_half_precision_without_a_cuda_device_is_refused_and_the_nearest_precision_works():
     config = made(precision="fp16")
     with pytest.raises(ValueError, match='^precision="fp16" .*; nearest is "bf16"$'):
-        refuse_unfit(config, 1)
-    refuse_unfit(replace(config, precision="bf16"), 1)
+        refuse_on_this_machine(config, 1)
+    refuse_on_this_machine(replace(config, precision="bf16"), 1)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--local_rank=0"], ["--local-rank=11"]])
@@ -415,3 +412,23 @@ def test_preset_edited_to_a_bad_value_gives_one_line_and_status_2(tmp_path):
     ran = subprocess.run([sys.executable, "config.py"], cwd=tmp_path, env=LAUNCHER_FREE, capture_output=True, text=True)
     assert (ran.returncode, ran.stdout) == (2, "")
     assert ran.stderr == "refused: hidden_size=-1 is below 1; nearest is 1\n"
+
+
+COMMANDS = ("memory", "prepare_data", "generate", "train_pretrain", "train_distill")
+
+
+@pytest.mark.parametrize(("pasted", "line"), [
+    ("PRETRAIN = replace(PRETRAIN, num_steps=-1)", "refused: num_steps=-1 is below 1; nearest is 1"),
+    ("GPU_4GB = replace(GPU_4GB, hiden_size=9)", "refused: hiden_size is no field of TrainingConfig; nearest is hidden_size"),
+])  # fmt: skip
+def test_a_wrong_preset_ends_every_command_in_one_line_and_status_2(tmp_path, pasted, line):
+    for folder in ("ds", "scripts"):
+        shutil.copytree(REPOSITORY / folder, tmp_path / folder)
+    with (tmp_path / "scripts" / "config.py").open("a") as config:
+        config.write(f"\n{pasted}\n")
+    environment = clean_environment() | {"PYTHONPATH": str(tmp_path)}
+    commands = [[sys.executable, str(tmp_path / "scripts" / f"{name}.py")] for name in COMMANDS]
+    running = [subprocess.Popen(each, env=environment, text=True, stderr=subprocess.PIPE, cwd=tmp_path) for each in commands]
+    for command, process in zip(commands, running, strict=True):
+        _, words = process.communicate(timeout=400)
+        assert process.returncode == 2 and words.strip() == line, (command, words)

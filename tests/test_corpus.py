@@ -20,7 +20,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from ds import corpus
-from ds.corpus import corpus_digest, corpus_files, documents, file_documents, is_held_out
+from ds.corpus import corpus_digest, corpus_files, documents, file_documents, is_held_out, one_line
 
 COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress}
 STARTS = (corpus.ZIP_START, *corpus.PICKLE_STARTS)
@@ -94,7 +94,6 @@ def test_digest_follows_names_and_sizes(tree):
 
 
 @given(content=st.binary(min_size=1))
-@settings(deadline=None, max_examples=50)
 def test_plain_file_is_one_document_byte_for_byte(tmp_path_factory, content):
     assume(not content.startswith(STARTS))
     path = tmp_path_factory.getbasetemp() / "plain.txt"
@@ -124,7 +123,6 @@ def test_truncated_or_broken_compressed_file_is_refused(tmp_path, suffix):
 @given(texts=st.lists(JSON_TEXT, min_size=1), ascii_only=st.booleans())
 @example(texts=["\ud800", "a\udfff"], ascii_only=True)
 @example(texts=["\ud800", "a\udfff"], ascii_only=False)
-@settings(deadline=None, max_examples=50)
 def test_json_lines_give_the_strings_that_were_written(tmp_path_factory, texts, ascii_only):
     path = tmp_path_factory.getbasetemp() / "lines.ndjson"
     lines = [json.dumps({"other": 1, "body": text}, ensure_ascii=ascii_only) for text in texts]
@@ -184,6 +182,14 @@ def test_file_that_vanished_is_refused(tmp_path):
     assert "cannot be read (" in refusal(documents, [tmp_path / "gone.txt"], "text")
 
 
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(ValueError("a\n b\t\n"), "a b"), (EOFError(), "EOFError"), (OSError(2, "none", "x"), "[Errno 2] none: 'x'")],
+)
+def test_words_of_an_error_are_one_line_and_never_none(error, line):
+    assert one_line(error) == line
+
+
 def test_empty_documents_are_skipped_and_nothing_at_all_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("")
     (tmp_path / "b.txt").write_text("b")
@@ -193,7 +199,6 @@ def test_empty_documents_are_skipped_and_nothing_at_all_is_refused(tmp_path):
 
 
 @given(document=st.binary(), fraction=st.floats(0, 1), larger=st.floats(0, 1))
-@settings(deadline=None)
 def test_held_out_document_stays_held_out_for_a_larger_fraction(document, fraction, larger):
     fraction, larger = sorted((fraction, larger))
     assert is_held_out(document, larger) or not is_held_out(document, fraction)
@@ -277,11 +282,23 @@ OBJECTS = st.recursive(
 )  # fmt: skip
 
 
-@given(value=OBJECTS, protocol=st.integers(2, 5), behind=st.binary())
-@settings(deadline=None, max_examples=200)
+PICKLES = {"value": OBJECTS, "protocol": st.integers(2, 5), "behind": st.binary()}
+
+
+@given(**PICKLES)
 def test_every_pickle_is_known_whatever_it_holds_and_whatever_follows(tmp_path_factory, value, protocol, behind):
-    path = tmp_path_factory.getbasetemp() / "pickled"
-    path.write_bytes(pickle.dumps(value, protocol) + behind)
+    check_pickle(tmp_path_factory.getbasetemp() / "pickled", pickle.dumps(value, protocol) + behind)
+
+
+@pytest.mark.slow
+@given(**PICKLES)
+@settings(max_examples=200)
+def test_every_pickle_is_known_in_many_examples(tmp_path_factory, value, protocol, behind):
+    check_pickle(tmp_path_factory.getbasetemp() / "pickled", pickle.dumps(value, protocol) + behind)
+
+
+def check_pickle(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
     assert "is a pickle" in refusal(documents, [path], "text")
 
 
@@ -301,7 +318,6 @@ def test_opcodes_are_those_of_the_library():
 @example(start=b"\x80\x04", behind=b"\x95 is a line.\n")
 @example(start=b"\x80\x02", behind=b"I am a text: with a line end\nand a full stop.")
 @example(start=b"\x80\x02", behind=b"X")
-@settings(deadline=None)
 def test_text_with_strange_bytes_at_its_beginning_is_text(tmp_path_factory, start, behind):
     content = start + behind
     assume(not content.startswith(corpus.ZIP_START) and not is_pickle(content))

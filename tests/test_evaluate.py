@@ -1,18 +1,20 @@
-"""Laws of scripts/evaluate.py: the numbers of an independent computation, whatever the batches."""
+"""Laws of scripts/run/evaluate.py: the numbers of an independent computation, whatever the batches."""
 
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ds import tokenizer as bpe
 from scripts.config import TrainingConfig
-from scripts.evaluate import evaluate
-from scripts.model import empty_model, initialise, transformers_config
+from scripts.model.decoder import empty_model, initialise
+from scripts.model.huggingface import transformers_config
+from scripts.run.evaluate import evaluate, is_spike
 
 CONTEXT = 8
 TEXT = bpe.train([b"one two three four five " * 9], 262)
@@ -53,7 +55,6 @@ def test_nats_and_bits_are_those_that_transformers_gives(model, windows):
 
 
 @given(data=st.data(), chunk_rows=st.integers(1, 50))
-@settings(deadline=None, max_examples=25)
 def test_result_does_not_depend_on_how_windows_are_cut_into_batches(model, windows, data, chunk_rows):
     borders = data.draw(st.sets(st.integers(1, len(windows) - 1)))
     batches = [windows[start:stop] for start, stop in pairwise([0, *sorted(borders), len(windows)])]
@@ -75,3 +76,10 @@ def test_uniform_model_over_raw_bytes_costs_log2_of_the_vocabulary_a_byte():
 def test_evaluation_leaves_no_gradient_and_no_graph(model, windows):
     evaluate(model, [windows], NUM_BYTES, 9)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@given(st.lists(st.floats(0.1, 20.0), min_size=0, max_size=40), st.floats(0.1, 100.0))
+def test_a_spike_is_sigmas_above_the_mean_of_half_a_window_or_more(before, loss):
+    config = TrainingConfig(spike_window_steps=16, spike_sigmas=6.0)
+    expected = len(before) >= 8 and loss > np.mean(before) + 6 * np.std(before, ddof=1)
+    assert is_spike(loss, tuple(before), config) == bool(expected)

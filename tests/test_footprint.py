@@ -2,21 +2,27 @@
 
 import json
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
+import tracker
 from conftest import REPOSITORY, expect_success, launch, metrics, pretrain_script, tiny_config
 from safetensors.torch import save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
-from tracker import Peak, Sides, Tracker, fake_step_peak, fake_teacher_peak, fill_fake, graph_of_gpu, peak_of
+from tracker import Peak, Sides, Tracker, fake_teacher_peak, fill_fake, graph_of_gpu, named, peak_of
 
 from ds.tokenizer import to_json
 from scripts.config import ACTIVATION_CHECKPOINTING, TrainingConfig
-from scripts.evaluate import evaluate
-from scripts.memory import OUTSIDE_TORCH, Moment, allocated_bytes, plan
-from scripts.model import continue_ids, empty_model, initialise, transformers_config
+from scripts.memory import OUTSIDE_TORCH, allocated_bytes, plan
+from scripts.model.decoder import empty_model, initialise
+from scripts.model.huggingface import transformers_config
+from scripts.model.sampling import continue_ids
+from scripts.plan.footprint import Moment
 from scripts.prepare_data import prepare
+from scripts.run.evaluate import evaluate
 
 MICRO_BATCHES = 3
 OUTSIDE_STORAGES = (*OUTSIDE_TORCH, "the program", "the data", "pieces of files")
@@ -26,6 +32,14 @@ GPU_SHAPES = {
     "block_offload": dict(activation_checkpointing="block_offload", qk_norm=True),
 }
 ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+fake_step_peak = cache(tracker.fake_step_peak)
+
+
+class Engine(NamedTuple):
+    """A configuration, and what `engine_peaks` finds of it in a process of its own."""
+
+    config: TrainingConfig
+    phases: dict[str, Sides]
 
 
 def wide_config(**changes) -> TrainingConfig:
@@ -39,7 +53,9 @@ def wide_config(**changes) -> TrainingConfig:
 
 def deep_config(**changes) -> TrainingConfig:
     """Blocks' inputs are by far the largest of its sizes."""
-    return wide_config(**(dict(vocab_size=257, num_layers=6, context_length=512, tokens_per_step=2048) | changes))
+    return wide_config(
+        **(dict(vocab_size=257, num_layers=4, context_length=512, tokens_per_step=2048, loss_chunk_rows=512) | changes)
+    )
 
 
 @pytest.mark.parametrize("mode", ACTIVATION_CHECKPOINTING)
@@ -65,7 +81,7 @@ def test_logits_are_never_whole_in_evaluation_and_sampling():
     windows, num_bytes = torch.zeros(4, 129, dtype=torch.int64), torch.ones(8192)
     evaluated = peak_of(lambda: evaluate(model, [windows], num_bytes, config.loss_chunk_rows), [])
     prompt = torch.arange(128)
-    sampled = peak_of(lambda: list(continue_ids(model, prompt, 3, 0.0, 1, 0)), [])
+    sampled = peak_of(lambda: list(continue_ids(model, prompt, 3, temperature=0.0, top_k=1, seed=0)), [])
     weights = 2 * config.vocab_size * config.hidden_size
     assert evaluated.largest_bytes < 512 * config.vocab_size
     assert sampled.largest_bytes <= max(weights, 128 * config.vocab_size)
@@ -77,13 +93,13 @@ def kept_after_forward(config: TrainingConfig) -> int:
     with FakeTensorMode(), graph_of_gpu():
         decoder = fill_fake(shapes)
         ids = torch.zeros(config.micro_batch_rows, config.context_length, dtype=torch.int64)
-        with Tracker([("weights", weight) for weight in decoder.parameters()]) as tracker:
-            begin = tracker.now()
+        with Tracker(named("weights", decoder.parameters())) as ledger:
+            begin = ledger.now()
             hidden = decoder(ids)
-            now = tracker.now()
-            standing, before = tracker.sides(now, now).device, tracker.sides(begin, begin).device
+            now = ledger.now()
+            after, before = ledger.sides(now, now).device, ledger.sides(begin, begin).device
             del hidden
-    return standing.num_bytes - before.num_bytes
+    return after.num_bytes - before.num_bytes
 
 
 def test_a_forward_keeps_what_the_formula_says():
@@ -119,15 +135,14 @@ def test_sums_of_gradients_on_the_gpu_take_their_dtype_a_parameter():
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory) -> tuple[TrainingConfig, dict[str, Sides]]:
-    """What `engine_peaks` finds of one configuration, from a process of its own."""
+def engine(tmp_path_factory) -> Engine:
     folder = tmp_path_factory.mktemp("engine")
     config = tiny_config(
         folder, hidden_size=128, mlp_size=320, num_layers=4, context_length=64, micro_batch_rows=4, precision="bf16",
         tokens_per_step=256 * MICRO_BATCHES, activation_checkpointing="block", loss_chunk_rows=64, sample_tokens=4,
         sample_every_steps=8,
     )  # fmt: skip
-    return config, engine_peaks_of(config, folder)
+    return Engine(config, engine_peaks_of(config, folder))
 
 
 def engine_peaks_of(config: TrainingConfig, folder: Path) -> dict[str, Sides]:
@@ -142,14 +157,14 @@ def engine_script(config: TrainingConfig) -> str:
     return f"""
 import json, sys
 sys.path.insert(0, {str(REPOSITORY / "tests")!r})
-from scripts import trainer
 from scripts.config import TrainingConfig
+from scripts.engine.distributed import leaving
 from tracker import engine_peaks
 
 fields = json.loads({json.dumps(asdict(config))!r})
 fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude")}}
 if __name__ == "__main__":
-    with trainer.leaving():
+    with leaving():
         print(json.dumps(engine_peaks(TrainingConfig(**fields))), flush=True)
 """
 

@@ -2,50 +2,31 @@
 
 import ast
 import re
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MAY_IMPORT = {
+ORDER = ("config", "model", "plan", "engine", "run", "trainer", "entries")
+FOLDERS = ("model", "plan", "engine", "run")
+ENTRIES = ("train_pretrain", "train_distill", "prepare_data", "generate")
+BESIDE = {"memory": "plan", "report": "plan"}
+WITHIN = {
     "ds.corpus": set(),
-    "ds.tokenizer": set(),
+    "ds.tokenizer": {"ds.corpus"},
     "ds.shards": set(),
     "ds.loader": {"ds.shards"},
-    "scripts.config": set(),
-    "scripts.model": {"scripts.config"},
-    "scripts.losses": {"scripts.config"},
-    "scripts.memory": {"scripts.config"},
-    "scripts.report": set(),
-    "scripts.offload": set(),
-    "scripts.preflight": {"scripts.config", "scripts.model", "scripts.losses", "scripts.memory", "scripts.offload"},
-    "scripts.lifecycle": {"scripts.config"},
-    "scripts.checkpoint": {"scripts.offload", "scripts.model", "scripts.config"},
-    "scripts.evaluate": {"scripts.losses"},
-    "scripts.generate": {"scripts.checkpoint", "scripts.model", "scripts.config", "ds.tokenizer"},
-    "scripts.prepare_data": {"scripts.config", "ds.corpus", "ds.tokenizer", "ds.shards", "ds.loader"},
-    "scripts.trainer": {
-        "scripts.preflight", "scripts.offload", "scripts.lifecycle", "scripts.checkpoint", "scripts.evaluate", "scripts.memory",
-        "scripts.report", "scripts.model", "scripts.config", "ds.loader",
-    },
-    "scripts.train_pretrain": {"scripts.trainer", "scripts.losses", "scripts.prepare_data", "scripts.config"},
-    "scripts.train_distill": {"scripts.trainer", "scripts.losses", "scripts.prepare_data", "scripts.config"},
-}  # fmt: skip
+}
 MAY_KNOW = {
-    "deepspeed": {"scripts.trainer", "scripts.offload"},
-    "os.environ": {"scripts.config", "scripts.trainer"},
-    "sys.argv": {
-        "scripts.train_pretrain",
-        "scripts.train_distill",
-        "scripts.prepare_data",
-        "scripts.generate",
-        "scripts.memory",
-    },
+    "deepspeed": {"scripts.trainer", "scripts.engine.offload", "scripts.engine.distributed"},
+    "os.environ": {"scripts.config", "scripts.engine.distributed"},
+    "sys.argv": {f"scripts.{name}" for name in (*ENTRIES, "memory")},
     "matplotlib": {"scripts.report"},
-    "safetensors": {"scripts.checkpoint"},
+    "safetensors": {"scripts.model.huggingface"},
     "tokenizers": {"ds.tokenizer", "scripts.prepare_data", "scripts.generate"},
-    "mmap": {"ds.shards"},
+    "np.memmap": {"ds.shards"},
     "transformers": set(),
 }
 NEVER_IMPORTED = {
@@ -54,14 +35,20 @@ NEVER_IMPORTED = {
 }  # fmt: skip
 NEVER_CALLED = {"eval", "exec", "compile", "__import__", "input", "breakpoint"}
 NEVER_SPELLED = {"torch.load", "torch.save", "np.load", "numpy.load", "os.getenv", "os.putenv", "os.system"}
-TEMPERATURE_ROOMS = {"scripts.config", "scripts.losses", "scripts.model", "scripts.generate"}
-PASSED_ON = {"scripts.trainer": {"sample_temperature"}, "scripts.train_distill": {"distill_temperature"}}
-TRAINER_ROOMS = {"scripts.trainer", "scripts.preflight"}
-LONGEST_FUNCTION_LINES = 40
+TEMPERATURE_ROOMS = {"scripts.config", "scripts.model.losses", "scripts.model.sampling", "scripts.generate"}
+PASSED_ON = {
+    "scripts.run.evaluate": {"sample_temperature", "temperature"},
+    "scripts.run.teacher": {"distill_temperature"},
+    "scripts.train_distill": {"distill_temperature", "temperature"},
+}
+LONGEST_FUNCTION_LINES, MOST_PARAMETERS = 40, 5
+MOST_LINES = {"scripts.trainer": 300, "scripts.config": 650}
+MOST_LINES_ELSEWHERE = 450
+CONTRACT = {"generate"}
 MODULES = {
-    f"{path.parent.name}.{path.stem}": ast.parse(path.read_text(), path.name)
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text(), path.name)
     for folder in ("ds", "scripts")
-    for path in sorted((ROOT / folder).glob("*.py"))
+    for path in sorted((ROOT / folder).rglob("*.py"))
     if path.stem != "__init__"
 }
 every_module = pytest.mark.parametrize("module", MODULES)
@@ -75,7 +62,7 @@ def imported(tree: ast.AST) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative import"
-            whole = node.module in ("ds", "scripts")
+            whole = node.module in ("ds", "scripts", *(f"scripts.{folder}" for folder in FOLDERS))
             names |= {f"{node.module}.{alias.name}" for alias in node.names} if whole else {str(node.module)}
     return names
 
@@ -103,25 +90,139 @@ def functions(tree: ast.AST) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
     return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
 
 
+def storey(module: str) -> int:
+    """Where a module of scripts/ stands in ORDER."""
+    _, *parts = module.split(".")
+    name = parts[0] if len(parts) > 1 or parts[0] in ORDER else BESIDE.get(parts[0], "entries")
+    return ORDER.index(name)
+
+
 @every_module
 def test_module_imports_only_what_lies_upstream(module):
     house = {name for name in imported(MODULES[module]) if name.split(".")[0] in ("ds", "scripts", "tests")}
-    assert house <= MAY_IMPORT[module]
+    if module.startswith("ds."):
+        assert house <= WITHIN[module]
+        return
+    assert house <= set(MODULES), "an import of something that is no module"
+    upstream = {name for name in house if name.startswith("scripts.")}
+    assert all(storey(name) <= storey(module) for name in upstream)
+    assert {name for name in upstream if storey(name) == len(ORDER) - 1} <= {"scripts.prepare_data"}
 
 
-def test_law_of_imports_has_no_circle():
-    done: set[str] = set()
-    while waiting := set(MAY_IMPORT) - done:
-        free = {name for name in waiting if MAY_IMPORT[name] <= done}
+def test_imports_have_no_circle():
+    waiting = {module: {name for name in imported(tree) if name in MODULES} for module, tree in MODULES.items()}
+    while waiting:
+        free = {module for module, needed in waiting.items() if not needed & waiting.keys()}
         assert free, waiting
-        done |= free
+        waiting = {module: needed for module, needed in waiting.items() if module not in free}
 
 
-def test_only_the_files_of_the_design_are_there():
-    assert set(MODULES) <= set(MAY_IMPORT)
+def test_only_the_rooms_of_the_design_are_there():
     for folder in ("ds", "scripts"):
         present = {path.name for path in (ROOT / folder).iterdir() if path.name != "__pycache__"}
-        assert present == {f"{name.split('.')[1]}.py" for name in MODULES if name.startswith(folder)} | {"__init__.py"}
+        files = {path.name for path in (ROOT / folder).glob("*.py")}
+        assert present == files | (set(FOLDERS) if folder == "scripts" else set())
+    standing = {module.split(".")[1] for module in MODULES if module.startswith("scripts.") and module.count(".") == 1}
+    assert standing == {"config", "trainer", *ENTRIES, *BESIDE}
+
+
+@every_module
+def test_no_file_is_too_long(module):
+    lines = len((ROOT / f"{module.replace('.', '/')}.py").read_text().splitlines())
+    assert lines <= MOST_LINES.get(module, MOST_LINES_ELSEWHERE)
+
+
+@every_module
+def test_no_function_has_more_than_five_parameters_that_are_not_keyword_only(module):
+    for function in functions(MODULES[module]):
+        names = [argument.arg for argument in function.args.posonlyargs + function.args.args]
+        given = names[1:] if names[:1] in (["self"], ["cls"], ["ctx"]) else names
+        assert len(given) <= MOST_PARAMETERS or function.name in CONTRACT, function.name
+
+
+def annotations(tree: ast.AST) -> Iterator[ast.expr]:
+    """What functions say of their parameters and results; autograd's own forward and backward are left out."""
+    for function in functions(tree):
+        every = function.args.posonlyargs + function.args.args + function.args.kwonlyargs
+        if [argument.arg for argument in every[:1]] != ["ctx"]:
+            yield from filter(None, [function.returns, *(argument.annotation for argument in every)])
+
+
+@every_module
+def test_no_value_is_an_anonymous_tuple_whose_fields_have_meanings(module):
+    for annotation in annotations(MODULES[module]):
+        for node in ast.walk(annotation):
+            if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "tuple":
+                assert ast.unparse(node.slice).endswith("...)"), ast.unparse(annotation)
+
+
+PRIVATE = {
+    name: {str(getattr(node, "name", "")) for node in tree.body if str(getattr(node, "name", "")).startswith("_")}
+    for name, tree in MODULES.items()
+}
+TESTS = {path.name: path.read_text() for path in sorted((ROOT / "tests").rglob("*.py"))}
+
+
+def private_uses(source: str) -> set[str]:
+    """Private functions and classes of the house that a source imports or reads from a module, also in a script within it."""
+    found = set()
+    for module, names in PRIVATE.items():
+        stem = module.split(".")[-1]
+        found |= {f"{stem}.{name}" for name in names if re.search(rf"\b{stem}\.{name}\b", source)}
+        for line in re.findall(rf"from {re.escape(module)} import (\([^)]*\)|[^\n]*)", source):
+            found |= {f"{stem}.{name}" for name in names & set(re.findall(r"\w+", line))}
+    return found
+
+
+@pytest.mark.parametrize("name", [*MODULES, *TESTS])
+def test_no_private_name_is_used_outside_its_module(name):
+    source = TESTS[name] if name in TESTS else (ROOT / f"{name.replace('.', '/')}.py").read_text()
+    assert private_uses(source) == set()
+
+
+# Numbers that are not settings: formats, formulas, and what has no effect on a result that anybody would want another of.
+NOT_SETTINGS = {
+    "ds.corpus": {"PARQUET_BATCH_ROWS", "FIXED_BYTES", "LENGTH_BYTES", "NUM_LINES"},
+    "ds.tokenizer": {
+        "PIECE_CHARACTERS", "BATCH_CHARACTERS", "PRINTABLE_BYTES", "OTHER_BYTES", "BYTE_SYMBOLS", "RARE_BYTES",
+        "LARGEST_FILE_BYTES", "LARGEST_VOCABULARY_IDS", "SHOWN_CHARACTERS",
+    },
+    "ds.shards": {
+        "(MAGIC, VERSION)", "(DIGEST_AT, DIGEST_BYTES)", "BLOCK_BYTES", "(LABEL_MAGIC, LABEL_VERSION)",
+        "(HASHED_BYTES, HASHING_THREADS)",
+    },
+    "ds.loader": {"NUM_ROUNDS", "SCAN_TOKENS", "PERMUTED_ROWS", "REMEMBERED_COUNTS"},
+    "scripts.model.huggingface": {"LARGEST_JSON_BYTES"},
+    "scripts.model.losses": {"IGNORED"},
+    "scripts.model.sampling": {"LEAST_TEMPERATURE"},
+    "scripts.plan.footprint": {"LABEL_CHUNK_BYTES", "LABEL_COPIES", "WINDOW_BYTES", "OPTIMIZER_BYTES"},
+    "scripts.plan.machine": {"LARGEST_LIMIT", "BACKWARD_SHARE", "ADAM_BYTES"},
+    "scripts.memory": {"NAME_COLUMNS", "NUMBER_COLUMNS"},
+    "scripts.engine.watch": {"STOPPED", "FAILED", "READ_BYTES"},
+    "scripts.engine.distributed": {"MESSAGE_BYTES", "IS_VALUE_ERROR"},
+    "scripts.engine.offload": {"ROW_ELEMENTS"},
+    "scripts.engine.truth_check": {
+        "LEARNING_RATE", "MOST_TRIES", "MOST_STEPS", "FEWEST_MICRO_BATCHES", "MOST_MICRO_BATCHES", "PLAIN_ROWS", "ROUNDING",
+        "BOUNDS",
+    },
+    "scripts.run.storage": {"HASH_BYTES", "DIGEST_BYTES"},
+    "scripts.run.run_dir": {"FOLDERS"},
+    "scripts.run.checkpoint": {"FORMAT", "TEXTS_BYTES", "LARGEST_STEP"},
+    "scripts.prepare_data": {"FORMAT_VERSION", "LEAST_BLOCK_TOKENS"},
+}  # fmt: skip
+
+
+@every_module
+def test_settings_live_in_the_configuration(module):
+    tree = MODULES[module]
+    assert isinstance(tree, ast.Module)
+    constants = {
+        ast.unparse(node.targets[0])
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and any(isinstance(each, ast.Constant) and type(each.value) in (int, float) for each in ast.walk(node.value))
+    }
+    assert module == "scripts.config" or constants <= NOT_SETTINGS.get(module, set())
 
 
 @every_module
@@ -167,16 +268,23 @@ def prefixes(name: str) -> list[str]:
 
 def test_each_secret_is_known_by_a_room_that_may():
     """Else the law above would be about a name that nobody uses."""
-    for secret in ("deepspeed", "os.environ", "sys.argv", "matplotlib", "safetensors", "tokenizers"):
+    for secret in ("deepspeed", "os.environ", "sys.argv", "matplotlib", "safetensors", "tokenizers", "np.memmap"):
         knowing = {name for name, tree in MODULES.items() if any(secret in prefixes(n) for n in imported(tree) | spelled(tree))}
         assert knowing & MAY_KNOW[secret], secret
 
 
 @every_module
-def test_only_the_trainer_calls_backward_and_step(module):
+def test_only_the_trainer_initializes_the_engine_and_calls_its_backward_and_step(module):
     calls = [name.split(".") for name in called(MODULES[module])]
     assert module == "scripts.trainer" or not any(name[-1] in ("backward", "step") and "engine" in name for name in calls)
-    assert module in TRAINER_ROOMS or not any(name[-1] in ("backward", "step") for name in calls)
+    assert module == "scripts.trainer" or ["deepspeed", "initialize"] not in calls
+    assert module in ("scripts.trainer", "scripts.engine.truth_check") or not any(n[-1] in ("backward", "step") for n in calls)
+
+
+def test_the_trainer_reads_from_the_top():
+    """Setup, then the loop, one step, one micro-batch, and what the ranks learn of it."""
+    names = [node.name for node in MODULES["scripts.trainer"].body if isinstance(node, ast.FunctionDef)]  # pyright: ignore
+    assert names[:5] == ["set_up", "train", "run_step", "run_micro_batch", "reduce_over_ranks"]
 
 
 @every_module

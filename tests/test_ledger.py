@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from conftest import REPOSITORY, clean_environment
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from ledger import prove
 
@@ -114,7 +114,6 @@ def violation(run_dir: Path) -> str:
 @given(made=launches(), log_every_steps=st.sampled_from([1, 3, 5, 100]), seed=st.integers(0, 2**32 - 1))
 @example(made=[(0, STEPS, 1)], log_every_steps=1, seed=0)
 @example(made=STOPPED, log_every_steps=3, seed=0)
-@settings(deadline=None, max_examples=60)
 def test_honest_log_is_proved_however_often_stopped_and_on_whatever_ranks(
     tmp_path_factory, stream, made, log_every_steps, seed
 ):

@@ -1,7 +1,10 @@
 """Laws of ds/loader.py: a bijection for each epoch, the same tokens in a step for any number of ranks, and which they were."""
 
+import math
 import time
 import tracemalloc
+from collections.abc import Callable
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +25,11 @@ from ds.loader import (
     rank_windows,
     read_labels,
     read_windows,
+    spread_windows,
     step_windows,
     windows_of_run,
 )
-from ds.shards import Labels, Shard, TokenStream, create_labels, open_labels, open_shard, write_shard
+from ds.shards import Labels, LabelStream, Shard, TokenStream, open_shard, write_shard
 
 SEEDS = st.integers(0, 2**70)
 
@@ -45,7 +49,6 @@ def step_rows(tokens: TokenStream, world_size: int, *, rows_per_step: int, micro
 @example(num_items=1, seed=0, epoch=0)
 @example(num_items=4, seed=0, epoch=0)
 @example(num_items=1025, seed=0, epoch=0)
-@settings(deadline=None)
 def test_permutation_is_a_bijection(num_items, seed, epoch):
     places = permute(np.arange(num_items), num_items, seed, epoch)
     assert places.dtype == np.int64
@@ -53,7 +56,6 @@ def test_permutation_is_a_bijection(num_items, seed, epoch):
 
 
 @given(num_items=st.integers(1, 2**62), seed=SEEDS, epoch=st.integers(0, 9), data=st.data())
-@settings(deadline=None)
 def test_permutation_seeks_anywhere_in_any_size(num_items, seed, epoch, data):
     indices = np.array(data.draw(st.lists(st.integers(0, num_items - 1), unique=True, max_size=20)), dtype=np.int64)
     places = permute(indices, num_items, seed, epoch)
@@ -64,7 +66,6 @@ def test_permutation_seeks_anywhere_in_any_size(num_items, seed, epoch, data):
 
 
 @given(num_items=st.integers(500, 3000), seed=SEEDS, epoch=st.integers(0, 100))
-@settings(deadline=None)
 def test_epochs_and_seeds_differ(num_items, seed, epoch):
     items = np.arange(num_items)
     here = permute(items, num_items, seed, epoch)
@@ -73,11 +74,11 @@ def test_epochs_and_seeds_differ(num_items, seed, epoch):
 
 
 def test_permutation_is_uniform_enough():
-    """Where each of 8 items goes over 2000 seeds: chi-square with 49 degrees of freedom, 99.9% point 85.4."""
+    """Where each of 8 items goes over 800 seeds: chi-square with 49 degrees of freedom, 99.9% point 85.4."""
     table = np.zeros((8, 8))
-    for seed in range(2000):
+    for seed in range(800):
         table[np.arange(8), permute(np.arange(8), 8, seed, 0)] += 1
-    assert ((table - 250) ** 2 / 250).sum() < 85.4
+    assert ((table - 100) ** 2 / 100).sum() < 85.4
 
 
 def test_data_order_is_the_one_that_runs_were_started_with():
@@ -85,14 +86,12 @@ def test_data_order_is_the_one_that_runs_were_started_with():
 
 
 @given(num_tokens=st.integers(0, 200), context_length=st.integers(1, 20))
-@settings(deadline=None)
 def test_windows_are_those_that_fit(num_tokens, context_length):
     fitting = [start for start in range(0, num_tokens, context_length) if start + context_length + 1 <= num_tokens]
     assert count_windows(num_tokens, context_length) == len(fitting)
 
 
 @given(num_windows=st.integers(1, 60), rows_per_step=st.integers(1, 50), seed=SEEDS)
-@settings(deadline=None)
 def test_each_epoch_reads_every_window_once(num_windows, rows_per_step, seed):
     num_steps = -(-3 * num_windows // rows_per_step)
     order = np.concatenate([step_windows(step, rows_per_step, num_windows, seed) for step in range(num_steps)])
@@ -107,7 +106,6 @@ def test_each_epoch_reads_every_window_once(num_windows, rows_per_step, seed):
     seed=SEEDS,
     num_tokens=st.integers(9, 400),
 )
-@settings(deadline=None)
 def test_ranks_are_disjoint_and_read_what_one_rank_would(micro_batch_rows, factor, step, seed, num_tokens):
     tokens = stream(num_tokens)
     place = {"micro_batch_rows": micro_batch_rows, "rows_per_step": 4 * micro_batch_rows * factor, "step": step}
@@ -121,7 +119,6 @@ def test_ranks_are_disjoint_and_read_what_one_rank_would(micro_batch_rows, facto
 
 
 @given(seed=SEEDS, step=st.integers(0, 9), num_shards=st.integers(1, 7))
-@settings(deadline=None, max_examples=30)
 def test_micro_batches_are_whole_windows_of_the_stream_in_any_shards(seed, step, num_shards):
     place = {
         "rank": 0,
@@ -151,22 +148,40 @@ def test_stream_without_a_window_is_refused():
     num_windows=st.integers(0, 60),
     world_size=st.sampled_from([1, 2, 4]),
 )
-@settings(deadline=None)
-def test_held_out_windows_come_in_order_each_to_one_rank(num_tokens, rows, num_windows, world_size):
+def test_held_out_windows_are_the_spread_ones_in_order_each_to_one_rank(num_tokens, rows, num_windows, world_size):
     place = {"micro_batch_rows": rows, "context_length": 6, "num_windows": num_windows, "world_size": world_size}
     ranks = [list(held_out_batches(stream(num_tokens), rank=rank, **place)) for rank in range(world_size)]
     num_batches = sum(map(len, ranks))
     dealt = [ranks[number % world_size][number // world_size] for number in range(num_batches)]
     assert all(batch.shape == (rows, 7) for batch in dealt[:-1])
     starts = [row[0] // 6 for batch in dealt for row in batch.tolist()]
-    assert starts == list(range(min(num_windows, count_windows(num_tokens, 6))))
+    assert starts == spread_windows(count_windows(num_tokens, 6), num_windows).tolist()
+
+
+@given(num_available=st.integers(0, 500), num_windows=st.integers(0, 600))
+@example(num_available=3, num_windows=2)
+@example(num_available=2, num_windows=1)
+def test_held_out_windows_are_spread_evenly(num_available, num_windows):
+    windows = spread_windows(num_available, num_windows).tolist()
+    assert len(windows) == min(num_windows, num_available)
+    gaps = np.diff([-1, *windows, num_available])
+    if num_windows >= num_available:
+        assert windows == list(range(num_available))
+    elif num_windows:
+        part = num_available / num_windows
+        assert gaps[1:-1].tolist() == [] or math.floor(part) <= min(gaps[1:-1]) <= max(gaps[1:-1]) <= math.ceil(part)
+        assert 0 <= windows[0] <= part / 2 and num_available - part / 2 - 1 < windows[-1] < num_available
+        assert windows != list(range(num_windows))
+
+
+def test_held_out_windows_are_the_ones_that_losses_were_measured_on():
+    assert spread_windows(10, 4).tolist() == [1, 3, 6, 8] and spread_windows(10**9, 2).tolist() == [250_000_000, 750_000_000]
 
 
 @given(
     num_steps=st.integers(0, 40), rows_per_step=st.integers(1, 12), num_windows=st.integers(1, 300), piece=st.integers(1, 6),
     seed=SEEDS,
 )  # fmt: skip
-@settings(deadline=None, max_examples=40)
 def test_windows_of_a_run_are_those_of_its_steps(num_steps, rows_per_step, num_windows, piece, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loader, "PERMUTED_ROWS", piece)
@@ -189,16 +204,15 @@ def test_windows_of_a_run_take_a_byte_each():
     sizes=st.lists(st.integers(0, 30), min_size=1, max_size=4), context_length=st.integers(1, 9), top_k=st.integers(1, 3),
     data=st.data(),
 )  # fmt: skip
-@settings(deadline=None, max_examples=30)
 def test_labels_of_a_window_are_those_after_each_of_its_inputs(tmp_path_factory, sizes, context_length, top_k, data):
     parts = np.split(np.arange(sum(sizes), dtype=np.uint16), np.cumsum(sizes)[:-1])
     shards = tuple(Shard(Path(f"train-{number}.bin"), part, "ab" * 32, "cd" * 32) for number, part in enumerate(parts))
     tokens, num_windows = TokenStream(shards, "ab" * 32), count_windows(sum(sizes), context_length)
     assume(num_windows)
     num_positions = num_windows * context_length
-    place = (tmp_path_factory.mktemp("labels"), tokens, top_k, 300, 2 * context_length, num_positions, "ef" * 32)
-    create_labels(*place)
-    labels, positions = open_labels(*place), np.arange(num_positions)
+    folder, positions = tmp_path_factory.mktemp("labels"), np.arange(num_positions)
+    labels = LabelStream(folder, tokens, top_k, 300, 2 * context_length, num_positions, "ef" * 32)
+    labels.create()
     said = np.repeat(positions, top_k).reshape(-1, top_k)
     labels.write(0, Labels(said, said.astype(np.float16), positions.astype(np.float32)))
     windows = np.array(data.draw(st.lists(st.integers(0, num_windows - 1), min_size=1, max_size=5)))
@@ -209,14 +223,18 @@ def test_labels_of_a_window_are_those_after_each_of_its_inputs(tmp_path_factory,
     assert (ids == inputs[:, :, None]).all() and (logs == inputs[:, :, None]).all() and (tail == inputs).all()
 
 
-def test_order_of_a_large_step_costs_little():
-    step_windows(0, 512, 10**9, 0)
+def least_seconds(call: Callable[[], object]) -> float:
     seconds = []
-    for step in range(20):
+    for _ in range(20):
         start = time.perf_counter()
-        step_windows(step, 512, 10**9, 0)
+        call()
         seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 1e-3
+    return min(seconds)
+
+
+def test_order_of_a_large_data_set_costs_what_that_of_a_small_one_does():
+    small, large = (least_seconds(lambda number=number: step_windows(3, 512, number, 0)) for number in (10**4, 10**9))
+    assert large < 10 * small
 
 
 @given(
@@ -226,19 +244,18 @@ def test_order_of_a_large_step_costs_little():
     seed=SEEDS,
     world_size=st.sampled_from([1, 2, 4]),
 )
-@settings(deadline=None, max_examples=50)
 def test_every_rank_can_say_what_each_rank_reads(micro_batch_rows, factor, step, seed, world_size):
     tokens, rows_per_step = stream(203), 4 * micro_batch_rows * factor
     place = {"step": step, "world_size": world_size, "micro_batch_rows": micro_batch_rows, "rows_per_step": rows_per_step}
     all_rows = []
     for rank in range(world_size):
-        rows, windows = rank_windows(count_windows(203, 8), rank=rank, seed=seed, **place)
-        assert rows.dtype == windows.dtype == np.int64
+        due = rank_windows(count_windows(203, 8), rank=rank, seed=seed, **place)
+        assert due.rows.dtype == due.windows.dtype == np.int64
         batches = list(micro_batches(tokens, rank=rank, seed=seed, context_length=8, **place))
-        assert [batch.rows.tolist() for batch in batches] == rows.tolist()
-        assert [batch.windows.tolist() for batch in batches] == windows.tolist()
-        assert [batch.ids[:, 0].tolist() for batch in batches] == (windows * 8).tolist()
-        all_rows += rows.flatten().tolist()
+        assert [batch.rows.tolist() for batch in batches] == due.rows.tolist()
+        assert [batch.windows.tolist() for batch in batches] == due.windows.tolist()
+        assert [batch.ids[:, 0].tolist() for batch in batches] == (due.windows * 8).tolist()
+        all_rows += due.rows.flatten().tolist()
     assert sorted(all_rows) == list(range(step * rows_per_step, (step + 1) * rows_per_step))
 
 
@@ -252,7 +269,6 @@ def digest_of(rows: list[int], table: list[list[int]]) -> str:
 
 
 @given(table=TABLES, first=st.integers(0, 2**40), shares=st.lists(st.integers(0, 3), min_size=12, max_size=12))
-@settings(deadline=None)
 def test_digests_of_any_split_add_up_to_that_of_the_whole(table, first, shares):
     rows, items = first + np.arange(len(table)), np.array(table, dtype=np.int64)
     whole = digest_rows(rows, items)
@@ -264,7 +280,6 @@ def test_digests_of_any_split_add_up_to_that_of_the_whole(table, first, shares):
 
 
 @given(table=TABLES, first=st.integers(0, 2**40), data=st.data())
-@settings(deadline=None)
 def test_digest_sees_every_change(table, first, data):
     rows = list(range(first, first + len(table)))
     whole = digest_of(rows, table)
@@ -285,14 +300,9 @@ def test_digest_is_the_one_that_logs_were_written_with():
     assert digest_of([7, 2**33], [[1, 2, 3], [4, 5, 6]]) == "399da57b594d203d6e3d18ac608ff1f5"
 
 
-def test_digest_of_a_large_micro_batch_costs_little():
+def test_digest_of_a_large_micro_batch_costs_little_more_than_the_hash():
     rows, items = np.arange(64), np.random.default_rng(0).integers(0, 50_000, (64, 1024))
-    seconds = []
-    for _ in range(20):
-        start = time.perf_counter()
-        digest_rows(rows, items)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 5e-3
+    assert least_seconds(lambda: digest_rows(rows, items)) < 5 * least_seconds(lambda: blake2b(items.tobytes()).digest())
 
 
 def naive_documents(ids: list[int], start: int, stop: int, end_of_text_id: int) -> list[Document]:
@@ -303,11 +313,27 @@ def naive_documents(ids: list[int], start: int, stop: int, end_of_text_id: int) 
     return [document for document in documents if max(document.start, start) < min(document.stop, stop)]
 
 
-@given(
-    ids=st.lists(st.integers(0, 4), max_size=60), scan_tokens=st.integers(1, 70), num_shards=st.integers(1, 5), data=st.data()
-)
-@settings(deadline=None, max_examples=300)
+OVERLAPS = {
+    "ids": st.lists(st.integers(0, 4), max_size=60),
+    "scan_tokens": st.integers(1, 70),
+    "num_shards": st.integers(1, 5),
+    "data": st.data(),
+}
+
+
+@given(**OVERLAPS)
 def test_documents_are_those_that_overlap(ids, scan_tokens, num_shards, data):
+    check_documents(ids, scan_tokens, num_shards, data)
+
+
+@pytest.mark.slow
+@given(**OVERLAPS)
+@settings(max_examples=300)
+def test_documents_are_those_that_overlap_in_many_examples(ids, scan_tokens, num_shards, data):
+    check_documents(ids, scan_tokens, num_shards, data)
+
+
+def check_documents(ids, scan_tokens, num_shards, data) -> None:
     start = data.draw(st.integers(0, len(ids)))
     stop = data.draw(st.integers(start, len(ids)))
     parts = np.array_split(np.array(ids, dtype=np.uint16), num_shards)

@@ -1,21 +1,22 @@
-"""Laws of scripts/losses.py: the plain formulas in value and gradients, without any model's logits ever being whole."""
+"""Laws of scripts/model/losses.py: the plain formulas in value and gradients, without any model's logits ever being whole."""
 
 import math
 import weakref
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from tracker import Tracker, named, peak_of
 
-from scripts import losses
-from scripts.losses import IGNORED, Labels, distillation_loss, label_loss, likeliest, next_token_loss, token_nats
+from ds.shards import Labels
+from scripts.model import losses
+from scripts.model.losses import IGNORED, distillation_loss, label_loss, likeliest, next_token_loss, token_nats
 
 SIZES = {
     "rows": st.integers(1, 4),
@@ -50,21 +51,29 @@ def assert_same(ours, theirs, tolerance: float = 1e-6) -> None:
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
-class Sizes(TorchDispatchMode):
-    """Records the elements of every tensor that an operation returns."""
+class LiveBytes(NamedTuple):
+    """The most bytes alive at once beside what was given: in a loss's forward, between the two, and what the backward adds."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[int] = []
+    forward: int
+    held: int
+    backward: int
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.seen += [leaf.numel() for leaf in tree_iter(result) if isinstance(leaf, torch.Tensor)]
-        return result
+
+def live_bytes(loss: Callable[[], torch.Tensor], *given: torch.Tensor) -> LiveBytes:
+    for tensor in given:
+        tensor.grad = None
+    with Tracker(named("given", given)) as tracker:
+        begin = len(tracker.events)
+        value = loss()
+        middle = len(tracker.events)
+        value.backward()
+        end = len(tracker.events)
+    stretches = ((begin, begin), (begin, middle), (middle, middle), (middle, end))
+    before, forward, held, backward = (tracker.peak(False, *stretch).num_bytes for stretch in stretches)
+    return LiveBytes(forward - before, held - before, backward - held)
 
 
 @given(**SIZES)
-@settings(deadline=None)
 def test_loss_and_gradients_are_those_of_plain_cross_entropy(chunk_rows, **sizes):
     hidden, head, targets = drawn(**sizes)
     ours, theirs = next_token_loss(hidden, head, targets, chunk_rows), plain_loss(hidden, head, targets)
@@ -74,7 +83,6 @@ def test_loss_and_gradients_are_those_of_plain_cross_entropy(chunk_rows, **sizes
 
 
 @given(**SIZES)
-@settings(deadline=None, max_examples=50)
 def test_head_that_is_also_the_embedding_gets_both_gradients(chunk_rows, **sizes):
     _, head, targets = drawn(**sizes)
     ids = targets.clamp(min=0).roll(1, dims=1)
@@ -84,8 +92,7 @@ def test_head_that_is_also_the_embedding_gets_both_gradients(chunk_rows, **sizes
 
 
 @given(**SIZES, factor=st.floats(-100, 100))
-@settings(deadline=None, max_examples=50)
-def test_slope_from_above_scales_the_gradients(chunk_rows, factor, **sizes):
+def test_gradient_from_above_scales_the_gradients(chunk_rows, factor, **sizes):
     hidden, head, targets = drawn(**sizes)
     once = gradients(next_token_loss(hidden, head, targets, chunk_rows), hidden, head)
     scaled = gradients(next_token_loss(hidden, head, targets, chunk_rows) * factor, hidden, head)
@@ -93,7 +100,6 @@ def test_slope_from_above_scales_the_gradients(chunk_rows, factor, **sizes):
 
 
 @given(**SIZES, other_chunk_rows=st.integers(1, 40))
-@settings(deadline=None, max_examples=50)
 def test_loss_does_not_depend_on_the_chunks(chunk_rows, other_chunk_rows, **sizes):
     hidden, head, targets = drawn(**sizes)
     one, other = (next_token_loss(hidden, head, targets, rows) for rows in (chunk_rows, other_chunk_rows))
@@ -149,32 +155,12 @@ def test_all_ignored_gives_zero_loss_and_zero_gradients():
 def test_logits_never_exist_whole(dtype):
     tokens, width, vocabulary, chunk_rows = 512, 16, 1024, 32
     hidden, head, targets = drawn(2, tokens // 2, width, vocabulary, 3, seed=0, dtype=dtype)
-    with Sizes() as sizes:
-        next_token_loss(hidden, head, targets, chunk_rows).backward()
-        token_nats(hidden, head, targets, chunk_rows)
-    assert max(sizes.seen) == chunk_rows * vocabulary < tokens * vocabulary
-    with Sizes() as sizes:
-        plain_loss(hidden, head, targets)
-    assert max(sizes.seen) == tokens * vocabulary
-
-
-class LiveBytes(TorchDispatchMode):
-    """The most bytes alive at once of what operations make; a storage counts once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, int] = {}
-        self.most = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        given = {leaf.untyped_storage()._cdata for leaf in tree_iter((args, kwargs)) if isinstance(leaf, torch.Tensor)}
-        for leaf in tree_iter(made):
-            if isinstance(leaf, torch.Tensor) and (key := leaf.untyped_storage()._cdata) not in given and key not in self.alive:
-                self.alive[key] = leaf.untyped_storage().nbytes()
-                weakref.finalize(leaf.untyped_storage(), self.alive.pop, key)
-        self.most = max(self.most, sum(self.alive.values()))
-        return made
+    given = named("given", (hidden, head, targets))
+    chunk, whole = 4 * chunk_rows * vocabulary, dtype.itemsize * tokens * vocabulary
+    made = peak_of(lambda: next_token_loss(hidden, head, targets, chunk_rows).backward(), given)
+    assert made.largest_bytes == chunk < whole
+    assert peak_of(lambda: token_nats(hidden, head, targets, chunk_rows), given).largest_bytes == chunk
+    assert peak_of(lambda: plain_loss(hidden, head, targets), given).largest_bytes == whole
 
 
 @pytest.mark.parametrize(("dtype", "chunk_rows"), [(torch.bfloat16, 64), (torch.bfloat16, 256), (torch.float32, 64)])
@@ -184,19 +170,16 @@ def test_peak_is_one_chunk_in_float32_and_one_in_the_training_dtype_beside_the_g
     hidden, head, targets = drawn(2, tokens // 2, width, vocabulary, 3, seed=0, dtype=dtype)
     logits, weights, is_split = chunk_rows * vocabulary, vocabulary * width, chunk_rows < tokens
     gradients_bytes = size * tokens * width + (4 if is_split else 0) * weights
-    with LiveBytes() as live:
-        loss = next_token_loss(hidden, head, targets, chunk_rows)
+    live = live_bytes(lambda: next_token_loss(hidden, head, targets, chunk_rows), hidden, head, targets)
     forward_bytes = (4 if size == 4 else 4 + size) * logits
     chunk_bytes = max(forward_bytes, size * (logits + min(logits, weights)))
-    assert gradients_bytes + chunk_bytes <= live.most <= gradients_bytes + chunk_bytes + 64 * chunk_rows + 16 * tokens
-    held = sum(live.alive.values())
-    assert held <= size * tokens * width + (4 if is_split else size) * weights + 16 * tokens
-    with LiveBytes() as live:
-        loss.backward()
-    assert live.most <= (size if is_split and size < 4 else 0) * weights + 64
-    with LiveBytes() as live:
-        token_nats(hidden, head, targets, chunk_rows)
-    assert forward_bytes <= live.most <= forward_bytes + 64 * chunk_rows + 16 * tokens
+    small = 64 * chunk_rows + 16 * tokens
+    assert gradients_bytes + chunk_bytes <= live.forward <= gradients_bytes + chunk_bytes + small
+    assert live.held <= size * tokens * width + (4 if is_split else size) * weights + 16 * tokens
+    assert live.backward <= (size if is_split and size < 4 else 0) * weights + 64
+    given = (hidden, head, targets)
+    most = peak_of(lambda: token_nats(*given, chunk_rows), named("given", given)).num_bytes
+    assert forward_bytes <= most - sum(tensor.nbytes for tensor in given) <= forward_bytes + small
 
 
 @pytest.mark.parametrize("gap", [1.0, 50.0, 200.0, 1e4])
@@ -219,7 +202,6 @@ def test_target_outside_the_vocabulary_is_an_error(wrong):
 
 
 @given(**SIZES)
-@settings(deadline=None)
 def test_mean_of_token_nats_is_the_loss_and_each_is_its_tokens_own(chunk_rows, **sizes):
     hidden, head, targets = drawn(**sizes)
     nats, kept = token_nats(hidden, head, targets, chunk_rows), targets != IGNORED
@@ -230,7 +212,6 @@ def test_mean_of_token_nats_is_the_loss_and_each_is_its_tokens_own(chunk_rows, *
 
 
 @given(**SIZES)
-@settings(deadline=None, max_examples=30)
 def test_inputs_are_left_as_they_were(chunk_rows, **sizes):
     inputs = drawn(**sizes)
     before = [tensor.detach().clone() for tensor in inputs]
@@ -248,30 +229,40 @@ AIMS = {
 }
 
 
+def terms(weight: float, temperature: float, divergence: str, chunk_rows: int) -> dict:
+    """What both distillation losses take by keyword."""
+    return {"weight": weight, "temperature": temperature, "divergence": divergence, "chunk_rows": chunk_rows}
+
+
 class Lesson(NamedTuple):
     """What `distillation_loss` reads, in that order; the student first."""
 
     hidden: torch.Tensor
     head: torch.Tensor
     targets: torch.Tensor
-    taught: torch.Tensor
-    taught_head: torch.Tensor
+    teacher_hidden: torch.Tensor
+    teacher_head: torch.Tensor
 
 
 def lesson(seed: int, factor: float = 0.4, dtype=torch.float32, **sizes) -> Lesson:
     """As `drawn`, with a teacher of another width; `factor` makes both models' logits large."""
     hidden, head, targets = drawn(**sizes, seed=seed, dtype=dtype)
     generator, width = torch.Generator().manual_seed(seed + 1), sizes["width"] % 7 + 1
-    taught, taught_head = (torch.randn(*shape, width, generator=generator) for shape in (targets.shape, head.shape[:1]))
+    shapes = (targets.shape, head.shape[:1])
+    teacher_hidden, teacher_head = (torch.randn(*shape, width, generator=generator) for shape in shapes)
     large = (hidden.detach() * factor).requires_grad_()
-    return Lesson(large, head, targets, (taught * factor).to(dtype), taught_head.to(dtype))
+    return Lesson(large, head, targets, (teacher_hidden * factor).to(dtype), teacher_head.to(dtype))
 
 
 def logits_of(given: Lesson) -> tuple[torch.Tensor, torch.Tensor]:
     """Student's and teacher's logits of the tokens that count, (N, V) float64 each."""
     kept = given.targets != IGNORED
-    student, teacher = given.hidden.double() @ given.head.double().T, given.taught.double() @ given.taught_head.double().T
+    student, teacher = given.hidden.double() @ given.head.double().T, teacher_logits(given)
     return student[kept], teacher[kept]
+
+
+def teacher_logits(given: Lesson) -> torch.Tensor:
+    return given.teacher_hidden.double() @ given.teacher_head.double().T
 
 
 def text_nats(student: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -291,9 +282,9 @@ def plain_distillation(given: Lesson, weight: float, temperature: float, diverge
     return (1 - weight) * text_nats(student, given.targets) + weight * temperature**2 * soft
 
 
-def exact_labels(given: Lesson, top_k: int, temperature: float) -> Labels:
+def exact_labels(given: Lesson, top_k: int, temperature: float) -> Labels[torch.Tensor]:
     """The teacher's, by the formula in float64, kept in float32 where files keep float16."""
-    shares = torch.softmax(given.taught.double() @ given.taught_head.double().T / temperature, -1)
+    shares = torch.softmax(teacher_logits(given) / temperature, -1)
     best, ids = shares.topk(top_k)
     return Labels(ids, best.log().float(), shares.scatter(-1, ids, 0.0).sum(-1).float())
 
@@ -321,49 +312,45 @@ def assert_plain(ours: torch.Tensor, plain: torch.Tensor, given: Lesson, tempera
 
 
 @given(**SIZES, **AIMS)
-@settings(deadline=None)
 def test_distillation_is_the_plain_formula(weight, temperature, divergence, chunk_rows, **sizes):
     given = lesson(**sizes)
-    ours = distillation_loss(*given, weight, temperature, divergence, chunk_rows)
+    ours = distillation_loss(*given, **terms(weight, temperature, divergence, chunk_rows))
     assert_plain(ours, plain_distillation(given, weight, temperature, divergence), given, temperature)
 
 
 @given(**SIZES, **AIMS, share=st.floats(0, 1))
-@settings(deadline=None)
 def test_label_loss_is_the_plain_formula_over_the_likeliest_and_any_other(
     weight, temperature, divergence, chunk_rows, share, **sizes
 ):
     given = lesson(**sizes)
     for labels in (
         exact_labels(given, 1 + int(share * (sizes["vocabulary"] - 2)), temperature),
-        likeliest(given.taught, given.taught_head, 1, temperature, chunk_rows)[0],
+        likeliest(given.teacher_hidden, given.teacher_head, 1, temperature, chunk_rows)[0],
     ):
-        ours = label_loss(*given[:3], labels, weight, temperature, divergence, chunk_rows)
+        ours = label_loss(*given[:3], labels, **terms(weight, temperature, divergence, chunk_rows))
         assert_plain(ours, plain_label_loss(given, labels, weight, temperature, divergence), given, temperature)
 
 
 @given(**SIZES, temperature=AIMS["temperature"], divergence=AIMS["divergence"])
-@settings(deadline=None, max_examples=50)
 def test_with_all_ids_but_one_labels_are_the_whole_teacher(temperature, divergence, chunk_rows, **sizes):
     """In float32 as exactly as the formula; with float16 logarithms to their rounding, 2^-11 of each."""
     given, top_k = lesson(**sizes), sizes["vocabulary"] - 1
     whole = plain_distillation(given, 0.7, temperature, divergence)
-    exact = label_loss(*given[:3], exact_labels(given, top_k, temperature), 0.7, temperature, divergence, chunk_rows)
+    exact = label_loss(*given[:3], exact_labels(given, top_k, temperature), **terms(0.7, temperature, divergence, chunk_rows))
     assert_plain(exact, whole, given, temperature)
-    labels, _ = likeliest(given.taught, given.taught_head, top_k, temperature, chunk_rows)
-    rounded = label_loss(*given[:3], labels, 0.7, temperature, divergence, chunk_rows)
+    labels, _ = likeliest(given.teacher_hidden, given.teacher_head, top_k, temperature, chunk_rows)
+    rounded = label_loss(*given[:3], labels, **terms(0.7, temperature, divergence, chunk_rows))
     error = 2 * 2**-11 * float(-labels.logs.float().min()) * temperature**2
     assert abs(rounded.item() - whole.item()) <= error * (1 + whole.item()) + 1e-5
 
 
 @given(**SIZES, temperature=AIMS["temperature"], divergence=AIMS["divergence"])
-@settings(deadline=None, max_examples=50)
 def test_more_labels_never_bring_the_divergence_down_nor_above_the_whole_one(temperature, divergence, chunk_rows, **sizes):
     given = lesson(**sizes)
     counts = sorted({1, 1 + sizes["vocabulary"] // 3, sizes["vocabulary"] - 1} - {sizes["vocabulary"]})
-    taught = (exact_labels(given, top_k, temperature) for top_k in counts)
-    nats = [label_loss(*given[:3], labels, 1.0, temperature, divergence, chunk_rows).item() for labels in taught]
-    nats.append(distillation_loss(*given, 1.0, temperature, divergence, chunk_rows).item())
+    how, more_and_more = terms(1.0, temperature, divergence, chunk_rows), (exact_labels(given, k, temperature) for k in counts)
+    nats = [label_loss(*given[:3], labels, **how).item() for labels in more_and_more]
+    nats.append(distillation_loss(*given, **how).item())
     assert nats[0] >= -1e-5 and all(less <= more + 1e-5 for less, more in zip(nats, nats[1:], strict=False))
 
 
@@ -402,33 +389,31 @@ def test_distillation_is_what_others_publish(divergence, temperature):
     given, beta = lesson(rows=3, positions=7, width=6, vocabulary=50, num_ignored=4, seed=5), DIVERGENCES.index(divergence)
     ours = partial(distillation_loss, *given, temperature=temperature, divergence=divergence, chunk_rows=8)
     targets, weight = given.targets[given.targets != IGNORED], 0.6 / (0.6 + 0.4 * temperature**2)
-    assert_plain(ours(1.0), temperature**2 * as_in_trl(*logits_of(given), temperature, beta), given, temperature)
+    assert_plain(ours(weight=1.0), temperature**2 * as_in_trl(*logits_of(given), temperature, beta), given, temperature)
     if divergence == "forward":
-        assert_plain(ours(1.0), as_in_transformers(*logits_of(given), temperature), given, temperature)
+        assert_plain(ours(weight=1.0), as_in_transformers(*logits_of(given), temperature), given, temperature)
     mixed = as_in_liger(*logits_of(given), targets, temperature, beta, 0.4)
-    assert_plain(ours(weight) * (0.4 / (1 - weight)), mixed, given, temperature)
+    assert_plain(ours(weight=weight) * (0.4 / (1 - weight)), mixed, given, temperature)
 
 
 @given(**SIZES, temperature=AIMS["temperature"], divergence=AIMS["divergence"], dtype=st.sampled_from([0, 1]))
-@settings(deadline=None, max_examples=50)
 def test_student_that_is_its_teacher_learns_nothing(temperature, divergence, dtype, chunk_rows, **sizes):
     given = lesson(**sizes, factor=1.0, dtype=(torch.float32, torch.bfloat16)[dtype])
-    twin = given._replace(taught=given.hidden.detach(), taught_head=given.head.detach())
-    loss = distillation_loss(*twin, 1.0, temperature, divergence, chunk_rows)
+    twin = given._replace(teacher_hidden=given.hidden.detach(), teacher_head=given.head.detach())
+    loss = distillation_loss(*twin, **terms(1.0, temperature, divergence, chunk_rows))
     assert loss.item() == 0 and all(not gradient.any() for gradient in gradients(loss, given.hidden, given.head))
 
 
 @given(**SIZES, temperature=AIMS["temperature"], divergence=AIMS["divergence"], share=st.floats(0, 1))
-@settings(deadline=None, max_examples=50)
 def test_student_that_is_its_labels_learns_what_rounding_leaves(temperature, divergence, share, chunk_rows, **sizes):
     """Of float16 logarithms 2^-11 of the least, of float32 ones next to nothing; in the value the square of that."""
     given, top_k = lesson(**sizes), 1 + int(share * (sizes["vocabulary"] - 2))
-    twin = given._replace(taught=given.hidden.detach(), taught_head=given.head.detach())
-    rounded, _ = likeliest(twin.taught, twin.taught_head, top_k, temperature, chunk_rows)
+    twin = given._replace(teacher_hidden=given.hidden.detach(), teacher_head=given.head.detach())
+    rounded, _ = likeliest(twin.teacher_hidden, twin.teacher_head, top_k, temperature, chunk_rows)
     least = float(-rounded.logs.float().min())
     noise = 1e-6 * (1 + least)
     for labels, error in ((exact_labels(twin, top_k, temperature), noise), (rounded, noise + 2 * 2**-11 * least)):
-        loss = label_loss(*given[:3], labels, 1.0, temperature, divergence, chunk_rows)
+        loss = label_loss(*given[:3], labels, **terms(1.0, temperature, divergence, chunk_rows))
         assert abs(loss.item()) <= temperature**2 * (noise + error**2)
         for gradient, other in zip(gradients(loss, given.hidden, given.head), (given.head, given.hidden), strict=True):
             assert gradient.abs().max() <= error * temperature * float(other.detach().abs().max()) + 1e-6
@@ -437,35 +422,31 @@ def test_student_that_is_its_labels_learns_what_rounding_leaves(temperature, div
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-def test_extreme_logits_give_finite_values_and_slopes(temperature, divergence, dtype):
+def test_extreme_logits_give_finite_values_and_gradients(temperature, divergence, dtype):
     given = lesson(rows=2, positions=9, width=8, vocabulary=33, num_ignored=3, seed=1, factor=100.0, dtype=dtype)
-    labels, lost = likeliest(given.taught, given.taught_head, 5, temperature, 4)
+    labels, lost = likeliest(given.teacher_hidden, given.teacher_head, 5, temperature, 4)
     assert labels.logs.float().min() < -50
-    beyond, _ = likeliest(given.taught * 10_000, given.taught_head, 5, temperature, 4)
+    beyond, _ = likeliest(given.teacher_hidden * 10_000, given.teacher_head, 5, temperature, 4)
     assert beyond.logs.min() == torch.finfo(torch.float16).min
     assert all(part.isfinite().all() for part in (*labels, *beyond, lost))
     empty = Labels(labels.ids, labels.logs, torch.zeros_like(labels.tail))
-    whole = distillation_loss(*given, 0.5, temperature, divergence, 4)
-    assert abs(whole.item() / plain_distillation(given, 0.5, temperature, divergence).item() - 1) < (
-        1e-5 if dtype == torch.float32 else 0.02
-    )
-    taught = (labels, beyond, empty)
-    for loss in (whole, *(label_loss(*given[:3], each, 0.5, temperature, divergence, 4) for each in taught)):
+    how = terms(0.5, temperature, divergence, 4)
+    whole, plain = distillation_loss(*given, **how), plain_distillation(given, 0.5, temperature, divergence)
+    assert abs(whole.item() / plain.item() - 1) < (1e-5 if dtype == torch.float32 else 0.02)
+    for loss in (whole, *(label_loss(*given[:3], each, **how) for each in (labels, beyond, empty))):
         assert loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients(loss, given.hidden, given.head))
 
 
 @given(**SIZES, temperature=AIMS["temperature"], share=st.floats(0, 1))
-@settings(deadline=None, max_examples=50)
 def test_likeliest_are_the_best_in_order_with_the_rest_in_the_tail_and_what_that_leaves_out(
     temperature, share, chunk_rows, **sizes
 ):
     given, top_k = lesson(**sizes), 1 + int(share * (sizes["vocabulary"] - 2))
-    labels, lost = likeliest(given.taught, given.taught_head, top_k, temperature, chunk_rows)
+    labels, lost = likeliest(given.teacher_hidden, given.teacher_head, top_k, temperature, chunk_rows)
     assert labels.ids.shape == labels.logs.shape == (*given.targets.shape, top_k)
     assert labels.ids.dtype == torch.int32 and labels.logs.dtype == torch.float16
     assert labels.tail.shape == lost.shape == given.targets.shape and labels.tail.dtype == lost.dtype == torch.float32
-    exact, logits = exact_labels(given, top_k, temperature), given.taught.double() @ given.taught_head.double().T
-    logs = torch.log_softmax(logits / temperature, -1)
+    exact, logs = exact_labels(given, top_k, temperature), torch.log_softmax(teacher_logits(given) / temperature, -1)
     assert_same(logs.gather(-1, labels.ids.long()).float(), exact.logs, 1e-5)
     assert_same(labels.logs.float(), exact.logs, 2**-10)
     torch.testing.assert_close(labels.tail, exact.tail, rtol=1e-4, atol=1e-30)
@@ -477,20 +458,19 @@ def test_likeliest_are_the_best_in_order_with_the_rest_in_the_tail_and_what_that
 
 def soft_losses(given: Lesson, chunk_rows: int) -> list[partial]:
     """Each distillation loss of a lesson, to be called with hidden, head and targets."""
-    labels, _ = likeliest(given.taught, given.taught_head, 3, 1.5, chunk_rows)
+    labels, _ = likeliest(given.teacher_hidden, given.teacher_head, 3, 1.5, chunk_rows)
     mixed = dict(weight=0.3, temperature=1.5, chunk_rows=chunk_rows)
-    taught = [
-        partial(distillation_loss, taught=given.taught, taught_head=given.taught_head), partial(label_loss, labels=labels)
-    ]  # fmt: skip
-    return [partial(loss, divergence=divergence, **mixed) for loss, divergence in product(taught, DIVERGENCES)]
+    teacher = {"teacher_hidden": given.teacher_hidden, "teacher_head": given.teacher_head}
+    both = (partial(distillation_loss, **teacher), partial(label_loss, labels=labels))
+    return [partial(loss, divergence=divergence, **mixed) for loss, divergence in product(both, DIVERGENCES)]
 
 
 def test_ids_of_labels_may_be_of_any_integer_dtype():
     given = lesson(rows=2, positions=5, width=4, vocabulary=9, num_ignored=2, seed=0)
-    labels, _ = likeliest(given.taught, given.taught_head, 3, 1.0, 4)
+    labels, _ = likeliest(given.teacher_hidden, given.teacher_head, 3, 1.0, 4)
     kinds = (torch.uint16, torch.int32, torch.uint32, torch.int64)
-    losses_of = [label_loss(*given[:3], labels._replace(ids=labels.ids.to(kind)), 0.5, 1.0, "forward", 4) for kind in kinds]
-    assert len({loss.item() for loss in losses_of}) == 1
+    cast = [labels._replace(ids=labels.ids.to(kind)) for kind in kinds]
+    assert len({label_loss(*given[:3], each, **terms(0.5, 1.0, "forward", 4)).item() for each in cast}) == 1
 
 
 @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True), (False, False)])
@@ -520,13 +500,13 @@ def test_all_ignored_teaches_nothing():
 
 def test_teacher_gets_no_gradient_and_nothing_of_it_is_kept_for_the_backward():
     given = lesson(rows=2, positions=5, width=4, vocabulary=9, num_ignored=0, seed=0)
-    taught, taught_head = (tensor.clone().requires_grad_() for tensor in given[3:])
-    loss = distillation_loss(*given[:3], taught, taught_head, 0.5, 2.0, "forward", 3)
-    gone = [weakref.ref(tensor.untyped_storage()) for tensor in (taught, taught_head)]
+    teacher_hidden, teacher_head = (tensor.clone().requires_grad_() for tensor in given[3:])
+    loss = distillation_loss(*given[:3], teacher_hidden, teacher_head, **terms(0.5, 2.0, "forward", 3))
+    gone = [weakref.ref(tensor.untyped_storage()) for tensor in (teacher_hidden, teacher_head)]
     loss.backward()
-    assert taught.grad is None and taught_head.grad is None and given.head.grad is not None
-    loss = distillation_loss(*given[:3], taught, taught_head, 0.5, 2.0, "forward", 3)
-    del taught, taught_head
+    assert teacher_hidden.grad is None and teacher_head.grad is None and given.head.grad is not None
+    loss = distillation_loss(*given[:3], teacher_hidden, teacher_head, **terms(0.5, 2.0, "forward", 3))
+    del teacher_hidden, teacher_head
     assert all(reference() is None for reference in gone) and loss.requires_grad
 
 
@@ -536,8 +516,8 @@ def test_bf16_distillation_is_as_near_to_the_exact_one_as_the_plain_formula_in_b
     given = lesson(
         rows=1, positions=tokens, width=64, vocabulary=300, num_ignored=0, seed=tokens, factor=0.3, dtype=torch.bfloat16
     )
-    ours, exact = distillation_loss(*given, 0.5, 2.0, divergence, 100), plain_distillation(given, 0.5, 2.0, divergence)
-    student, teacher = given.hidden @ given.head.T, given.taught @ given.taught_head.T
+    ours, exact = distillation_loss(*given, **terms(0.5, 2.0, divergence, 100)), plain_distillation(given, 0.5, 2.0, divergence)
+    student, teacher = given.hidden @ given.head.T, given.teacher_hidden @ given.teacher_head.T
     soft = mean_kl(student.float().flatten(0, 1), teacher.float().flatten(0, 1), 2.0, divergence)
     rough = 0.5 * text_nats(student.float().flatten(0, 1), given.targets.flatten()) + 0.5 * 4 * soft
     assert abs(ours.item() / exact.item() - 1) < 2**-8
@@ -550,10 +530,9 @@ def test_bf16_distillation_is_as_near_to_the_exact_one_as_the_plain_formula_in_b
 def test_logits_of_neither_model_ever_exist_whole(dtype):
     tokens, vocabulary, chunk_rows = 512, 1024, 32
     given = lesson(rows=2, positions=256, width=16, vocabulary=vocabulary, num_ignored=3, seed=0, dtype=dtype)
-    with Sizes() as sizes:
-        for loss in soft_losses(given, chunk_rows):
-            loss(given.hidden, given.head, given.targets).backward()
-    assert max(sizes.seen) == chunk_rows * vocabulary < tokens * vocabulary
+    for loss in soft_losses(given, chunk_rows):
+        made = peak_of(lambda loss=loss: loss(given.hidden, given.head, given.targets).backward(), named("given", given))
+        assert made.largest_bytes == 4 * chunk_rows * vocabulary < dtype.itemsize * tokens * vocabulary
 
 
 @pytest.mark.parametrize(
@@ -570,15 +549,13 @@ def test_peak_of_distillation_is_three_chunks_in_float32_and_of_labels_two_whate
     made = size * tokens * width + (4 if is_split else 0) * vocabulary * width
     small, ids = 64 * chunk_rows + 16 * tokens, 3 * chunk_rows * 64
     for loss in soft_losses(given, chunk_rows):
-        with LiveBytes() as live:
-            value = loss(given.hidden, given.head, given.targets)
+        labels = loss.keywords.get("labels", ())
+        live = live_bytes(lambda loss=loss: loss(given.hidden, given.head, given.targets), *given, *labels)
         chunks = 3 if loss.func is distillation_loss else 2
-        assert made + chunks * logits <= live.most <= made + chunks * logits + small + ids
-        held = sum(live.alive.values())
-        assert held <= size * tokens * width + (4 if is_split else size) * vocabulary * width + 16 * tokens
-        with LiveBytes() as live:
-            value.backward()
-        assert live.most <= (size if is_split and size < 4 else 0) * vocabulary * width + 64
-    with LiveBytes() as live:
-        likeliest(given.taught, given.taught_head, 3, 1.5, chunk_rows)
-    assert 2 * logits + (6 * 3 + 8) * tokens <= live.most <= 2 * logits + (6 * 3 + 8) * tokens + small + ids
+        assert made + chunks * logits <= live.forward <= made + chunks * logits + small + ids
+        assert live.held <= size * tokens * width + (4 if is_split else size) * vocabulary * width + 16 * tokens
+        assert live.backward <= (size if is_split and size < 4 else 0) * vocabulary * width + 64
+    teacher = named("given", (given.teacher_hidden, given.teacher_head))
+    most = peak_of(lambda: likeliest(given.teacher_hidden, given.teacher_head, 3, 1.5, chunk_rows), teacher).num_bytes
+    beside = most - sum(tensor.nbytes for _, tensor in teacher)
+    assert 2 * logits + (6 * 3 + 8) * tokens <= beside <= 2 * logits + (6 * 3 + 8) * tokens + small + ids

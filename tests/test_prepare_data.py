@@ -13,13 +13,14 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from test_corpus import Planted
 
 from ds import tokenizer as bpe
 from ds.corpus import corpus_files, documents, is_held_out
 from ds.shards import TokenStream, open_shard, write_shard
 from scripts import prepare_data
 from scripts.config import TrainingConfig
-from scripts.prepare_data import Data, open_data, prepare
+from scripts.prepare_data import Data, open_data, prepare, sample_documents
 
 ROOT = Path(prepare_data.__file__).parents[1]
 
@@ -123,7 +124,7 @@ def test_tokenizer_never_sees_held_out_documents(tmp_path):
     for path in corpus_files(config.corpus, ()):
         if is_held_out(path.read_bytes(), 0.25):
             path.unlink()
-    sampled = list(prepare_data._sample(config, corpus_files(config.corpus, ())))
+    sampled = list(sample_documents(config, corpus_files(config.corpus, ())))
     assert bpe.fingerprint(bpe.train(sampled, 300)) == bpe.fingerprint(before)
 
 
@@ -131,7 +132,7 @@ def test_tokenizer_never_sees_held_out_documents(tmp_path):
 def test_tokenizer_sample_is_bounded_and_spread_over_the_files(tmp_path, sample_bytes):
     config = config_in(tmp_path, tokenizer_sample_bytes=sample_bytes, validation_fraction=0.0, eval_every_steps=None)
     files = corpus_files(config.corpus, ())
-    sampled = list(prepare_data._sample(config, files))
+    sampled = list(sample_documents(config, files))
     corpus_bytes = sum(file.stat().st_size for file in files)
     assert min(sample_bytes, corpus_bytes) * 0.8 - 1 <= sum(map(len, sampled)) <= sample_bytes
     if sample_bytes == 1000:
@@ -290,16 +291,6 @@ def test_other_tokenizer_is_refused(built):
     assert "tokenizer.json is not there; delete data_dir" in refusal(built)
 
 
-class Planted:
-    """Makes its file when it is unpickled."""
-
-    def __init__(self, marker: Path):
-        self.marker = marker
-
-    def __reduce__(self):
-        return Path.touch, (self.marker,)
-
-
 @pytest.mark.parametrize("protocol", range(2, 6))
 def test_planted_pickle_is_refused_by_name_and_never_runs(tmp_path, config, protocol):
     marker = tmp_path / "marker"
@@ -355,35 +346,45 @@ def test_command_says_where_the_data_is_or_refuses_with_status_2(config, capsys,
     assert caught.value.code == 2 and capsys.readouterr().err.startswith("refused: data_dir=")
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(folder / "scripts" / "prepare_data.py"), *arguments]
+def run(folder: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(folder / "scripts" / "prepare_data.py")]
     environment = os.environ | {"PYTHONPATH": str(folder)}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
-def test_argument_is_refused_with_a_pointer_to_the_config():
-    done = run(ROOT, "--vocab_size=9")
-    assert done.returncode == 2 and done.stdout == ""
-    assert (
-        done.stderr.startswith("refused: --vocab_size=9: there are no command-line arguments") and done.stderr.count("\n") == 1
-    )
-    assert "scripts/config.py" in done.stderr
+def repository_with(folder: Path, line: str) -> Path:
+    """A copy of the sources in `folder` with one more line at the end of config.py."""
+    for name in ("ds", "scripts"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    with (folder / "scripts" / "config.py").open("a") as file:
+        file.write(f"{line}\n")
+    return folder
+
+
+def test_argument_is_refused_with_a_pointer_to_the_config(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", "--vocab_size=9"])
+    with pytest.raises(SystemExit) as caught:
+        prepare_data.main()
+    said = capsys.readouterr()
+    assert caught.value.code == 2 and said.out == "" and said.err.count("\n") == 1
+    assert said.err.startswith("refused: --vocab_size=9: there are no command-line arguments")
+    assert "scripts/config.py" in said.err
 
 
 def test_bad_preset_is_refused_in_one_line(tmp_path):
-    for name in (
-        "ds/__init__.py",
-        "ds/corpus.py",
-        "ds/tokenizer.py",
-        "ds/shards.py",
-        "ds/loader.py",
-        "scripts/prepare_data.py",
-    ):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
-    (tmp_path / "scripts" / "config.py").write_text(
-        (ROOT / "scripts" / "config.py").read_text() + "\nwith refusing():\n    TrainingConfig(num_steps=0)\n"
-    )
-    done = run(tmp_path)
+    done = run(repository_with(tmp_path, "PRETRAIN = replace(PRETRAIN, num_steps=0)"))
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("refused: num_steps=0 is below 1") and done.stderr.count("\n") == 1
+
+
+def test_command_prepares_the_preset_once(tmp_path, config):
+    folder = repository_with(tmp_path / "repository", f"PRETRAIN = {config!r}")
+    done = run(folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    written = content(config.data_dir)
+    assert {"manifest.json", "tokenizer.json", "train-00000.bin", "validation-00000.bin"} <= written.keys()
+    *steps, last = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in steps] == ["corpus", "tokenizer", "shards"]
+    assert last == f"data: {open_data(config).train.num_tokens:,} training tokens in {config.data_dir}"
+    again = run(folder)
+    assert (again.returncode, again.stdout, again.stderr) == (0, f"{last}\n", "") and content(config.data_dir) == written

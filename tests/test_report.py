@@ -9,7 +9,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from scripts.report import HELD_OUT, NORM, RATE, TRAIN, Row, draw_losses, line_of, table
+from scripts.config import NUM_NAMED_DOCUMENTS, TrainingConfig
+from scripts.report import HELD_OUT, NORM, RATE, TRAIN, Alone, Row, draw_losses, line_of, summary, table
 
 LINES = 40
 
@@ -131,6 +132,15 @@ def test_the_teachers_held_out_loss_is_a_line_across_the_picture(tmp_path, monke
             ("3.1% of its probability is outside its 32 likeliest", "0.012 nats"),
         ),
         ({"kind": "event", "step": 0, "event": "teacher"}, ("not evaluated",)),
+        (
+            {
+                "kind": "event",
+                "step": 2,
+                "event": "skipped",
+                "documents": [{"document": n, "beginning": "x"} for n in range(5)],
+            },
+            ("step 2/9: skipped", "0 'x', 1 'x'", f"and {5 - NUM_NAMED_DOCUMENTS} more in metrics.jsonl"),
+        ),
     ],
 )
 def test_a_record_is_told_in_one_line_with_units(record, words):
@@ -147,3 +157,44 @@ def test_a_table_has_a_line_for_each_model_also_for_one_that_was_not_evaluated()
         ["student", "0.00", "M", "5.500", "2.500", "5", "here"],
         ["x", "0.00", "M", "-", "-", "y"],
     ]
+
+
+def memory(peak_gib: float) -> dict:
+    return {"kind": "event", "step": 9, "event": "memory", "host_planned_gib": 1.5, "host_peak_gib": peak_gib}
+
+
+LOSSES = """
+  held out before: 6.000 nats per token, 2.500 bits per byte
+  held out after:  2.100 nats per token, 2.500 bits per byte"""
+END = """
+  host memory: 1.50 GiB planned, 1.25 GiB measured
+  picture: run/loss.png"""
+
+
+def test_a_run_ends_with_its_losses_its_last_sample_its_memory_and_what_to_do_next():
+    records = [*EVALUATED, event(3) | {"text": "not the last"}, memory(9.0), event(9) | {"text": "def f\n  g"}, memory(1.25)]
+    told = summary(TrainingConfig(), records, picture=Path("run/loss.png"), saved=None, alone=None)
+    assert told == f'{LOSSES}\n  sample:\n    def f\n      g{END}\n  next: echo "def" | python scripts/generate.py'
+
+
+@pytest.mark.parametrize("alone", [None, Alone("alone", [held_out(0), held_out(10)]), Alone("alone", [])])
+def test_a_student_ends_with_a_comparison(alone):
+    config = TrainingConfig(teacher_dir="there")
+    records = [TEACHER | {"folder": "there", "num_parameters": 2_360_000}, *EVALUATED, memory(1.25)]
+    told = summary(config, records, picture=Path("run/loss.png"), saved=Path("run/step-9"), alone=alone)
+    head = f"{LOSSES}{END}\n  checkpoint (opens in transformers): run/step-9\n"
+    assert told.startswith(head)
+    _, teacher, student, last = told.removeprefix(head).splitlines()
+    size = f"{config.num_parameters / 1e6:.2f}"
+    assert teacher.split() == ["teacher", "2.36", "M", "2.000", "1.000", "there"]
+    assert student.split() == ["student", size, "M", "2.100", "2.500", "39", "runs/pretrain"]
+    if alone is None:
+        assert last == "  to compare: train the same student without a teacher, as the README says"
+    else:
+        numbers = ["5.000", "2.500", "10"] if alone.records else ["-", "-"]
+        assert last.split() == ["without", "teacher", size, "M", *numbers, "alone"]
+
+
+def test_a_run_without_any_record_still_names_its_picture():
+    told = summary(TrainingConfig(), [], picture=Path("loss.png"), saved=None, alone=None)
+    assert told.splitlines()[:2] == ["", "  picture: loss.png"]

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from scripts.config import TrainingConfig
@@ -30,7 +30,6 @@ def rates(config: TrainingConfig) -> list[float]:
 
 
 @given(config=configs())
-@settings(deadline=None)
 def test_rate_is_above_zero_at_the_first_step_and_never_outside_its_bounds(config):
     series = rates(config)
     assert series[0] > 0
@@ -39,7 +38,6 @@ def test_rate_is_above_zero_at_the_first_step_and_never_outside_its_bounds(confi
 
 
 @given(config=configs())
-@settings(deadline=None)
 def test_warmup_is_linear_and_ends_at_the_peak(config):
     warmup = rates(config)[: config.warmup_steps]
     for step, rate in enumerate(warmup):
@@ -49,7 +47,6 @@ def test_warmup_is_linear_and_ends_at_the_peak(config):
 
 @given(config=configs())
 @example(config=TrainingConfig(num_steps=2, warmup_steps=0))
-@settings(deadline=None)
 def test_peak_is_the_learning_rate_and_the_last_step_has_the_least(config):
     series = rates(config)
     never_stable = config.decay_steps == config.num_steps
@@ -58,14 +55,12 @@ def test_peak_is_the_learning_rate_and_the_last_step_has_the_least(config):
 
 
 @given(config=configs())
-@settings(deadline=None)
 def test_rate_never_rises_after_the_warmup(config):
     after = rates(config)[max(0, config.warmup_steps - 1) :]
     assert all(later <= earlier * (1 + 1e-12) for earlier, later in zip(after, after[1:], strict=False))
 
 
 @given(config=configs("wsd"))
-@settings(deadline=None)
 def test_wsd_is_flat_until_the_decay_begins_and_then_falls_by_equal_amounts(config):
     series, decay_starts = rates(config), config.num_steps - (config.decay_steps or 0)
     assert set(series[config.warmup_steps : decay_starts]) <= {config.learning_rate, series[config.warmup_steps]}
@@ -75,7 +70,6 @@ def test_wsd_is_flat_until_the_decay_begins_and_then_falls_by_equal_amounts(conf
 
 
 @given(config=configs("cosine"))
-@settings(deadline=None)
 def test_cosine_is_symmetric_about_its_middle(config):
     after = rates(config)[config.warmup_steps :]
     middle = (config.learning_rate + config.min_learning_rate) / 2

@@ -15,11 +15,15 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from ds import tokenizer as bpe
 from ds.loader import count_windows, micro_batches, read_labels, windows_of_run
-from scripts import checkpoint, trainer
-from scripts.checkpoint import find_teacher, fingerprint_of, load_teacher, newest_folder, same_without_teacher
-from scripts.config import TrainingConfig, refuse_unfit
-from scripts.memory import refuse_unfit_memory, room_in_all
+from scripts.config import TrainingConfig, refuse_on_this_machine
+from scripts.engine.distributed import Ranks
+from scripts.memory import refuse_too_large
+from scripts.plan.machine import room_in_all
 from scripts.prepare_data import Data, open_data, prepare
+from scripts.run.checkpoint import Checkpoint
+from scripts.run.run_dir import claim_run, newest_folder, same_without_teacher
+from scripts.run.setup import model_to_train
+from scripts.run.teacher import check_teacher, find_teacher, fingerprint_of, labels_identity, load_teacher
 from scripts.train_distill import distill, label
 
 CPU = torch.device("cpu")
@@ -165,14 +169,14 @@ def test_a_teacher_larger_than_the_machine_is_refused_by_the_plan_as_the_largest
     described(copied, num_hidden_layers=10**6, hidden_size=8192, intermediate_size=32768)
     config = replace(data[0], teacher_dir=str(copied))
     with pytest.raises(ValueError, match="the largest item is teacher") as refusal:
-        refuse_unfit_memory(config, 1, 1, room_in_all(config, CPU), "cpu")
+        refuse_too_large(config, 1, 1, room_in_all(config, CPU), "cpu")
     assert "\n" not in str(refusal.value)
 
 
 def test_without_a_teacher_the_command_that_makes_one_is_named(data, tmp_path):
     absent = replace(data[0], teacher_dir=str(tmp_path / "absent"))
     with pytest.raises(ValueError, match="is not there; deepspeed scripts/train_pretrain.py makes a teacher"):
-        refuse_unfit(absent, 1)
+        refuse_on_this_machine(absent, 1)
     (tmp_path / "absent" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match="has no checkpoint yet; deepspeed scripts/train_pretrain.py makes a teacher"):
         find_teacher(absent)
@@ -227,12 +231,12 @@ def test_a_run_goes_on_with_the_teacher_that_it_began_with_or_is_refused(data, c
     config = replace(data[0], teacher_dir=str(copied))
     found = find_teacher(config)
     assert found is not None
-    state = {"teacher_fingerprint": trainer._check_teacher(config, found, data[1], None)}
-    begun = checkpoint.Checkpoint(copied / "step-00000004", state)
-    trainer._check_teacher(config, found, data[1], begun)
+    state = {"teacher_fingerprint": check_teacher(config, found, data[1], None)}
+    begun = Checkpoint(copied / "step-00000004", state)
+    check_teacher(config, found, data[1], begun)
     renamed(copied, lambda tensors: next(iter(tensors.values())).view(-1)[0].add_(1))
     with pytest.raises(ValueError, match="is not the teacher that .*step-00000004 learned from; put that one back"):
-        trainer._check_teacher(config, found, data[1], begun)
+        check_teacher(config, found, data[1], begun)
 
 
 def test_a_teacher_of_more_ids_than_the_student_is_refused_and_its_logits_are_not_cut(data, tmp_path):
@@ -242,7 +246,7 @@ def test_a_teacher_of_more_ids_than_the_student_is_refused_and_its_logits_are_no
     found = find_teacher(config)
     assert found is not None
     with pytest.raises(ValueError, match="gives probabilities to 320 ids and vocab_size=257; nearest is 320, with tokenizer_"):
-        trainer._check_teacher(config, found, data[1], None)
+        check_teacher(config, found, data[1], None)
 
 
 def test_a_starting_point_of_another_tokenizer_is_refused(data, copied):
@@ -250,7 +254,7 @@ def test_a_starting_point_of_another_tokenizer_is_refused(data, copied):
     permuted(parts)
     (copied / "tokenizer.json").write_text(json.dumps(parts))
     with pytest.raises(ValueError, match="^init_from=.*: its tokenizer is not that of the shards in [^\n]+$"):
-        trainer._model_to_train(replace(data[0], init_from=str(copied)), CPU, data[1], None)
+        model_to_train(replace(data[0], init_from=str(copied)), Ranks(0, 1, 0, 1, 0), data[1], None)
 
 
 def refused(folder: Path, config: TrainingConfig) -> str:
@@ -306,7 +310,7 @@ def labels_of(config: TrainingConfig):
     (folder,) = Path(config.data_dir).glob("labels-*")
     data, found = open_data(config), find_teacher(config)
     assert found is not None
-    identity = checkpoint.labels_identity(config, fingerprint_of(found))
+    identity = labels_identity(config, fingerprint_of(found))
     assert folder.name == f"labels-{identity[:16]}"
     return data, found, data.labels(config.teacher_top_k or 0, config.context_length, config.vocab_size, identity)
 
@@ -352,11 +356,11 @@ def test_the_same_student_without_a_teacher_is_found_beside_the_run_by_its_confi
     alone = replace(student, run_dir=str(tmp_path / "plain"), teacher_dir=None, teacher_top_k=None, micro_batch_rows=1)
     others = [teacher, student, replace(alone, learning_rate=5e-3, run_dir=str(tmp_path / "other"))]
     for config in others:
-        checkpoint.claim_run(config, 0)
+        claim_run(config, 0)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
     assert same_without_teacher(student) is None
-    checkpoint.claim_run(alone, 0)
+    claim_run(alone, 0)
     found = same_without_teacher(student)
     assert found is not None and Path(found.run_dir) == tmp_path / "plain"
 
@@ -366,7 +370,7 @@ def test_the_end_tells_teacher_and_student_and_the_student_without_a_teacher(fin
     run_dir = shutil.copytree(config.run_dir, tmp_path / "runs" / "distill")
     again = replace(config, run_dir=str(run_dir))
     alone = replace(again, run_dir=str(tmp_path / "runs" / "plain"), teacher_dir=None)
-    checkpoint.claim_run(alone, 0)
+    claim_run(alone, 0)
     shutil.copy(run_dir / "metrics.jsonl", alone.run_dir)
     output = expect_success(launch(tmp_path, training_script(again, ""), ["python"]))
     rows = [
@@ -381,7 +385,7 @@ def test_the_end_tells_teacher_and_student_and_the_student_without_a_teacher(fin
 
 APART = """
 import gc
-from scripts.model import Decoder
+from scripts.model.decoder import Decoder
 
 def apart(function):
     def call(*everything, **named):
@@ -407,9 +411,9 @@ if number < 3:
 
     LabelStream.write = dying
 else:
-    begin = trainer._begin
+    begin = trainer.log_start
     timer = threading.Timer(chance.uniform(0.05, 0.4), die)
-    trainer._begin = lambda *arguments: (timer.start(), begin(*arguments))
+    trainer.log_start = lambda *arguments: (timer.start(), begin(*arguments))
 """
 
 

@@ -1,72 +1,79 @@
 """Laws of the engine and the loop, on real DeepSpeed with one and two ranks and every launcher."""
 
+import hashlib
 import json
-import os
-import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from conftest import (
-    LAUNCHERS,
     PRECISIONS,
-    REPOSITORY,
     RUNS,
     SAVE_EVERY,
     STEPS,
     TORCHRUN,
     as_if_stopped_after,
-    clean_environment,
     expect_success,
+    held_out,
     launch,
+    losses,
     metrics,
     pretrain_script,
     tiny_config,
     tiny_student,
     training_script,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 from ledger import prove
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from ds.loader import micro_batches
-from scripts.checkpoint import file_sha256, find_fault, newest_folder, refuse_other_run
 from scripts.config import TrainingConfig
-from scripts.model import empty_model, initialise, parameter_groups
+from scripts.model.decoder import empty_model, initialise, parameter_groups
 from scripts.prepare_data import prepare
-from scripts.trainer import is_spike, learning_rate_at, ranks_from_launcher
+from scripts.run.checkpoint import find_fault
+from scripts.run.run_dir import newest_folder
+from scripts.trainer import learning_rate_at
 
 EXACT_STEPS = 6
 STEP_SCRIPT = """
 import hashlib, json
 from dataclasses import replace
 from safetensors.torch import save_file
-from scripts import lifecycle, trainer
+from scripts import trainer
 from scripts.config import TrainingConfig
+from scripts.engine import truth_check, watch
+from scripts.model.losses import next_token
 from scripts.prepare_data import prepare
-from scripts.train_distill import _objective, label
-from scripts.train_pretrain import next_token
+from scripts.train_distill import label, objective_of
+
+truth_check.refuse_untrue_updates = lambda *_: None
+
+def poisoned(engine, windows, config):
+    loss = next_token(engine, windows, config)
+    return loss * float("nan") if (windows == {poison}).any() else loss
 
 if __name__ == "__main__":
     for fields in json.loads({described!r}):
         fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude")}}
         config = TrainingConfig(**fields)
-        run, objective = trainer.ready(config, prepare, label), _objective(config) if config.teacher_dir else next_token
+        run, objective = trainer.set_up(config, prepare, label), objective_of(config) if config.teacher_dir else next_token
         losses = [trainer.run_step(run, objective, step).loss for step in range({steps})]
         run.watch.close(clean=True)
         if run.ranks.rank == 0:
             weights = {{name: weight.detach().clone() for name, weight in run.engine.module.named_parameters()}}
             save_file(weights, config.run_dir + ".safetensors", {{"losses": json.dumps(losses)}})
-    lifecycle.end(0)
+    for fields in json.loads({trained!r}):
+        fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude")}}
+        trainer.train(trainer.set_up(TrainingConfig(**fields), prepare), poisoned)
+    watch.end(0)
 """
+POISON, POISONED_STEPS, GARBAGE_STEPS = 1, 40, 160
 
 
 def exact_configs(folder: Path, ranks: int, teacher: TrainingConfig) -> list:
@@ -124,34 +131,52 @@ def plain_divergence(config, windows: torch.Tensor, logits: torch.Tensor) -> tor
     return divergence * config.distill_temperature**2
 
 
-def launch_exact(folder: Path, ranks: int, teacher: TrainingConfig) -> list:
+def poisoned_config(folder: Path) -> TrainingConfig:
+    config = tiny_config(folder, num_steps=POISONED_STEPS, precision="fp32", save_every_steps=10)
+    (folder / "corpus" / "poison.txt").write_bytes(b"poison: " + bytes([POISON]) * 40)
+    return config
+
+
+def garbage_config(folder: Path) -> TrainingConfig:
+    config = tiny_config(
+        folder, num_steps=GARBAGE_STEPS, tokens_per_step=64, micro_batch_rows=1, spike_window_steps=16, save_every_steps=None,
+        eval_every_steps=None, learning_rate=3e-3, validation_fraction=0.0,
+    )  # fmt: skip
+    garbage = np.random.default_rng(0).integers(128, 256, 160, dtype=np.uint8).tobytes()
+    (folder / "corpus" / "garbage.txt").write_bytes(b"garbage " + garbage)
+    return config
+
+
+class ExactRuns(NamedTuple):
+    """Configurations of which `step_script` made EXACT_STEPS, by ranks; what two ranks trained too, and what they printed."""
+
+    exact: dict[int, list[TrainingConfig]]
+    poisoned: TrainingConfig
+    garbage: TrainingConfig
+    output: str
+
+
+def step_script(exact: list[TrainingConfig], trained: list[TrainingConfig]) -> str:
+    described, trained_too = (json.dumps([asdict(config) for config in each]) for each in (exact, trained))
+    return STEP_SCRIPT.format(described=described, trained=trained_too, steps=EXACT_STEPS, poison=POISON)
+
+
+@pytest.fixture(scope="module")
+def exact_runs(finished_runs, tmp_path_factory) -> ExactRuns:
     """One rank under srun's variables; two ranks as two machines, each a torchrun agent on the loopback address."""
-    configs = exact_configs(folder, ranks, teacher)
-    code = STEP_SCRIPT.format(described=json.dumps([asdict(config) for config in configs]), steps=EXACT_STEPS)
-    if ranks == 1:
-        slurm = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "localhost"}
-        expect_success(launch(folder, code, ["python"], env=slurm | {"MASTER_PORT": "{port}"}))
-        return configs
-    agent = [
-        "taskset",
-        "-c",
-        "{index}",
-        "torchrun",
-        "--nnodes",
-        "2",
-        "--node-rank",
-        "{index}",
-        "--nproc-per-node",
-        "1",
-        "--master-addr",
-        "127.0.0.1",
-    ]
-    expect_success(launch(folder, code, [*agent, "--master-port", "{port}"], num_processes=2))
-    return configs
+    one, two, poison, garbage = (tmp_path_factory.mktemp(name) for name in ("exact1", "exact2", "poisoned", "garbage"))
+    exact = {ranks: exact_configs(folder, ranks, finished_runs[1, "fp32"]) for ranks, folder in ((1, one), (2, two))}
+    slurm = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "localhost"}
+    expect_success(launch(one, step_script(exact[1], []), ["python"], env=slurm | {"MASTER_PORT": "{port}"}))
+    agent = "taskset -c {index} torchrun --nnodes 2 --node-rank {index} --nproc-per-node 1 --master-addr 127.0.0.1"
+    command = [*agent.split(), "--master-port", "{port}"]
+    trained = [poisoned_config(poison), garbage_config(garbage)]
+    output = expect_success(launch(two, step_script(exact[2], trained), command, num_processes=2))
+    return ExactRuns(exact, trained[0], trained[1], output)
 
 
-def test_zero_offload_with_accumulation_equals_plain_adamw(finished_runs, num_ranks, tmp_path):
-    for config in launch_exact(tmp_path, num_ranks, finished_runs[1, "fp32"]):
+def test_zero_offload_with_accumulation_equals_plain_adamw(exact_runs, num_ranks):
+    for config in exact_runs.exact[num_ranks]:
         weights, losses = plain_adamw(config)
         ours, is_exact = load_file(config.run_dir + ".safetensors"), config.teacher_top_k is None
         assert ours.keys() == weights.keys()
@@ -173,12 +198,8 @@ def resumed_runs(finished_runs, num_ranks, tmp_path_factory) -> dict:
     return {"output": output, **copies}
 
 
-def losses(config) -> list[tuple]:
-    return [(line["step"], line["loss"], line["grad_norm"]) for line in metrics(config) if line["kind"] == "train"]
-
-
-def held_out(config) -> list[tuple]:
-    return [(line["step"], line["val_loss"], line["val_bits_per_byte"]) for line in metrics(config) if line["kind"] == "eval"]
+def sha256_of(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -189,7 +210,7 @@ def test_resume_is_bitwise_the_uninterrupted_run(finished_runs, resumed_runs, nu
     last = Path("checkpoints") / f"step-{STEPS:08d}"
     files = ["model.safetensors", *(f"training/optimizer-{r:05d}-of-{num_ranks:05d}.safetensors" for r in range(num_ranks))]
     for file in files:
-        assert file_sha256(resumed.run_dir / last / file) == file_sha256(whole.run_dir / last / file), file
+        assert sha256_of(resumed.run_dir / last / file) == sha256_of(whole.run_dir / last / file), file
 
 
 def test_another_number_of_ranks_continues_the_run(finished_runs, resumed_runs, num_ranks):
@@ -235,28 +256,10 @@ def test_the_train_line_has_the_fields_of_the_contract(finished_run):
     assert line["tokens"] == finished_run.tokens_per_step
 
 
-REFUSALS = {
-    "another configuration": (lambda config: replace(config, learning_rate=0.5), "learning_rate"),
-    "another size": (lambda config: replace(config, hidden_size=64), "hidden_size"),
-}
-
-
-@pytest.mark.parametrize("kind", REFUSALS)
-def test_a_run_of_another_configuration_is_refused_with_its_fields(finished_run, kind):
-    change, field = REFUSALS[kind]
-    with pytest.raises(ValueError, match=rf"different configuration: {field}"):
-        refuse_other_run(change(finished_run))
-
-
-def test_what_a_run_takes_of_the_card_may_change_on_the_way(finished_run):
-    changes = {"micro_batch_rows": 1, "activation_checkpointing": "block", "loss_chunk_rows": 7}
-    refuse_other_run(replace(finished_run, accumulate_on="gpu", accumulation_precision="bf16", precision="bf16", **changes))
-
-
 @pytest.mark.slow
 def test_a_run_continued_with_less_of_the_card_reads_the_same_tokens_and_differs_by_rounding(tmp_path):
     whole, moved = (tiny_config(tmp_path, run_dir=str(tmp_path / name), precision="fp32") for name in ("whole", "moved"))
-    stop = "progress_of = trainer.advance\ntrainer.advance = lambda *known: (os.kill(os.getpid(), 10), progress_of(*known))[1]"
+    stop = "after = trainer.advance\ntrainer.advance = lambda *known: (os.kill(os.getpid(), 10), after(*known))[1]"
     expect_success(launch(tmp_path, training_script(whole, ""), ["python"]))
     launch(tmp_path, training_script(moved, stop), ["python"])
     less = replace(moved, micro_batch_rows=1, activation_checkpointing="block_offload", loss_chunk_rows=7, accumulate_on="gpu")
@@ -264,61 +267,6 @@ def test_a_run_continued_with_less_of_the_card_reads_the_same_tokens_and_differs
     ours, theirs = ([line for line in metrics(config) if line["kind"] == "train"] for config in (moved, whole))
     assert [line["tokens_hash"] for line in ours] == [line["tokens_hash"] for line in theirs]
     assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [("node[01-04,07]", "node01"), ("gpu-a1,gpu-b2", "gpu-a1"), ("localhost", "localhost"), ("a[3],b7", "a3")],
-)
-def test_srun_variables_name_the_rank_and_the_first_node(monkeypatch, nodes, first):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    given = {"PROCID": "9", "NTASKS": "16", "LOCALID": "1", "STEP_NODELIST": nodes, "STEP_TASKS_PER_NODE": "8(x2)"}
-    for name, value in given.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    monkeypatch.setattr(os, "environ", environment := dict(os.environ))
-    assert ranks_from_launcher() == (9, 16, 1, 8, 0)
-    assert environment["MASTER_ADDR"] == first
-
-
-ENTRY = """
-import scripts.config, json
-from scripts.config import TrainingConfig
-fields = json.loads({fields!r})
-fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude")}}
-scripts.config.PRETRAIN = TrainingConfig(**fields)
-from scripts import train_pretrain
-train_pretrain.main()
-"""
-
-
-def test_a_hand_edited_checkpoint_is_refused_in_one_line_and_left_alone(finished_run, tmp_path):
-    copied = as_if_stopped_after(SAVE_EVERY, finished_run, tmp_path / "run")
-    edited = tmp_path / "run" / "checkpoints" / f"step-{SAVE_EVERY:08d}" / "config.json"
-    edited.write_text(edited.read_text().replace("32", "33"))
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    (result,) = launch(tmp_path, ENTRY.format(fields=json.dumps(asdict(copied))), ["python"])
-    refusal = [line for line in result.stdout.splitlines() if line.startswith("refused: ")]
-    assert result.returncode == 2 and len(refusal) == 1 and "config.json was changed" in refusal[0], result.stdout
-    assert "Traceback" not in result.stdout
-    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
-
-
-def test_the_deepspeed_launcher_passes_exit_status_2_on(tmp_path):
-    config = tiny_config(tmp_path, text_field="body")
-    shutil.rmtree(tmp_path / "corpus")
-    (result,) = launch(tmp_path, ENTRY.format(fields=json.dumps(asdict(config))), LAUNCHERS[2])
-    refusal = [line for line in result.stdout.splitlines() if line.startswith("refused: ")]
-    assert result.returncode == 2 and len(refusal) == 1 and "corpus" in refusal[0], result.stdout
-
-
-def test_a_flag_is_refused_with_a_pointer_to_the_configuration(tmp_path):
-    entry = str(REPOSITORY / "scripts" / "train_pretrain.py")
-    result = subprocess.run(
-        [sys.executable, entry, "--lr=1"], env=clean_environment(), cwd=tmp_path, text=True, capture_output=True
-    )
-    assert result.returncode == 2
-    assert "--lr=1" in result.stderr and "scripts/config.py" in result.stderr.splitlines()[-1]
 
 
 def logged(config) -> list[tuple]:
@@ -334,7 +282,7 @@ def final_hashes(config) -> dict[str, str]:
     folder = newest_folder(config)
     assert folder is not None and find_fault(folder) is None
     names = ("model.safetensors", "training/optimizer-00000-of-00001.safetensors")
-    return {name: file_sha256(folder / name) for name in names}
+    return {name: sha256_of(folder / name) for name in names}
 
 
 KILLED_STEPS, NUM_KILLS, NUM_KILLS_IN_SAVES = 200, 20, 6
@@ -360,14 +308,14 @@ def objective(*everything):
 
 if {in_save}:
     module, name, calls = chance.choice([
-        (checkpoint, "_write_blocks", 20), (checkpoint, "_publish", 2), (checkpoint, "_prune", 2), (checkpoint.os, "fsync", 30),
-        (checkpoint, "_remove", 3), (checkpoint, "_read_back", 2),
+        (storage, "write_blocks", 20), (checkpoint, "publish", 2), (checkpoint, "prune", 2), (os, "fsync", 30),
+        (checkpoint, "delete", 3), (checkpoint, "read_back", 2),
     ])
     setattr(module, name, dying(getattr(module, name), chance.randrange(calls)))
 elif chance.random() < 0.7:
     started = threading.Timer(chance.uniform(0.0, 1.0), die)
-    begin = trainer._begin
-    trainer._begin = lambda *arguments: (started.start(), begin(*arguments))
+    begin = trainer.log_start
+    trainer.log_start = lambda *arguments: (started.start(), begin(*arguments))
 else:
     threading.Timer(chance.uniform(0.0, 4.0), die).start()
 """
@@ -401,11 +349,12 @@ def test_killed_twenty_times_anywhere_the_run_is_bitwise_the_uninterrupted_one(t
 ELASTIC_STEPS = 60
 ELASTIC = """
 import json, os, signal
-from scripts import lifecycle, trainer
+from scripts import trainer
+from scripts.engine import watch
 from scripts.config import TrainingConfig
 from scripts.prepare_data import prepare
 from scripts.train_distill import from_labels, label
-from scripts.train_pretrain import next_token
+from scripts.model.losses import next_token
 
 stop_after = {stop_after}
 
@@ -417,12 +366,12 @@ def stopping(*everything):
 if __name__ == "__main__":
     for fields in json.loads({described!r}):
         fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude")}}
-        run = trainer.ready(TrainingConfig(**fields), prepare, label)
+        run = trainer.set_up(TrainingConfig(**fields), prepare, label)
         try:
             trainer.train(run, stopping)
         except SystemExit as left:
             assert left.code == 75
-    lifecycle.end(0)
+    watch.end(0)
 """
 
 
@@ -475,20 +424,6 @@ def test_another_number_of_ranks_reads_the_same_tokens_in_each_step(finished_run
     assert hashes[0] == hashes[1] and len(set(hashes[0])) == STEPS
 
 
-POISON, POISONED_STEPS = 1, 40
-POISONED = """
-def objective(engine, windows, config):
-    loss = next_token(engine, windows, config)
-    return loss * float("nan") if (windows == {poison}).any() else loss
-"""
-
-
-def poisoned_config(folder: Path, **changes):
-    config = tiny_config(folder, num_steps=POISONED_STEPS, precision="fp32", save_every_steps=10, **changes)
-    (folder / "corpus" / "poison.txt").write_bytes(b"poison: " + bytes([POISON]) * 40)
-    return config
-
-
 def poisoned_steps(config) -> list[int]:
     stream = prepare(config).train
     order = dict(rank=0, world_size=1, micro_batch_rows=config.rows_per_step, rows_per_step=config.rows_per_step)
@@ -499,16 +434,8 @@ def poisoned_steps(config) -> list[int]:
     return [step + 1 for step, batch in enumerate(batches) if (batch.ids == POISON).any()]
 
 
-@pytest.fixture(scope="module")
-def poisoned_run(tmp_path_factory) -> tuple:
-    folder = tmp_path_factory.mktemp("poisoned")
-    config = poisoned_config(folder)
-    output = expect_success(launch(folder, training_script(config, POISONED.format(poison=POISON)), TORCHRUN[2]))
-    return config, output
-
-
-def test_a_micro_batch_that_is_not_finite_is_skipped_counted_and_its_document_named(poisoned_run):
-    config, output = poisoned_run
+def test_a_micro_batch_that_is_not_finite_is_skipped_counted_and_its_document_named(exact_runs):
+    config, output = exact_runs.poisoned, exact_runs.output
     skipped = events(config, "skipped")
     assert [event["step"] for event in skipped] == poisoned_steps(config) != []
     assert [event["skipped_steps"] for event in skipped] == list(range(1, len(skipped) + 1))
@@ -517,8 +444,8 @@ def test_a_micro_batch_that_is_not_finite_is_skipped_counted_and_its_document_na
         assert f"step {event['step']}/{POISONED_STEPS}: skipped" in output
 
 
-def test_a_skipped_step_keeps_the_schedule_the_count_of_tokens_and_the_weights(poisoned_run):
-    config, _ = poisoned_run
+def test_a_skipped_step_keeps_the_schedule_the_count_of_tokens_and_the_weights(exact_runs):
+    config = exact_runs.poisoned
     train = [line for line in metrics(config) if line["kind"] == "train"]
     assert [line["tokens"] for line in train] == [config.tokens_per_step * step for step in range(1, POISONED_STEPS + 1)]
     assert [line["learning_rate"] for line in train] == [learning_rate_at(step, config) for step in range(POISONED_STEPS)]
@@ -551,48 +478,9 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run_with_the_last_good_checkpo
     assert [event["step"] for event in events(config, "skipped")] == [6, 7, 8]
 
 
-GARBAGE_STEPS = 160
-
-
-def test_a_loss_spike_names_the_garbage_that_was_planted(tmp_path):
-    config = tiny_config(
-        tmp_path, num_steps=GARBAGE_STEPS, tokens_per_step=64, micro_batch_rows=1, spike_window_steps=16, save_every_steps=None,
-        eval_every_steps=None, learning_rate=3e-3, validation_fraction=0.0,
-    )  # fmt: skip
-    garbage = np.random.default_rng(0).integers(128, 256, 160, dtype=np.uint8).tobytes()
-    (tmp_path / "corpus" / "garbage.txt").write_bytes(b"garbage " + garbage)
-    output = expect_success(launch(tmp_path, training_script(config, ""), TORCHRUN[2]))
-    spikes = events(config, "spike")
-    assert spikes, output
+def test_a_loss_spike_names_the_garbage_that_was_planted(exact_runs):
+    spikes = events(exact_runs.garbage, "spike")
+    assert spikes, exact_runs.output
     for event in spikes:
         assert event["documents"][0]["beginning"].startswith("garbage "), event
-        assert f"step {event['step']}/{GARBAGE_STEPS}: the loss jumped to" in output
-
-
-@given(st.lists(st.floats(0.1, 20.0), min_size=0, max_size=40), st.floats(0.1, 100.0))
-def test_a_spike_is_sigmas_above_the_mean_of_half_a_window_or_more(before, loss):
-    config = TrainingConfig(spike_window_steps=16, spike_sigmas=6.0)
-    expected = len(before) >= 8 and loss > np.mean(before) + 6 * np.std(before, ddof=1)
-    assert is_spike(loss, tuple(before), config) == bool(expected)
-
-
-LOSING = """
-kept = offload._take
-
-def first_and_last_only(optimizer, sums, send, weight, group):
-    if optimizer.micro_step_id in (0, optimizer.gradient_accumulation_steps - 1):
-        kept(optimizer, sums, send, weight, group)
-    else:
-        optimizer.clear_grad_attribute(weight)
-
-offload._take = first_and_last_only
-"""
-
-
-def test_an_engine_that_loses_micro_batches_is_refused_before_the_first_step(tmp_path):
-    """The fault of DeepSpeed's issue 6550, mended by its pull request 7967: all but the first and the last were dropped."""
-    config = tiny_config(tmp_path, precision="fp32")
-    (result,) = launch(tmp_path, training_script(config, LOSING), ["python"])
-    refusal = [line for line in result.stdout.splitlines() if line.startswith("refused: ")]
-    assert result.returncode == 2 and len(refusal) == 1 and "update" in refusal[0], result.stdout
-    assert "Traceback" not in result.stdout and not Path(config.run_dir).exists()
+        assert f"step {event['step']}/{GARBAGE_STEPS}: the loss jumped to" in exact_runs.output

@@ -7,11 +7,10 @@ that makes it to its death. What operations do inside themselves is not seen.
 
 import gc
 import linecache
-import os
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any, NamedTuple, cast
 
@@ -21,17 +20,24 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from scripts import losses, memory, model, preflight, trainer
+from ds.shards import Labels
+from scripts import trainer
 from scripts.config import PRECISIONS, TrainingConfig
-from scripts.model import Decoder, empty_model
+from scripts.engine import truth_check
+from scripts.model import losses, operations
+from scripts.model.decoder import Decoder, empty_model
+from scripts.model.huggingface import teacher_config
+from scripts.model.losses import next_token
 from scripts.prepare_data import prepare
-from scripts.train_distill import _objective, from_labels, from_teacher, label
-from scripts.train_pretrain import next_token
+from scripts.run import setup
+from scripts.run.evaluate import held_out_loss, sample_record
+from scripts.run.state import Progress, Run
+from scripts.train_distill import from_labels, from_teacher, label, objective_of
 
 HOUSE = ("/scripts/", "/deepspeed/", "/transformers/", "/benchmarks/")
 COPYING = (torch.ops.aten.copy_.default, torch.ops.aten.add_.Tensor)
-HOST_FILES = ("/ops/adam/cpu_adam.py", "/scripts/checkpoint.py")
-HOST_FUNCTIONS, DEVICE_FUNCTIONS = ("_square",), ("empty_model",)
+HOST_FILES = ("/ops/adam/cpu_adam.py", "/scripts/run/checkpoint.py", "/scripts/run/storage.py", "/scripts/model/huggingface.py")
+HOST_FUNCTIONS, DEVICE_FUNCTIONS = ("sum_of_squares",), ("empty_model",)
 HOST_LINES = ("temp_buffer_bit16 = torch.full", "temp_grad_buffer_for_cpu_offload = torch.zeros", "torch.randn(", "pin_memory=")
 
 
@@ -209,19 +215,19 @@ class Alone(NamedTuple):
 def fake_step_peak(config: TrainingConfig) -> Peak:
     """Device-side storages of one micro-batch, as on a GPU of one rank, whatever the size of the model: nothing is computed.
 
-    Forward, loss and backward; each gradient is dropped as soon as it is whole, as scripts/offload.py takes it. Weights, a
-    teacher's and, where they wait on the GPU, the sums of gradients are counted; gradients on their way down are not.
+    Forward, loss and backward; each gradient is dropped as soon as it is whole, as scripts/engine/offload.py takes it. Weights,
+    a teacher's and, where they are kept on the GPU, the sums of gradients are counted; gradients on their way down are not.
     """
-    shapes, taught = empty_model(config, torch.device("meta")), _teacher_shapes(config)
+    shapes, teacher_shapes = empty_model(config, torch.device("meta")), _teacher_shapes(config)
     with FakeTensorMode(), graph_of_gpu():
-        decoder, teacher = fill_fake(shapes), fill_fake(taught)
+        decoder, teacher, windows = fill_fake(shapes), fill_fake(teacher_shapes), _fake_windows(config)
         for weight in decoder.parameters():
             weight.register_post_accumulate_grad_hook(drop_gradient)
-        windows, labels = _fake_windows(config), _fake_labels(config)
         held = [*named("weights", decoder.parameters()), *_sums_of_gradients(config, decoder), ("ids", windows)]
         if config.teacher_dir is None:
             return peak_of(lambda: next_token(Alone(decoder), windows, config).backward(), held)
         if config.teacher_top_k is not None:
+            labels = _fake_labels(config, config.teacher_top_k)
             held += named("labels", labels)
             return peak_of(lambda: from_labels(Alone(decoder), windows, labels, config).backward(), held)
         held += named("teacher", teacher.parameters())
@@ -243,7 +249,7 @@ def named(place: str, tensors: Iterable[Tensor]) -> list[tuple[str, Tensor]]:
 
 
 def _teacher_shapes(config: TrainingConfig) -> nn.Module:
-    shape = memory._teacher(config)
+    shape = teacher_config(config)
     return nn.Module() if shape is None else empty_model(shape, torch.device("meta")).requires_grad_(False)
 
 
@@ -251,11 +257,10 @@ def _fake_windows(config: TrainingConfig) -> Tensor:
     return torch.zeros(config.micro_batch_rows, config.context_length + 1, dtype=torch.int64)
 
 
-def _fake_labels(config: TrainingConfig) -> Any:
-    """As the trainer gives them to the objective."""
-    shape, top_k = (config.micro_batch_rows, config.context_length), config.teacher_top_k or 0
+def _fake_labels(config: TrainingConfig, top_k: int) -> Labels[Tensor]:
+    shape = (config.micro_batch_rows, config.context_length)
     ids, logs = torch.zeros(*shape, top_k, dtype=torch.int32), torch.zeros(*shape, top_k, dtype=torch.float16)
-    return ids, logs, torch.zeros(shape)
+    return Labels(ids, logs, torch.zeros(shape))
 
 
 def fill_fake(module: nn.Module) -> Any:
@@ -279,8 +284,7 @@ def engine_peaks(config: TrainingConfig) -> dict[str, Sides]:
     """The real engine on one rank: each phase's peaks by side, and what stands "after" it.
 
     Phases: initialisation, two steps, evaluation, sample, save, load. The truth check, which has a tiny model of its own, is
-    left out. Runs in a process of its own under `trainer.leaving()`, for it makes the process group; `config.run_dir` must be
-    fresh.
+    left out. Runs in a process of its own under `leaving()`, for it makes the process group; `config.run_dir` must be fresh.
     """
     marks: dict[str, tuple[Moment, Moment]] = {}
     with Tracker([]) as tracker:
@@ -304,27 +308,29 @@ def host_tensors(optimizer: Any) -> Iterator[Tensor]:
 
 
 def _phases(config: TrainingConfig) -> Iterator[tuple[str, Callable[[], Any]]]:
-    runs: list[Any] = []
-    objective = next_token if config.teacher_dir is None else _objective(config)
+    runs: list[Run] = []
+    objective = next_token if config.teacher_dir is None else objective_of(config)
 
     def begin() -> Any:
-        preflight.refuse_untrue_updates = lambda *_: None
-        runs.append(trainer.ready(config, prepare, label))
-        return runs[-1].engine.optimizer
+        truth_check.refuse_untrue_updates = lambda *_: None
+        run = trainer.set_up(config, prepare, label)
+        assert run is not None
+        runs.append(run)
+        return run.engine.optimizer
 
-    def of_run(work: Callable[[Any], Any]) -> Callable[[], Any]:
+    def of_run(work: Callable[[Run], Any]) -> Callable[[], Any]:
         return lambda: (work(runs[-1]), runs[-1].engine.optimizer)[1]
 
-    def leave(run: Any) -> None:
-        os.close(run.hold)
+    def leave(run: Run) -> None:
+        setup.release_lock(run.lock)
         run.watch.close(clean=True)
 
     yield "initialisation", begin
     yield "step", of_run(lambda run: trainer.run_step(run, objective, 0))
     yield "second step", of_run(lambda run: trainer.run_step(run, objective, 1))
-    yield "evaluation", of_run(trainer.held_out_loss)
-    yield "sample", of_run(lambda run: trainer._sample(run, 2))
-    yield "save", of_run(lambda run: trainer._settle(run, 2, trainer._save(run, 2, trainer.FRESH, print), print))
+    yield "evaluation", of_run(lambda run: held_out_loss(run.config, run.ranks, run.data, run.engine.module))
+    yield "sample", of_run(lambda run: sample_record(run, 2))
+    yield "save", of_run(lambda run: trainer.verify_last_save(run, 2, trainer.save(run, 2, Progress(), print), print))
     leave(runs[0])
     runs.pop().engine.destroy()
     gc.collect()
@@ -343,28 +349,29 @@ def graph_of_gpu() -> Iterator[None]:
 
     Products are in the storage dtype; norms make their results and nothing else, as CUDA's fused kernels do, and no numbers.
     """
-    places = [(model, "_on_host"), (model, "_norm"), (model, "_norm_slopes"), (losses, "product_dtype")]
-    own = [getattr(*place) for place in places]
-    on_gpu = [lambda x: False, _fused_norm, _fused_norm_slopes, lambda storage, device: storage]
-    try:
-        for place, function in zip(places, on_gpu, strict=True):
+    on_gpu = {
+        (operations, "on_host"): lambda x: False,
+        (operations, "rms_norm"): _fused_norm,
+        (operations, "rms_norm_gradients"): _fused_norm_gradients,
+        (losses, "product_dtype"): lambda storage, device: storage,
+    }
+    with ExitStack() as restored:
+        for place, function in on_gpu.items():
+            restored.callback(setattr, *place, getattr(*place))
             setattr(*place, function)
         yield
-    finally:
-        for place, function in zip(places, own, strict=True):
-            setattr(*place, function)
 
 
-def _fused_norm(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+def _fused_norm(x: Tensor, gain: Tensor, eps: float) -> operations.Normed:
+    return operations.Normed(torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
 
 
-def _fused_norm_slopes(slope: Tensor, x: Tensor, gain: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def _fused_norm_gradients(gradient: Tensor, x: Tensor, gain: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
     return torch.empty_like(x), torch.empty_like(gain)
 
 
 def _sums_of_gradients(config: TrainingConfig, decoder: Decoder) -> list[tuple[str, Tensor]]:
-    if config.accumulate_on == "cpu" or config.accumulation_steps(1) == 1:
+    if not config.keeps_gradient_sums(1):
         return []
     dtype = PRECISIONS[config.accumulation_precision]
     return [("sums of gradients", torch.empty_like(weight, dtype=dtype)) for weight in decoder.parameters()]

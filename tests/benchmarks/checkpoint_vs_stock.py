@@ -99,9 +99,10 @@ def time_checkpoints(folder: Path) -> tuple[dict[str, list[float]], dict[str, in
     import torch
 
     from ds.tokenizer import raw_bytes, to_json
-    from scripts import checkpoint
     from scripts.config import TrainingConfig
-    from scripts.model import empty_model, initialise, parameter_groups
+    from scripts.model.decoder import empty_model, initialise, parameter_groups
+    from scripts.model.huggingface import load_weights
+    from scripts.run import checkpoint
 
     config = configure(folder)
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29611"}
@@ -129,11 +130,11 @@ def time_checkpoints(folder: Path) -> tuple[dict[str, list[float]], dict[str, in
         assert saved.fault is None, saved
 
     def read_back() -> None:
-        assert saved is not None and checkpoint.settle(config, saved) == (True, None)
+        assert saved is not None and checkpoint.verify_saved(config, saved) == (True, None)
 
     def load() -> None:
         found = checkpoint.Checkpoint(ours, json.loads((ours / checkpoint.STATE).read_text()))
-        checkpoint.load_weights(model, ours)
+        load_weights(model, ours)
         checkpoint.load_state(engine, found)
 
     def stock_synced() -> None:

@@ -32,11 +32,13 @@ sys.path[:0] = [str(ROOT)]
 import torch  # noqa: E402
 
 from ds.loader import count_windows, held_out_batches  # noqa: E402
-from scripts import checkpoint, trainer  # noqa: E402
 from scripts.config import TrainingConfig  # noqa: E402
+from scripts.engine.distributed import leaving  # noqa: E402
 from scripts.generate import open_model  # noqa: E402
-from scripts.losses import distillation_loss, label_loss, likeliest  # noqa: E402
+from scripts.model.losses import distillation_loss, label_loss, likeliest  # noqa: E402
 from scripts.prepare_data import open_data  # noqa: E402
+from scripts.run.metrics import read_metrics  # noqa: E402
+from scripts.run.run_dir import newest_folder  # noqa: E402
 
 RESULT = Path(__file__).parent / "results" / "distill_smollm2.json"
 FOLDER = ROOT / "runs" / "smollm2"
@@ -143,7 +145,7 @@ def train_all() -> None:
 
 def curve_of(config: TrainingConfig) -> list[tuple[int, float]]:
     """Each evaluation of a run: its step and the held-out bits per byte."""
-    evaluations = (record for record in checkpoint.read_metrics(config) if record["kind"] == "eval")
+    evaluations = (record for record in read_metrics(config) if record["kind"] == "eval")
     return [(record["step"], round(record["val_bits_per_byte"], 4)) for record in evaluations]
 
 
@@ -176,7 +178,7 @@ def time_way(way: str, folder: Path) -> Timed:
     )
     shutil.rmtree(config.run_dir, ignore_errors=True)
     host_gib = in_a_process(train, way, config)
-    records = checkpoint.read_metrics(config)
+    records = read_metrics(config)
     steps = [record for record in records if record["kind"] == "train"][1:]
     seconds = next((record["label_seconds"] for record in records if record.get("label_seconds")), None)
     return Timed(
@@ -193,7 +195,7 @@ def divergences(way: str) -> dict:
     labels, and the probability that the labels leave to their tails.
     """
     config = configure(way, FOLDER)
-    folder = checkpoint.newest_folder(config)
+    folder = newest_folder(config)
     student, teacher = open_model(str(folder)).model, open_model(str(TEACHER)).model
     temperature, chunk_rows = config.distill_temperature, config.loss_chunk_rows
     full, cached, tail, num_rows = [], [], [], []
@@ -202,8 +204,9 @@ def divergences(way: str) -> dict:
         hidden, taught = student(ids), teacher(ids)
         labels, _ = likeliest(taught, teacher.head, TOP_K, temperature, chunk_rows)
         alone = hidden, student.head, targets
-        full.append(distillation_loss(*alone, taught, teacher.head, 1.0, temperature, "forward", chunk_rows).item())
-        cached.append(label_loss(*alone, labels, 1.0, temperature, "forward", chunk_rows).item())
+        asked = {"weight": 1.0, "temperature": temperature, "divergence": "forward", "chunk_rows": chunk_rows}
+        full.append(distillation_loss(*alone, taught, teacher.head, **asked).item())
+        cached.append(label_loss(*alone, labels, **asked).item())
         tail.append(labels.tail.mean().item())
         num_rows.append(len(windows))
     means = (round(statistics.fmean(values, num_rows), 4) for values in (full, cached, tail))
@@ -247,7 +250,7 @@ def in_a_process(work: Callable, *arguments: Any) -> Any:
 
 def answer(pipe: Any, work: Callable, *arguments: Any) -> None:
     """The other end of `in_a_process`."""
-    with trainer.leaving():
+    with leaving():
         pipe.send(work(*arguments))
 
 
@@ -271,7 +274,7 @@ def publish(speeds: dict[str, list[Timed]], measured: list[dict]) -> None:
 
 def teacher_row(timed: list[Timed]) -> dict:
     """The teacher alone, which makes labels."""
-    found = next(record for record in checkpoint.read_metrics(configure("cached", FOLDER)) if record.get("event") == "teacher")
+    found = next(record for record in read_metrics(configure("cached", FOLDER)) if record.get("event") == "teacher")
     return {
         "way": "teacher, alone",
         "num_parameters": found["num_parameters"],

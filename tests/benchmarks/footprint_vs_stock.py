@@ -37,8 +37,8 @@ from torch import Tensor, nn  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from tracker import Peak, Sides, Tracker, engine_peaks, fake_step_peak, fill_fake, host_tensors, peak_of  # noqa: E402
 
-from scripts import trainer  # noqa: E402
 from scripts.config import ACTIVATION_CHECKPOINTING, TrainingConfig  # noqa: E402
+from scripts.engine.distributed import leaving  # noqa: E402
 from scripts.memory import allocated_bytes, plan  # noqa: E402
 
 RESULT = Path(__file__).parent / "results" / "footprint_vs_stock.json"
@@ -332,7 +332,7 @@ def in_a_process(work: Callable[[], dict]) -> dict:
 
 def answer(work: Callable[[], dict], pipe: Any) -> None:
     """The other end of `in_a_process`."""
-    with trainer.leaving():
+    with leaving():
         pipe.send(work())
 
 

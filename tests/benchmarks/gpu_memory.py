@@ -133,10 +133,10 @@ def environment() -> dict[str, str]:
 
 def measure(row: Row) -> None:
     """The row's process: prints its numbers as JSON and ends."""
-    from scripts import trainer
+    from scripts.engine.distributed import leaving
 
     shape = BY_NAME[row.model]
-    with trainer.leaving():
+    with leaving():
         found = measure_stock(shape, row.contender) if row.contender.startswith("stock") else measure_ours(shape, row)
         print(json.dumps(found), flush=True)
 
@@ -145,13 +145,14 @@ def measure_ours(shape: Model, row: Row) -> dict:
     """The trainer's own steps on random tokens: the plan's peak and the measured ones, and tokens/s of the last step."""
     from scripts import train_distill, trainer
     from scripts.memory import allocated_bytes, plan
-    from scripts.train_pretrain import next_token
+    from scripts.model.losses import next_token
+    from scripts.run import setup
 
     folder = Path(tempfile.mkdtemp())
     config = configure(shape, row, folder)
-    objective = next_token if config.teacher_dir is None else train_distill._objective(config)
-    started, trainer.initialise = time.perf_counter(), draw_on_device
-    run = trainer.ready(config, lambda _: random_data(folder, config.vocab_size, row.capped_gb), train_distill.label)
+    objective = next_token if config.teacher_dir is None else train_distill.objective_of(config)
+    started, setup.initialise = time.perf_counter(), draw_on_device
+    run = trainer.set_up(config, lambda _: random_data(folder, config.vocab_size, row.capped_gb), train_distill.label)
     ready_seconds, initial = time.perf_counter() - started, torch.cuda.max_memory_allocated()
     for step in range(NUM_STEPS):
         started = time.perf_counter()
@@ -188,7 +189,8 @@ def write_teacher(shape: Model, folder: Path) -> str:
     from safetensors.torch import save_file
 
     from ds.tokenizer import raw_bytes, to_json
-    from scripts.model import empty_model, transformers_config
+    from scripts.model.decoder import empty_model
+    from scripts.model.huggingface import transformers_config
 
     config = config_of(shape, "none")
     folder.mkdir()

@@ -72,7 +72,7 @@ def ours(activation_checkpointing: str):
     from ds.shards import TokenStream, open_shard, write_shard
     from scripts import trainer
     from scripts.config import TrainingConfig
-    from scripts.train_pretrain import next_token
+    from scripts.model.losses import next_token
 
     folder = Path(tempfile.mkdtemp())
     ids = np.random.default_rng(0).integers(0, VOCABULARY, 400_000).astype(np.uint16)
@@ -84,7 +84,7 @@ def ours(activation_checkpointing: str):
         tokens_per_step=TOKENS_PER_STEP, learning_rate=LEARNING_RATE,
         activation_checkpointing=activation_checkpointing, loss_chunk_rows=256, tie_embeddings=True,
     )  # fmt: skip
-    run = trainer.ready(config, lambda _: type("Random", (), {"fingerprint": "", "train": stream}))
+    run = trainer.set_up(config, lambda _: type("Random", (), {"fingerprint": "", "train": stream}))
     steps = iter(range(config.num_steps))
     return lambda: trainer.run_step(run, next_token, next(steps))  # pyright: ignore[reportArgumentType]
 

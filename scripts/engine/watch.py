@@ -1,7 +1,15 @@
-"""Stop requests, silent ranks, lost launchers: each rank has one watching thread and a line to rank 0, which knows all.
+"""Stop requests, silent ranks and lost launchers. Knows processes, signals and sockets; of training only the step's number.
 
-The thread hears signals through a pipe whatever the main thread does, looks whether the launcher lives, and beats. Knows
-processes, signals and sockets; nothing of training but the number of the step, which it repeats to the others.
+Each rank has one watching thread, which runs whatever the main thread does, and a TCP line to rank 0, which tells the others.
+Python's own handler writes each signal into a pipe to that thread. What follows on Ctrl-C, call by call:
+
+Before training: in the main thread `_interrupt_main_thread` ends compilers and raises SystemExit; `before_training` leaves with
+    status 75. In the watching thread `_read_signals`, `_note_signal`, `_request` and `_send_state` tell the other ranks, where
+    `_read_messages`, `_apply_message` and `_request` send SIGUSR1 to the main thread. A main thread that does not end within
+    LEAVE_SECONDS is ended by `_check_limits`, with status 75 too. A second Ctrl-C changes nothing.
+While training: `_interrupt_main_thread` returns at once. In the watching thread all is as above, but `_request` only sets
+    `reason`. The loop reads it after each step; all ranks save and leave with status 75.
+A second Ctrl-C while training: `_note_signal` calls `_leave_at_once`, and all ranks end with status 1, without a save.
 """
 
 import atexit
@@ -19,37 +27,48 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import NamedTuple, NoReturn, TextIO
 
-STOPPED, FAILED = 75, 1
+from scripts import config
+
+STOPPED = 75
+FAILED = 1
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-SECOND_AFTER_SECONDS = {"SIGINT": 0.3, "SIGTERM": 2.0}
-BEAT_SECONDS = 0.25
-LEAVE_SECONDS = 3.0
-HANG_UP_SECONDS = SAY_SECONDS = VERDICT_SECONDS = 1.0
-CONNECT_SECONDS = 60.0
-READ_BYTES = 65536
 SAME_COMMAND = "the same command continues from the newest checkpoint"
+READ_BYTES = 65536
+
+
+class Address(NamedTuple):
+    """The `port` at which rank 0 listens, and the `token` (48 random bits) without which it takes nobody for a rank."""
+
+    port: int
+    token: int
+
+
+class ProcessStat(NamedTuple):
+    """From /proc/<process>/stat: the state's letter, the parent's number, and the start in the kernel's ticks since boot."""
+
+    state: str
+    parent: int
+    started_ticks: str
 
 
 @dataclass(eq=False)
 class _Link:
-    """The line to one other rank and what it last said; on rank 0 there is one for each rank, elsewhere one to rank 0."""
+    """The line to one other rank, and the last state that it sent. Rank 0 has one for each rank, the others one to rank 0."""
 
     line: socket.socket
-    rank: int
     heard_at: float
-    said: dict = field(default_factory=dict)
+    state: dict = field(default_factory=dict)
     incoming: bytes = b""
     outgoing: bytes = b""
 
 
 class Watch:
-    """This rank's watch over stop requests, over the other ranks, and over the launchers above it.
+    """This rank's watch over stop requests, over the other ranks, and over the `num_launchers` processes that launched it.
 
-    `reason` says why the run should stop, None while nothing asks for it; the training loop reads it at step boundaries and
-    the ranks agree there. Before training a request leaves at once with status 75. A second SIGINT leaves at once with status
-    1, and so does every rank when one is gone, or silent for `silent_seconds`.
+    `reason` says why the run should stop; it is None as long as nothing asks for that. The training loop sets `step` and reads
+    `reason`. When a rank is gone, or silent for `silent_seconds`, every rank ends with status 1.
     """
 
     def __init__(self, rank: int, local_rank: int, num_launchers: int, silent_seconds: float) -> None:
@@ -58,7 +77,7 @@ class Watch:
         self._rank, self._local_rank, self._silent_seconds = rank, local_rank, silent_seconds
         self._training = self._closing = self._leaving = self._at_once = self._raised = False
         self._verdict: str | None = None
-        self._token, self._links, self._listener = "", [], None
+        self._token, self._links, self._listener = 0, [], None
         self._asked_at = self._looked_at = time.monotonic()
         self._interrupted_at = math.inf
         self._num_launchers, self._launchers = num_launchers, [] if _is_orphan(num_launchers) else _ancestors(num_launchers)
@@ -66,30 +85,33 @@ class Watch:
         self._waker, self._wakened = socket.socketpair()
         for end in (self._waker, self._wakened):
             end.setblocking(False)
-        self._selector.register(self._wakened, selectors.EVENT_READ, self._hear_signals)
+        self._selector.register(self._wakened, selectors.EVENT_READ, self._read_signals)
         self._wakeup_before = -1
         self._handlers = self._take_signals() if threading.current_thread() is threading.main_thread() else None
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
         self._thread.start()
 
-    def listen(self) -> tuple[int, int]:
-        """Rank 0 opens the line for the others: (port, token), which `connect` on every other rank needs."""
+    def listen(self) -> Address:
+        """Rank 0 opens a port for the others: what `connect` on every other rank needs, beside the host's name."""
         self._listener = socket.create_server(("", 0))
         self._listener.setblocking(False)
-        number = secrets.randbits(48)
-        self._token = f"{number}"
+        self._token = secrets.randbits(48)
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
-        return self._listener.getsockname()[1], number
+        return Address(self._listener.getsockname()[1], self._token)
 
-    def connect(self, host: str, port: int, number: int) -> None:
-        """Every rank but 0 calls rank 0, which listens at `port` of `host`."""
-        self._token = f"{number}"
-        self._add_link(socket.create_connection((host, port), CONNECT_SECONDS), 0)
+    def connect(self, host: str, port: int, token: int) -> None:
+        """Every other rank calls rank 0, which listens on `host`; OSError when nobody answers there."""
+        self._token = token
+        self._add_link(socket.create_connection((host, port), config.CONNECT_SECONDS))
         self._wake()
 
     @contextmanager
     def before_training(self) -> Iterator[None]:
-        """Around everything before step one: a stop request ends in status 75, whatever it interrupted; later ones wait."""
+        """Around everything before step one. A stop request ends it with status 75, whatever it interrupts.
+
+        Raises:
+            SystemExit: 75, when the run was asked to stop.
+        """
         try:
             yield
         except BaseException as fault:
@@ -103,9 +125,9 @@ class Watch:
 
     @contextmanager
     def during_training(self) -> Iterator[None]:
-        """Around the loop, where a request waits for the step boundary at which all ranks agree.
+        """Around the loop, where a request waits for the end of the step.
 
-        A collective that fails here because a rank died may be known before the watch knows of that rank: it is given time to.
+        When a rank dies, a collective here may fail before the watch knows why: it gets VERDICT_SECONDS to name that rank.
         """
         try:
             yield
@@ -114,13 +136,13 @@ class Watch:
             raise
         except BaseException:
             if self._links:
-                self._thread.join(VERDICT_SECONDS)
+                self._thread.join(config.VERDICT_SECONDS)
             self.close(clean=False)
             raise
         self.close(clean=True)
 
     def close(self, clean: bool) -> None:
-        """Ends the watch; `clean` tells the other ranks that this one leaves because it may."""
+        """Ends the watch and gives the signals back; `clean` tells the other ranks that this one may leave."""
         self._leaving, self._closing = clean, True
         self._wake()
         self._thread.join()
@@ -129,15 +151,15 @@ class Watch:
             for number, handler in self._handlers.items():
                 signal.signal(number, handler or signal.SIG_DFL)
         if clean:
-            self._tell()
-            self._hang_up()
+            self._send_state()
+            self._finish_lines()
         for each in (*(link.line for link in self._links), self._listener, self._waker, self._wakened, self._selector):
             if each is not None:
                 each.close()
 
-    def _hang_up(self) -> None:
-        """Lets the last words arrive: a line that is closed with something unread in it takes them back."""
-        limit = time.monotonic() + HANG_UP_SECONDS
+    def _finish_lines(self) -> None:
+        """Waits until the last state has arrived: closing a line with something unread in it would take that back."""
+        limit = time.monotonic() + config.LAST_WORDS_SECONDS
         for link in self._links:
             link.line.settimeout(max(0.01, limit - time.monotonic()))
             try:
@@ -148,13 +170,13 @@ class Watch:
                 continue
 
     def _take_signals(self) -> dict:
-        """Takes over the stop signals; a hang-up that was to be ignored (nohup) stays ignored."""
+        """Takes over the stop signals, and returns the handlers before; a hang-up that is ignored (nohup) stays ignored."""
         self._wakeup_before = signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         taken = [each for each in STOP_SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
-        return {number: signal.signal(number, self._on_signal) for number in taken}
+        return {number: signal.signal(number, self._interrupt_main_thread) for number in taken}
 
-    def _on_signal(self, number: int, frame) -> None:
-        """In the main thread, where only an exception can end what it does."""
+    def _interrupt_main_thread(self, number: int, frame) -> None:
+        """Python runs this in the main thread. Before training it ends whatever that does; later the loop reads `reason`."""
         if self._training or self._closing or self._raised:
             return
         self._raised, self._asked_at = True, time.monotonic()
@@ -167,32 +189,34 @@ class Watch:
 
     def _watch(self) -> None:
         while not self._closing:
-            ready = self._selector.select(BEAT_SECONDS)
-            self._forgive_own_pause()
+            ready = self._selector.select(config.WATCH_BEAT_SECONDS)
+            self._excuse_own_pause()
             for key, _ in ready:
                 key.data(key.fileobj)
             if self._launchers != _ancestors(self._num_launchers):
                 self._request("a lost launcher")
-            self._tell()
-            self._judge()
+            self._send_state()
+            self._check_limits()
 
-    def _forgive_own_pause(self) -> None:
-        """A rank that was itself stopped or starved heard nobody for that time, which is not the others' silence."""
+    def _excuse_own_pause(self) -> None:
+        """A process that was itself stopped or starved has heard nobody in that time: the others were not silent."""
         now = time.monotonic()
         pause, self._looked_at = now - self._looked_at, now
         if pause > self._silent_seconds / 2:
             for link in self._links:
                 link.heard_at += pause
 
-    def _hear_signals(self, wakened: socket.socket) -> None:
+    def _read_signals(self, wakened: socket.socket) -> None:
         for number in wakened.recv(READ_BYTES):
             if number in STOP_SIGNALS:
-                self._hear_signal(signal.Signals(number).name)
+                self._note_signal(signal.Signals(number).name)
 
-    def _hear_signal(self, name: str) -> None:
-        """launch.py adds a SIGTERM to the first Ctrl-C, and torchrun makes a SIGTERM of the second: they differ in time."""
+    def _note_signal(self, name: str) -> None:
+        """A first signal is a request; a second Ctrl-C while training ends all ranks at once. Time tells which it is: launch.py
+        adds a SIGTERM to the first Ctrl-C at once, and torchrun makes a SIGTERM of the second.
+        """
         waited = time.monotonic() - self._interrupted_at
-        if self._training and waited > SECOND_AFTER_SECONDS.get(name, math.inf):
+        if self._training and waited > config.SECOND_SIGNAL_AFTER_SECONDS.get(name, math.inf):
             self._leave_at_once()
         if name == "SIGINT":
             self._interrupted_at = min(self._interrupted_at, time.monotonic())
@@ -209,86 +233,87 @@ class Watch:
             line, _ = listener.accept()
         except OSError:
             return
-        self._add_link(line, None)
+        self._add_link(line)
 
-    def _add_link(self, line: socket.socket, rank: int | None) -> None:
+    def _add_link(self, line: socket.socket) -> None:
         line.setblocking(False)
         line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        link = _Link(line, -1 if rank is None else rank, time.monotonic())
+        link = _Link(line, time.monotonic())
         self._links = [*self._links, link]
-        self._selector.register(line, selectors.EVENT_READ, lambda _: self._hear(link))
+        self._selector.register(line, selectors.EVENT_READ, lambda _: self._read_messages(link))
 
-    def _hear(self, link: _Link) -> None:
+    def _read_messages(self, link: _Link) -> None:
+        """Applies the states that have come over a line; the line is dropped when it is closed or a stranger's."""
         try:
             received = link.line.recv(READ_BYTES)
         except OSError:
             received = b""
         *lines, link.incoming = (link.incoming + received).split(b"\n")
-        news = [_parse(line) for line in lines]
-        for said in news:
-            if said.get("token") == self._token:
-                self._heed(link, said)
-        if not received or any(said.get("token") != self._token for said in news):
+        states = [_parse(line) for line in lines]
+        for state in states:
+            if state.get("token") == self._token:
+                self._apply_message(link, state)
+        if not received or any(state.get("token") != self._token for state in states):
             self._drop(link)
-            if link.said and not link.said["leaving"]:
-                self._fail(f"rank {link.rank} is gone, at step {link.said['step']}")
+            if link.state and not link.state["leaving"]:
+                self._fail(f"rank {link.state['rank']} is gone, at step {link.state['step']}")
 
-    def _heed(self, link: _Link, said: dict) -> None:
-        link.said, link.rank, link.heard_at = said, said["rank"], time.monotonic()
-        if said["verdict"] is not None:
-            self._verdict = said["verdict"]
+    def _apply_message(self, link: _Link, state: dict) -> None:
+        link.state, link.heard_at = state, time.monotonic()
+        if state["verdict"] is not None:
+            self._verdict = state["verdict"]
             os._exit(FAILED)
-        if said["at_once"]:
+        if state["at_once"]:
             self._leave_at_once()
-        if said["reason"] is not None:
-            self._request(said["reason"])
+        if state["reason"] is not None:
+            self._request(state["reason"])
 
     def _drop(self, link: _Link) -> None:
         self._links = [other for other in self._links if other is not link]
         self._selector.unregister(link.line)
         link.line.close()
 
-    def _tell(self) -> None:
-        """Sends the present state to the other end of every line; what a full line cannot take is left for the next beat."""
+    def _send_state(self) -> None:
+        """Sends the present state over every line; what a full line cannot take is left for the next beat."""
         state = {
             "token": self._token, "rank": self._rank, "process": os.getpid(), "parent": os.getppid(),
             "host": socket.gethostname(), "step": self.step, "reason": self.reason, "at_once": self._at_once,
             "verdict": self._verdict, "leaving": self._leaving,
         }  # fmt: skip
         message = json.dumps(state).encode() + b"\n"
-        for link in self._links if self._rank else [link for link in self._links if link.said]:
+        for link in self._links if self._rank else [link for link in self._links if link.state]:
             link.outgoing = link.outgoing or message
             try:
                 link.outgoing = link.outgoing[link.line.send(link.outgoing) :]
             except OSError:
                 continue
 
-    def _judge(self) -> None:
+    def _check_limits(self) -> None:
+        """Ends the run when a rank is silent for too long, and this process when its main thread does not obey a request."""
         now = time.monotonic()
         for link in self._links:
-            if now - link.heard_at > self._silent_seconds and link.said and not link.said["leaving"]:
-                self._fail(
-                    f"rank {link.rank} has been silent for {self._silent_seconds:g} s, at step {link.said['step']}", link
-                )
-        if self.reason is not None and not self._training and now - self._asked_at > LEAVE_SECONDS and not self._closing:
+            if now - link.heard_at > self._silent_seconds and link.state and not link.state["leaving"]:
+                silent = f"rank {link.state['rank']} has been silent for {self._silent_seconds:g} s"
+                self._fail(f"{silent}, at step {link.state['step']}", link.state)
+        if self.reason is not None and not self._training and now - self._asked_at > config.LEAVE_SECONDS and not self._closing:
             self._leaving = True
-            self._tell()
+            self._send_state()
             self._say_stopped()
             _end_descendants()
             os._exit(STOPPED)
 
-    def _fail(self, verdict: str, silent: _Link | None = None) -> None:
+    def _fail(self, verdict: str, silent: dict | None = None) -> None:
         self._verdict = verdict
-        self._tell()
+        self._send_state()
         if silent is not None:
-            _kill_sibling(silent.said)
+            _kill_sibling(silent)
         if self._rank <= 1 or self._local_rank == 0:
             _say_briefly(f"failed: {verdict}; all ranks stop; {SAME_COMMAND}", sys.stderr)
         os._exit(FAILED)
 
     def _leave_at_once(self) -> None:
         self._at_once = True
-        self._tell()
+        self._send_state()
         if self._rank == 0:
             _say_briefly(f"Stopped at once, at step {self.step}, without a save; {SAME_COMMAND}", sys.stdout)
         os._exit(FAILED)
@@ -299,7 +324,7 @@ class Watch:
 
 
 def end(status: int) -> NoReturn:
-    """Ends the process after its exit handlers, all output written."""
+    """Ends the process with `status`, after its exit handlers and with all output written, without Python's own teardown."""
     atexit._run_exitfuncs()
     try:
         sys.stdout.flush()
@@ -325,20 +350,29 @@ def lose_terminal() -> None:
     os.close(nothing)
 
 
+def process_stat(process: int) -> ProcessStat | None:
+    """What the kernel says of a process of this machine, by its number; None when there is none (any more)."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].decode().split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return ProcessStat(state=fields[0], parent=int(fields[1]), started_ticks=fields[19])
+
+
 def _say_briefly(line: str, file: TextIO) -> None:
     """As `say`, from a process that must end even if its output is blocked."""
     speaker = threading.Thread(target=say, args=(line, file), daemon=True)
     speaker.start()
-    speaker.join(SAY_SECONDS)
+    speaker.join(config.SAY_SECONDS)
 
 
 def _parse(line: bytes) -> dict:
-    """What a line says; nothing when a stranger sent it."""
+    """The state in a message; empty when a stranger sent it."""
     try:
-        said = json.loads(line)
+        state = json.loads(line)
     except ValueError:
-        said = None
-    return said if isinstance(said, dict) else {}
+        state = None
+    return state if isinstance(state, dict) else {}
 
 
 def _ancestors(count: int) -> list[int]:
@@ -355,20 +389,18 @@ def _is_orphan(count: int) -> bool:
 
 
 def _parent(process: int) -> int:
-    try:
-        return int(Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[1])
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
+    stat = process_stat(process)
+    return 0 if stat is None else stat.parent
 
 
-def _kill_sibling(said: dict) -> None:
-    """A stopped process hears nothing but SIGKILL; only a child of this process's own launcher is meant."""
-    if said.get("host") == socket.gethostname() and said.get("parent") == os.getppid() == _parent(said["process"]):
-        _signal(said["process"], signal.SIGKILL)
+def _kill_sibling(state: dict) -> None:
+    """Kills the process that sent `state` if this one's launcher started it too: a stopped process obeys SIGKILL alone."""
+    if state.get("host") == socket.gethostname() and state.get("parent") == os.getppid() == _parent(state["process"]):
+        _signal(state["process"], signal.SIGKILL)
 
 
 def _end_descendants() -> None:
-    """Asks compilers and what else this process has started to end."""
+    """Asks every process that this one has started, compilers above all, to end."""
     parents = {int(path.name): _parent(int(path.name)) for path in Path("/proc").iterdir() if path.name.isdecimal()}
     family = {os.getpid()}
     while grown := {process for process, parent in parents.items() if parent in family} - family:
@@ -377,10 +409,9 @@ def _end_descendants() -> None:
         _signal(process, signal.SIGTERM)
 
 
-def _signal(process: int, number: signal.Signals) -> bool:
-    """Whether the process was still there to be signalled."""
+def _signal(process: int, number: signal.Signals) -> None:
+    """Sends a signal to a process that may be gone already."""
     try:
         os.kill(process, number)
     except ProcessLookupError:
-        return False
-    return True
+        return

@@ -6,7 +6,9 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -25,18 +27,20 @@ from conftest import (
     training_script,
 )
 
-from scripts import lifecycle
-from scripts.checkpoint import newest_verified
 from scripts.config import TrainingConfig
+from scripts.engine.watch import STOPPED, Watch
+from scripts.run.checkpoint import newest_verified
 
 COMMANDS = {"deepspeed": LAUNCHERS[2], "torchrun": TORCHRUN[2]}
-SILENT_SECONDS = 3
-GONE_SECONDS = 5
+SILENT_SECONDS = 5
+GONE_SECONDS = 25
+WIDE_SECONDS = 200
+STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
 LEAVING = """
 import torch
-from scripts import trainer
+from scripts.engine import distributed
 
-with trainer.leaving():
+with distributed.leaving():
     torch.distributed.init_process_group("gloo")
     tensors = [torch.ones(200_000) for _ in range(200)]
     torch.distributed.barrier()
@@ -58,26 +62,36 @@ CASES = [
     ("deepspeed", "rank 1", "SIGUSR1", "evaluation", "distill"),
 ]
 PHASES = """
-phase = {phase!r}
+import signal
 
-def marked(function, wait):
+phase, calls = {phase!r}, []
+
+def asked():
+    return signal.getsignal(signal.SIGTERM).__self__.reason is not None
+
+def holding(function, number):
     def call(*arguments):
-        Path(f"in-{{phase}}-{{rank}}").touch()
-        time.sleep(wait)
+        calls.append(number)
+        while len(calls) == number and (phase in {stuck!r} or not asked()) and not Path("go-on").exists():
+            Path(f"in-{{phase}}-{{rank}}").touch()
+            if asked():
+                Path(f"asked-{{rank}}").touch()
+            time.sleep(0.02)
         return function(*arguments)
     return call
 
 if "training" in phase:
-    objective = marked(objective, 1.0 if "slow" in phase else 0.05)
+    objective = holding(objective, 2)
 if phase == "preparation":
-    prepare = marked(prepare_data.prepare, 60)
+    prepare = holding(prepare_data.prepare, 1)
 if phase == "labelling":
-    trainer._label_blocks = marked(trainer._label_blocks, 0.05)
+    teacher.label_blocks = holding(teacher.label_blocks, 5)
 if phase == "evaluation":
-    trainer.held_out_loss = marked(trainer.held_out_loss, 1.0)
+    trainer.evaluation_record = holding(trainer.evaluation_record, 1)
 if phase == "saving":
-    offload.optimizer_tensors = marked(offload.optimizer_tensors, 1.0)
+    offload.optimizer_tensors = holding(offload.optimizer_tensors, 1)
 """
+STUCK = ("preparation", "labelling", "stuck training")
 
 
 class Ended(NamedTuple):
@@ -89,20 +103,30 @@ class Ended(NamedTuple):
     ranks: dict[int, str]
 
 
-def stop(
-    folder: Path, config: TrainingConfig, launcher: str, phase: str, signals: list[tuple[str, str]], pause: float
-) -> Ended:
-    """Launches two ranks, and when `phase` has begun sends each of `signals`, (target, name), `pause` seconds apart."""
-    (running,) = start(folder, training_script(config, PHASES.format(phase=phase)), COMMANDS[launcher])
+class Sent(NamedTuple):
+    """A signal by name, and who gets it: "launcher", "rank 0", "rank 1", "parent" of rank 0, or the whole "group"."""
+
+    target: str
+    name: str
+
+
+def stop(config: TrainingConfig, launcher: str, phase: str, *signals: Sent) -> Ended:
+    """Launches two ranks, and when `phase` has begun sends each of `signals`, once the one before is known to both.
+
+    The ranks wait in the phase until they are asked to stop; in a phase of STUCK for ever, unless something interrupts them.
+    """
+    folder = Path(config.run_dir).parent
+    (running,) = start(folder, phase_script(config, phase), COMMANDS[launcher])
     family = []
     try:
         wait_for(lambda: (folder / f"in-{phase}-0").exists(), running)
-        time.sleep(0.3)
         family = [psutil.Process(running.pid), *psutil.Process(running.pid).children(recursive=True)]
         ranks = {f"rank {rank}": find_rank(family, rank) for rank in (0, 1)}
         targets = {"launcher": family[0], "parent": ranks["rank 0"].parent(), **ranks}
         for number, (target, name) in enumerate(signals):
-            time.sleep(pause if number else 0)
+            if number:
+                wait_for(lambda: len([*folder.glob("asked-*")]) == 2, running)
+                time.sleep(1)
             if target == "group":
                 os.killpg(running.pid, getattr(signal, name))
             else:
@@ -119,12 +143,20 @@ def stop(
                 process.kill()
 
 
-def wait_for(happened, running: subprocess.Popen) -> None:
-    limit = time.monotonic() + 200
+def phase_script(config: TrainingConfig, phase: str) -> str:
+    return training_script(config, PHASES.format(phase=phase, stuck=STUCK))
+
+
+def wait_for(happened: Callable[[], bool], running: subprocess.Popen) -> None:
+    wait_until(lambda: happened() or running.poll() is not None)
+    assert happened(), running.communicate()[0]
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    limit = time.monotonic() + WIDE_SECONDS
     while not happened():
-        assert running.poll() is None, running.communicate()[0]
         assert time.monotonic() < limit, "it did not happen"
-        time.sleep(0.05)
+        time.sleep(0.02)
 
 
 def find_rank(family: list[psutil.Process], rank: int) -> psutil.Process:
@@ -134,10 +166,6 @@ def find_rank(family: list[psutil.Process], rank: int) -> psutil.Process:
 
 def exits(folder: Path) -> dict[int, str]:
     return {int(path.name.removeprefix("exit-")): path.read_text() for path in folder.glob("exit-*")}
-
-
-def stopping_config(folder: Path, **changes) -> TrainingConfig:
-    return tiny_config(folder, precision="fp32", silent_rank_seconds=SILENT_SECONDS, **changes)
 
 
 def expect_stopped(ended: Ended, config: TrainingConfig, phase: str) -> None:
@@ -162,8 +190,8 @@ def values(config: TrainingConfig) -> list[tuple]:
 
 
 def test_a_request_stops_all_ranks_with_a_save(uninterrupted, tmp_path):
-    config = stopping_config(tmp_path, data_dir=uninterrupted.data_dir, corpus=uninterrupted.corpus)
-    ended = stop(tmp_path, config, "deepspeed", "training", [("launcher", "SIGTERM")], 0)
+    config = tiny_config(tmp_path, precision="fp32", data_dir=uninterrupted.data_dir, corpus=uninterrupted.corpus)
+    ended = stop(config, "deepspeed", "training", Sent("launcher", "SIGTERM"))
     expect_stopped(ended, config, "training")
 
 
@@ -178,13 +206,13 @@ def stopped_runs(finished_runs, tmp_path_factory) -> dict[tuple, tuple[Ended, Tr
 
 
 def stopped_config(case: tuple, finished_runs: dict, folder: Path) -> TrainingConfig:
-    config = replace(finished_runs[2, case[-1]], run_dir=str(folder / "run"), silent_rank_seconds=2 * SILENT_SECONDS)
+    config = replace(finished_runs[2, case[-1]], run_dir=str(folder / "run"))
     return replace(config, data_dir=str(folder / "data")) if "labelling" in case else config
 
 
 def stop_as(case: tuple, config: TrainingConfig) -> Ended:
     launcher, target, name, phase, _ = case
-    ended = stop(Path(config.run_dir).parent, config, launcher, phase, [(target, name)], 0)
+    ended = stop(config, launcher, phase, Sent(target, name))
     expect_stopped(ended, config, phase)
     return ended
 
@@ -193,21 +221,21 @@ def stop_as(case: tuple, config: TrainingConfig) -> Ended:
 @pytest.mark.parametrize("case", CASES, ids=[" ".join(case) for case in CASES])
 def test_every_request_anywhere_stops_all_ranks_and_the_run_goes_on_as_if_never_stopped(case, stopped_runs, finished_runs):
     ended, config = stopped_runs[case]
-    assert ended.ranks == {0: "75", 1: "75"} and ended.seconds < 2 * GONE_SECONDS
+    assert ended.ranks == {0: "75", 1: "75"} and ended.seconds < GONE_SECONDS
     assert values(config) == values(finished_runs[2, case[-1]])
 
 
-def expect_failed(folder: Path, launcher: str, target: str, name: str, seconds: float, words: str) -> None:
-    config = stopping_config(folder)
-    ended = stop(folder, config, launcher, "training", [(target, name)], 0)
+def expect_failed(config: TrainingConfig, launcher: str, signal_sent: Sent, words: str) -> None:
+    ended = stop(config, launcher, "training", signal_sent)
     assert words in ended.output and "the same command continues from the newest checkpoint" in ended.output, ended.output
-    assert ended.status != 0 and ended.seconds < seconds, ended
+    assert ended.status != 0 and ended.seconds < SILENT_SECONDS + GONE_SECONDS, ended
 
 
 @pytest.mark.parametrize(("launcher", "target"), [("torchrun", "rank 1")])
 def test_a_hung_rank_is_named_and_all_stop_within_the_limit(launcher, target, tmp_path):
+    config = tiny_config(tmp_path, precision="fp32", silent_rank_seconds=SILENT_SECONDS)
     words = f"{target} has been silent for {SILENT_SECONDS} s, at step"
-    expect_failed(tmp_path, launcher, target, "SIGSTOP", SILENT_SECONDS + GONE_SECONDS, words)
+    expect_failed(config, launcher, Sent(target, "SIGSTOP"), words)
 
 
 @pytest.mark.slow
@@ -219,15 +247,15 @@ def test_whichever_rank_hangs_is_named(launcher, target, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "target"), [("deepspeed", "rank 0"), ("deepspeed", "rank 1"), ("torchrun", "rank 0")])
 def test_a_killed_rank_is_named_and_all_stop(launcher, target, tmp_path):
-    expect_failed(tmp_path, launcher, target, "SIGKILL", GONE_SECONDS, f"{target} is gone, at step")
+    config = tiny_config(tmp_path, precision="fp32")
+    expect_failed(config, launcher, Sent(target, "SIGKILL"), f"{target} is gone, at step")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", COMMANDS)
 def test_a_second_interrupt_stops_at_once(launcher, tmp_path):
-    config = stopping_config(tmp_path, tokens_per_step=4096)
-    slow = [("rank 1", "SIGINT"), ("rank 1", "SIGINT")]
-    ended = stop(tmp_path, config, launcher, "slow training", slow, 1.5)
+    config, interrupt = tiny_config(tmp_path, precision="fp32"), Sent("rank 1", "SIGINT")
+    ended = stop(config, launcher, "stuck training", interrupt, interrupt)
     assert "Stopped at once, at step 1, without a save" in ended.output, ended.output
     assert ended.status != 0 and ended.seconds < GONE_SECONDS
     assert newest_verified(config) == (None, [])
@@ -236,75 +264,28 @@ def test_a_second_interrupt_stops_at_once(launcher, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "target"), [("deepspeed", "launcher"), ("deepspeed", "parent"), ("torchrun", "launcher")])
 def test_workers_whose_launcher_is_killed_stop_with_a_save(launcher, target, tmp_path):
-    config = stopping_config(tmp_path)
-    ended = stop(tmp_path, config, launcher, "training", [(target, "SIGKILL")], 0)
+    config = tiny_config(tmp_path, precision="fp32")
+    ended = stop(config, launcher, "training", Sent(target, "SIGKILL"))
     expect_stopped(ended, config, "training")
 
 
 @pytest.mark.slow
 def test_one_ctrl_c_at_a_terminal_is_one_request(tmp_path):
     """The terminal interrupts the launchers and the ranks, and launch.py adds a SIGTERM: still one orderly stop."""
-    config = stopping_config(tmp_path)
-    ended = stop(tmp_path, config, "deepspeed", "training", [("group", "SIGINT")], 0)
+    config = tiny_config(tmp_path, precision="fp32")
+    ended = stop(config, "deepspeed", "training", Sent("group", "SIGINT"))
     expect_stopped(ended, config, "training")
-
-
-def test_a_watch_leaves_the_process_as_it_found_it():
-    before = [signal.getsignal(number) for number in lifecycle.STOP_SIGNALS]
-    watch = lifecycle.Watch(0, 0, 0, SILENT_SECONDS)
-    assert signal.getsignal(signal.SIGTERM) != before[0]
-    watch.close(clean=True)
-    assert [signal.getsignal(number) for number in lifecycle.STOP_SIGNALS] == before
-    assert signal.set_wakeup_fd(-1) == -1
-
-
-def test_strangers_on_the_line_are_not_heard():
-    watch = lifecycle.Watch(0, 0, 0, SILENT_SECONDS)
-    port, _ = watch.listen()
-    try:
-        for words in (b"not json\n", b"[]\n", json.dumps({"token": "1", "reason": "SIGTERM"}).encode() + b"\n", b"\xff" * 99):
-            with socket.create_connection(("127.0.0.1", port)) as line:
-                line.sendall(words)
-                line.settimeout(5)
-                if words.endswith(b"\n"):
-                    assert line.recv(1) == b""
-        assert watch.reason is None
-    finally:
-        watch.close(clean=True)
-
-
-def test_a_request_before_training_ends_in_status_75_from_wherever_it_struck(capsys):
-    watch = lifecycle.Watch(0, 0, 0, SILENT_SECONDS)
-    with pytest.raises(SystemExit) as left, watch.before_training():
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(30)
-    assert left.value.code == lifecycle.STOPPED
-    assert "Stopped by SIGTERM before training went on" in capsys.readouterr().out
-
-
-def test_a_refusal_before_training_stays_a_refusal():
-    watch = lifecycle.Watch(0, 0, 0, SILENT_SECONDS)
-    with pytest.raises(ValueError, match="law"), watch.before_training():
-        raise ValueError("a law is broken")
-
-
-def test_a_stop_leaves_no_compiler_behind():
-    watch = lifecycle.Watch(0, 0, 0, SILENT_SECONDS)
-    with pytest.raises(SystemExit), watch.before_training():
-        child = subprocess.Popen(["sh", "-c", "sleep 60 & wait"])
-        os.kill(os.getpid(), signal.SIGUSR1)
-        time.sleep(30)
-    assert child.wait(GONE_SECONDS) != 0
 
 
 @pytest.mark.slow
 def test_a_lost_terminal_does_not_end_the_run(tmp_path):
-    config = stopping_config(tmp_path)
-    (running,) = start(tmp_path, training_script(config, PHASES.format(phase="training")), ["python"])
+    config = tiny_config(tmp_path, precision="fp32")
+    (running,) = start(tmp_path, phase_script(config, "training"), ["python"])
     wait_for(lambda: (tmp_path / "in-training-0").exists(), running)
     assert running.stdout is not None
     running.stdout.close()
-    assert running.wait(100) == 0
+    (tmp_path / "go-on").touch()
+    assert running.wait(WIDE_SECONDS) == 0
     found, _ = newest_verified(config)
     assert found is not None and found.state["step"] == config.num_steps
 
@@ -315,13 +296,107 @@ def test_the_exit_status_stands_while_gloos_threads_still_hold_tensors(tmp_path)
     assert [result.returncode for result in results] == [75, 75], results[0].stdout
 
 
-def test_other_programs_signals_are_no_stop_requests():
-    before = signal.signal(signal.SIGALRM, lambda *_: None)
-    watch = lifecycle.Watch(0, 0, 0, SILENT_SECONDS)
-    try:
-        os.kill(os.getpid(), signal.SIGALRM)
-        time.sleep(3 * lifecycle.BEAT_SECONDS)
+@pytest.fixture(autouse=True)
+def hang_ups_count() -> Iterator[None]:
+    """Also where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@contextmanager
+def watching() -> Iterator[Watch]:
+    """The watch of a lone rank that trains."""
+    watch = Watch(0, 0, 0, WIDE_SECONDS)
+    with watch.before_training():
         assert watch.reason is None
+    with watch.during_training():
+        yield watch
+
+
+def handlers() -> list:
+    return [signal.getsignal(number) for number in STOP_SIGNALS]
+
+
+def test_a_watch_leaves_the_process_as_it_found_it():
+    before = handlers()
+    with watching():
+        assert all(now != then for now, then in zip(handlers(), before, strict=True))
+    assert handlers() == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
+def test_a_request_before_training_ends_in_status_75_from_wherever_it_struck(number, capsys):
+    watch = Watch(0, 0, 0, WIDE_SECONDS)
+    with pytest.raises(SystemExit) as left, watch.before_training():
+        os.kill(os.getpid(), number)
+        time.sleep(WIDE_SECONDS)
+    assert left.value.code == STOPPED == 75
+    assert f"Stopped by {number.name} before training went on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
+def test_a_request_while_training_waits_for_the_loop(number):
+    with watching() as watch:
+        signal.raise_signal(number)
+        wait_until(lambda: watch.reason is not None)
+        assert watch.reason == number.name
+
+
+@pytest.mark.parametrize("number", [signal.SIGALRM, signal.SIGHUP], ids=lambda number: number.name)
+def test_other_programs_signals_and_a_hang_up_under_nohup_are_no_requests(number):
+    before = signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else lambda *_: None)
+    with watching() as watch:
+        signal.raise_signal(number)
+        signal.raise_signal(signal.SIGUSR1)
+        wait_until(lambda: watch.reason is not None)
+        assert watch.reason == "SIGUSR1"
+    signal.signal(number, before)
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_request_to_one_rank_reaches_the_other(asked):
+    with ThreadPoolExecutor(1) as no_main_thread:
+        other = no_main_thread.submit(Watch, 1 - asked, 1 - asked, 0, WIDE_SECONDS).result()
+    ranks = {asked: Watch(asked, asked, 0, WIDE_SECONDS), 1 - asked: other}
+    try:
+        for watch in ranks.values():
+            with watch.before_training():
+                assert watch.reason is None
+        address = ranks[0].listen()
+        ranks[1].connect("127.0.0.1", address.port, address.token)
+        signal.raise_signal(signal.SIGUSR1)
+        wait_until(lambda: other.reason is not None)
+        assert other.reason == "SIGUSR1"
     finally:
-        watch.close(clean=True)
-        signal.signal(signal.SIGALRM, before)
+        for rank in (1, 0):
+            ranks[rank].close(clean=True)
+
+
+def test_strangers_on_the_line_are_not_heard():
+    with watching() as watch:
+        address = watch.listen()
+        stranger = json.dumps({"token": address.token + 1, "reason": "SIGTERM"}).encode() + b"\n"
+        for words in (b"not json\n", b"[]\n", stranger, b"\xff" * 99):
+            with socket.create_connection(("127.0.0.1", address.port)) as line:
+                line.sendall(words)
+                line.settimeout(WIDE_SECONDS)
+                if words.endswith(b"\n"):
+                    assert line.recv(1) == b""
+        assert watch.reason is None
+
+
+def test_a_refusal_before_training_stays_a_refusal():
+    watch = Watch(0, 0, 0, WIDE_SECONDS)
+    with pytest.raises(ValueError, match="law"), watch.before_training():
+        raise ValueError("a law is broken")
+
+
+def test_a_stop_leaves_no_compiler_behind():
+    watch = Watch(0, 0, 0, WIDE_SECONDS)
+    with pytest.raises(SystemExit), watch.before_training():
+        child = subprocess.Popen(["sh", "-c", "sleep 1000 & wait"])
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(WIDE_SECONDS)
+    assert child.wait(WIDE_SECONDS) != 0

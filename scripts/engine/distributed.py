@@ -1,0 +1,212 @@
+"""Ranks: which one this process is, the process group, and what all ranks do together. Knows no run and no step.
+
+Functions that say so must be called by every rank; the others would wait for the one that does not.
+"""
+
+import errno
+import gc
+import os
+import random
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import NamedTuple, TypeVar
+
+import deepspeed
+import torch
+from deepspeed.utils import logger as deepspeed_logger
+from torch import Tensor
+from tqdm import tqdm
+
+from scripts.config import TrainingConfig
+from scripts.engine import offload, watch
+
+MESSAGE_BYTES = 2048
+IS_VALUE_ERROR = -1
+Result = TypeVar("Result")
+
+
+class Ranks(NamedTuple):
+    """This process among all: `rank` of `world_size`, `local_rank` of `local_size` on this machine, and how many
+    processes of the launcher stand above it.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+    num_launchers: int
+
+
+def ranks_from_launcher() -> Ranks:
+    """Reads what `deepspeed`, `torchrun` or `srun` say of this process; without a launcher it is the only one."""
+    env = os.environ
+    num_launchers = 2 if "CROSS_RANK" in env else 1 if "TORCHELASTIC_RUN_ID" in env else 0
+    if "RANK" not in env and "SLURM_PROCID" in env and "SLURM_STEP_NODELIST" in env:
+        env |= _slurm_as_torch(env)
+    if "RANK" not in env:
+        port = str(random.SystemRandom().randint(20000, 60000))
+        env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    local_size = env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", "1"))
+    return Ranks(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]), int(local_size), num_launchers)
+
+
+def device_of(ranks: Ranks) -> torch.device:
+    """The GPU of this rank, or the CPU on a machine without one."""
+    return torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def set_up_cuda() -> None:
+    """Sets the variables that CUDA's libraries and torch's allocators read at the first use of the GPU."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    exact = ",pinned_max_round_threshold_mb:1" if torch.__version__ >= "2.13" else ""
+    os.environ["PYTORCH_ALLOC_CONF"] = os.environ["PYTORCH_CUDA_ALLOC_CONF"] = f"expandable_segments:True{exact}"
+
+
+def join(config: TrainingConfig, ranks: Ranks) -> None:
+    """Makes the process deterministic and joins the process group. Every rank must call this."""
+    deepspeed_logger.setLevel("WARNING")
+    offload.start_quickly()
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_size))
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+    if torch.cuda.is_available():
+        torch.cuda.set_device(ranks.local_rank)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(backend, verbose=False, timeout=timedelta(minutes=config.rank_timeout_minutes))
+    wait_for_all()
+    offload.forget_shared_memory(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], ranks.rank)
+
+
+def connect(ranks: Ranks, watching: watch.Watch) -> None:
+    """Connects the watches of all ranks to that of rank 0. Every rank must call this."""
+    if ranks.world_size == 1:
+        return
+    address = torch.tensor(watching.listen() if ranks.rank == 0 else (0, 0), dtype=torch.int64, device=_current_device())
+    torch.distributed.broadcast(address, 0)
+    if ranks.rank != 0:
+        watching.connect(os.environ["MASTER_ADDR"], *address.tolist())
+
+
+@contextmanager
+def leaving() -> Iterator[None]:
+    """Leaves the process group after what is inside and ends the process with its status, without Python's own teardown:
+    in that a thread of gloo's that frees a tensor aborts the process (pytorch/pytorch#179291).
+    """
+    status = watch.FAILED
+    try:
+        yield
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        status = 0
+    except SystemExit as left:
+        status = left.code if isinstance(left.code, int) else status
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        watch.end(status)
+
+
+def together(work: Callable[[], Result]) -> Result:
+    """What `work` returns on this rank. When it fails on any rank, it fails on all. Every rank must call this.
+
+    Raises:
+        ValueError: `work` raised one on some rank; the words are those of the first such rank.
+        OSError: `work` raised one on some rank; `errno` is the first rank's, and `strerror` names the ranks.
+    """
+    try:
+        result, fault = work(), None
+    except (ValueError, OSError) as raised:
+        result, fault = None, raised
+    if largest(float(fault is not None)):
+        raise _fault_of_ranks(fault) from fault
+    return result  # pyright: ignore[reportReturnType]
+
+
+def in_turn(work: Callable[[], Result]) -> Result:
+    """What `work` returns on this rank, done by rank 0 first and then by the others. Every rank must call this.
+
+    Raises:
+        ValueError, OSError: as `together`.
+    """
+    is_first = torch.distributed.get_rank() == 0
+    before = together(lambda: work() if is_first else None)
+    after = together(lambda: None if is_first else work())
+    return before if is_first else after  # pyright: ignore[reportReturnType]
+
+
+def largest(number: float) -> float:
+    """The largest of all ranks' numbers. Every rank must call this."""
+    value = torch.tensor(number, dtype=torch.float64, device=_current_device())
+    torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
+    return value.item()
+
+
+def gather(tensor: Tensor) -> list[Tensor]:
+    """Every rank's tensor of the same shape and dtype, by rank, on the host. Every rank must call this."""
+    mine = tensor.to(_current_device())
+    gathered = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(gathered, mine)
+    return [each.cpu() for each in gathered]
+
+
+def gather_numbers(number: int) -> list[int]:
+    """Every rank's number, by rank. Every rank must call this."""
+    return [int(each) for each in gather(torch.tensor([number]))]
+
+
+def wait_for_all() -> None:
+    """Returns when every rank has called this. NCCL's own barrier would have to guess which GPU is meant."""
+    largest(0.0)
+
+
+def release_memory() -> None:
+    """Gives memory of tensors that are gone back to the GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def say(ranks: Ranks, line: str) -> None:
+    """Prints a line on rank 0, above a progress bar if there is one."""
+    if ranks.rank == 0:
+        with tqdm.external_write_mode(sys.stdout):
+            watch.say(line, sys.stdout)
+
+
+def _fault_of_ranks(own: ValueError | OSError | None) -> ValueError | OSError:
+    """The error that every rank raises, from what each rank has caught."""
+    number = 0 if own is None else (own.errno or errno.EIO) if isinstance(own, OSError) else IS_VALUE_ERROR
+    words = "" if own is None else (isinstance(own, OSError) and own.strerror) or str(own)
+    padded = bytearray(words.encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0"))
+    numbers = gather_numbers(number)
+    texts = [bytes(each.tolist()).rstrip(b"\0") for each in gather(torch.frombuffer(padded, dtype=torch.uint8))]
+    if IS_VALUE_ERROR in numbers:
+        rank = numbers.index(IS_VALUE_ERROR)
+        words = texts[rank].decode(errors="replace")
+        return ValueError(f"rank {rank}: {words}" if rank else words)
+    failed = [rank for rank, number in enumerate(numbers) if number]
+    listed = ", ".join(f"rank {rank}: {texts[rank].decode(errors='replace')}" for rank in failed[:3])
+    return OSError(numbers[failed[0]], listed + (f" and {len(failed) - 3} more ranks" if failed[3:] else ""))
+
+
+def _current_device() -> torch.device:
+    """Where collectives want their tensors."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _slurm_as_torch(env) -> dict[str, str]:
+    """torch's variables from those of `srun`, whose list of nodes may be in the form node[01-04,07]."""
+    nodes = env["SLURM_STEP_NODELIST"]
+    first = re.sub(r"\[(\w+).*", r"\1", nodes.split(",")[0] if "[" not in nodes.split(",")[0] else nodes)
+    return {
+        "RANK": env["SLURM_PROCID"],
+        "WORLD_SIZE": env["SLURM_NTASKS"],
+        "LOCAL_RANK": env["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0],
+        "MASTER_ADDR": env.get("MASTER_ADDR", first),
+        "MASTER_PORT": env.get("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000)),
+    }

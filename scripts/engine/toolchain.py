@@ -1,0 +1,203 @@
+"""The compilers that DeepSpeed needs, and the locks that killed compilations leave. Knows folders and processes alone."""
+
+import math
+import os
+import shutil
+import socket
+import sysconfig
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from glob import iglob
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch.utils import cpp_extension
+
+from scripts.config import LOCK_POLL_SECONDS, LONG_LOCK_SECONDS, TrainingConfig
+from scripts.engine.watch import process_stat
+
+
+def extension_folders(config: TrainingConfig) -> list[Path]:
+    """The folders in which torch builds the C++ extensions that DeepSpeed loads for this run; it makes them where they are
+    missing. Extensions that are part of DeepSpeed's installation need none.
+
+    Raises:
+        ValueError: a folder cannot be made, or cannot be written.
+    """
+    modules = ["adam.cpu_adam" if config.offload_optimizer else "adam.fused_adam"]
+    modules += [] if torch.cuda.is_available() else ["comm.deepspeed_shm_comm"]
+    names = [module.split(".")[1] for module in modules if not _is_installed(f"deepspeed.ops.{module}_op")]
+    try:
+        folders = [Path(cpp_extension._get_build_directory(name, False)).resolve() for name in names]
+    except OSError as fault:
+        raise ValueError(
+            f"DeepSpeed cannot compile: {fault}; set TORCH_EXTENSIONS_DIR to a folder that can be written"
+        ) from None
+    for folder in folders:
+        if not os.access(folder, os.W_OK) or not os.access(folder.parent, os.W_OK):
+            raise ValueError(f"{folder} cannot be written; set TORCH_EXTENSIONS_DIR to a folder that can")
+    return folders
+
+
+def refuse_missing_compilers(config: TrainingConfig) -> None:
+    """Checks that there is what DeepSpeed compiles with at its first start on a machine; later starts need only ninja.
+
+    Raises:
+        ValueError: ninja, the C++ compiler, Python's headers or nvcc is missing.
+    """
+    folders = extension_folders(config)
+    unbuilt = [folder.name for folder in folders if not (folder / f"{folder.name}.so").exists()]
+    if folders and not cpp_extension.is_ninja_available():
+        raise ValueError("ninja is not on PATH and DeepSpeed starts with it; activate the environment, or pip install ninja")
+    if not unbuilt:
+        return
+    compiler = cpp_extension.get_cxx_compiler()
+    if shutil.which(compiler.split()[0]) is None:
+        raise ValueError(f"{compiler} is not on PATH and DeepSpeed must compile {unbuilt[0]} once; apt install g++")
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        raise ValueError(f"Python.h is not there and DeepSpeed must compile {unbuilt[0]} once; apt install python3-dev")
+    if torch.cuda.is_available() and "fused_adam" in unbuilt and not Path(cpp_extension.CUDA_HOME or "", "bin/nvcc").exists():
+        raise ValueError(
+            "nvcc is not there and DeepSpeed must compile fused_adam once; apt install nvidia-cuda-toolkit,"
+            " or set offload_optimizer=True"
+        )
+
+
+@contextmanager
+def compiling(config: TrainingConfig, local_rank: int) -> Iterator[list[str]]:
+    """Put around whatever may compile DeepSpeed's extensions. Yields lines for the user, on local rank 0 only.
+
+    torch puts a file "lock" into an extension's folder while it compiles. When that launch is killed the lock stays, and the
+    next launch waits for it for ever. So each process leaves a note in the parent folder while it may compile, and local rank 0
+    removes locks whose notes all name dead processes of this machine. The other local ranks wait here until older locks are
+    gone: in torch they would go on, and load an extension that nobody has built.
+
+    Raises:
+        ValueError: as `extension_folders`.
+    """
+    folders = extension_folders(config)
+    if not folders:
+        yield []
+        return
+    lines = clear_dead_locks(folders) if local_rank == 0 else []
+    started = time.time()
+    while local_rank > 0 and any(_modified(folder / "lock") < started for folder in folders):
+        time.sleep(LOCK_POLL_SECONDS)
+    note = leave_note(folders[0].parent)
+    try:
+        yield lines
+    finally:
+        note.unlink(missing_ok=True)
+
+
+def clear_dead_locks(folders: list[Path]) -> list[str]:
+    """Removes the locks of killed launches in `folders` and beside them. Returns a line for each, and one for each lock in
+    `folders` that has been held for longer than LONG_LOCK_SECONDS.
+    """
+    root, lines, dead_locks = folders[0].parent, [], []
+    notes = sorted(root.glob("tightfit-*"))
+    dead = [note for note in notes if names_the_dead(note)]
+    for lock in sorted(root.glob("*/lock")):
+        owners = [note for note in notes if _modified(note) <= _modified(lock) < math.inf]
+        if owners and set(owners) <= set(dead) and not _is_open(lock):
+            dead_locks.append(lock)
+        elif lock.parent in folders and time.time() - _modified(lock) > LONG_LOCK_SECONDS:
+            lines.append(f"Waiting for {lock}, which another launch holds; if none is compiling, delete that file")
+    for lock in dead_locks:
+        _await_orphans(lock.parent)
+    if not _claim(dead):
+        return lines
+    for lock in dead_locks:
+        lock.unlink(missing_ok=True)
+        lines.append(f"Removed {lock}: the launch that was compiling there was killed")
+    return lines
+
+
+def leave_note(root: Path) -> Path:
+    """Writes the note that this process may compile in a folder of `root`: its machine and number, and when it started."""
+    note = root / f"tightfit-{socket.gethostname()}-{os.getpid()}"
+    draft = root / f".{note.name}"
+    draft.write_text(f"{boot_id()} {process_namespace()} {started_ticks(os.getpid())}")
+    return draft.replace(note)
+
+
+def names_the_dead(note: Path) -> bool:
+    """Whether the process that left `note` has ended for certain. Of another machine's or container's nothing is known here."""
+    host, _, process = note.name.removeprefix("tightfit-").rpartition("-")
+    try:
+        boot, namespace, started = note.read_text().split()
+    except (FileNotFoundError, ValueError):
+        return False
+    if host != socket.gethostname():
+        return False
+    return boot != boot_id() or (namespace == process_namespace() and started_ticks(int(process)) != started)
+
+
+def boot_id() -> str:
+    """The kernel's name for the time since this machine was started."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def process_namespace() -> str:
+    """The kernel's name for the container within which this process's number means it."""
+    return os.readlink("/proc/self/ns/pid")
+
+
+def started_ticks(process: int) -> str | None:
+    """When a living process started, in the kernel's ticks since boot; None for one that has ended."""
+    stat = process_stat(process)
+    return None if stat is None or stat.state in "ZX" else stat.started_ticks
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _modified(path: Path) -> float:
+    """Seconds since 1970; infinite when the file is not there (any more)."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return math.inf
+
+
+def _is_open(lock: Path) -> bool:
+    """Whether any process has it open, as torch does as long as it holds it."""
+    return any(_link(handle) == str(lock) for handle in iglob("/proc/[0-9]*/fd/*"))
+
+
+def _await_orphans(folder: Path) -> None:
+    """Waits for compilers that have outlived their killed launch: two at once would write the same files."""
+    while any(_link(f"{process}/cwd") == str(folder) and _command(process) == "ninja" for process in iglob("/proc/[0-9]*")):
+        time.sleep(LOCK_POLL_SECONDS)
+
+
+def _claim(dead: list[Path]) -> bool:
+    """Removes the notes of the dead. Several launches may find the same: only the one that removes the last note may go on."""
+    claimed = False
+    for note in dead:
+        try:
+            note.unlink()
+            claimed = True
+        except FileNotFoundError:
+            claimed = False
+    return claimed
+
+
+def _link(path: str) -> str | None:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return None
+
+
+def _command(process: str) -> str | None:
+    try:
+        return Path(process, "comm").read_text().strip()
+    except OSError:
+        return None

@@ -1,0 +1,245 @@
+"""Before step one: are DeepSpeed's updates those of plain torch? Knows no data, no checkpoint and no engine.
+
+A tiny clone of the run is trained twice: by a function that the trainer gives, through the same DeepSpeed dict, ranks and
+accumulation; and in float64 by plain torch, with operations of its own. So the autograd functions of scripts/model are checked
+too.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from scripts.config import TrainingConfig
+from scripts.engine.distributed import release_memory
+from scripts.engine.offload import DEEPSPEED_VERSION
+from scripts.model.decoder import Block, Decoder, empty_model, parameter_groups
+
+LEARNING_RATE = 1e-2
+MOST_TRIES = 40
+MOST_STEPS = 3
+FEWEST_MICRO_BATCHES = 3
+MOST_MICRO_BATCHES = 8
+PLAIN_ROWS = 1024
+ROUNDING = 1e-3
+Steps = list[list[Tensor]]
+
+
+class Trained(NamedTuple):
+    """The float32 master of each parameter by name after the last update, and each update's gradient norm before clipping."""
+
+    masters: dict[str, Tensor]
+    gradient_norms: list[float]
+
+
+class Bounds(NamedTuple):
+    """Relative errors that rounding may cause: in the update of all weights, in that of one group, in a gradient norm."""
+
+    update: float
+    group_update: float
+    norm: float
+
+
+class Finding(NamedTuple):
+    """One comparison: what was compared, how large the difference is, and how large it may be."""
+
+    what: str
+    measured: float
+    bound: float
+
+
+TrainTiny = Callable[[TrainingConfig, Decoder, Steps, float], Trained]
+BOUNDS = {"fp32": Bounds(1e-3, 1e-3, 1e-4), "bf16": Bounds(0.07, 0.1, 0.04), "fp16": Bounds(0.07, 0.1, 0.04)}
+
+
+def refuse_untrue_updates(
+    config: TrainingConfig, rank: int, world_size: int, device: torch.device, train_tiny: TrainTiny
+) -> None:
+    """Compares a few updates of the tiny clone through DeepSpeed with plain torch. Every rank must call this.
+
+    `train_tiny(tiny, model, steps, learning_rate)` trains `model` through DeepSpeed on the objective `next_token`, with one
+    update for each element of `steps`, a list of this rank's micro-batches (B, T + 1) int64 on `device`.
+
+    Raises:
+        ValueError: on every rank, when on any rank an update, a gradient norm or a weight is not what plain torch gives.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        tiny = tiny_clone(config, world_size)
+        model = draw_weights(empty_model(tiny, device))
+        plain, before = plain_copy(model), plain_copy(model)
+        windows = tiny_windows(tiny, world_size)
+        trained = train_tiny(tiny, model, [list(step.to(device)) for step in windows[:, rank]], LEARNING_RATE)
+        plain_norms = train_plain(plain, windows, tiny)
+    findings = [
+        *_update_findings(plain, before, trained.masters, tiny),
+        *_norm_findings(plain_norms, trained.gradient_norms, tiny),
+        _weight_finding(model, trained.masters),
+    ]
+    del model, trained
+    release_memory()
+    _refuse_worst(findings, device)
+
+
+def tiny_clone(config: TrainingConfig, world_size: int) -> TrainingConfig:
+    """The run's configuration in small shapes, with a tied head and 3 to 8 micro-batches a step. DeepSpeed's dict of it is the
+    run's apart from the sizes of batch and buckets.
+    """
+    steps = min(max(FEWEST_MICRO_BATCHES, config.accumulation_steps(world_size)), MOST_MICRO_BATCHES)
+    rows, length = 2, 8
+    return replace(
+        config, vocab_size=257, tokenizer_path=None, context_length=length, hidden_size=32, num_layers=2, num_heads=4,
+        num_kv_heads=2, head_size=None, mlp_size=48, tie_embeddings=True, micro_batch_rows=rows,
+        tokens_per_step=rows * length * steps * world_size, loss_chunk_rows=rows * length, eval_tokens=length, teacher_dir=None,
+        teacher_top_k=None, rope_scaling=None,
+    )  # fmt: skip
+
+
+def tiny_windows(tiny: TrainingConfig, world_size: int) -> Tensor:
+    """The token windows of all updates, ranks and micro-batches: (updates, W, G, B, T + 1) int64, the same at every call.
+
+    The micro-batches of a rank share no token, so that a lost one shows. The second update sees many different tokens and the
+    others few, so that gradient norms differ and a missing clip shows. There is only one update where beta1^2 > beta2, because
+    Adam's second has no bound there.
+    """
+    num_micro_batches = tiny.accumulation_steps(world_size)
+    num_steps = MOST_STEPS if tiny.beta1**2 <= tiny.beta2 else 1
+    shape = (num_steps, world_size, num_micro_batches, tiny.micro_batch_rows, tiny.context_length + 1)
+    pool = tiny.vocab_size // num_micro_batches
+    drawn = torch.randint(pool, shape, generator=torch.Generator().manual_seed(0))
+    varied = torch.tensor([2, pool, 2][:num_steps]).view(-1, 1, 1, 1, 1)
+    ranks, micro_batches = torch.arange(world_size).view(1, -1, 1, 1, 1), torch.arange(num_micro_batches).view(1, 1, -1, 1, 1)
+    return (drawn % varied + 5 * ranks) % pool + micro_batches * pool
+
+
+def train_plain(plain: Decoder, windows: Tensor, tiny: TrainingConfig) -> list[float]:
+    """Trains `plain` (float64) in place by torch alone, on all ranks' `windows`; returns the gradient norms before clipping.
+
+    The forward reads the weights as the training dtype rounds them, as DeepSpeed's forward does.
+    """
+    groups = parameter_groups(plain, tiny.weight_decay)
+    optimizer = torch.optim.AdamW(groups, LEARNING_RATE, (tiny.beta1, tiny.beta2), tiny.adam_eps)  # pyright: ignore
+    norms = []
+    for step in windows:
+        optimizer.zero_grad()
+        batch = step.flatten(0, 2)
+        for part in batch.split(PLAIN_ROWS):
+            (plain_loss(plain, part, tiny) * len(part) / len(batch)).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(plain.parameters(), tiny.max_grad_norm)))
+        optimizer.step()
+    return norms
+
+
+def plain_loss(plain: Decoder, windows: Tensor, tiny: TrainingConfig) -> Tensor:
+    """Mean nats per token of windows (B, T + 1) int64, () in the dtype of `plain`, by torch's own operations alone."""
+    table = _rounded(plain.head, tiny)
+    x = table[windows[:, :-1]]
+    for block in plain.model.layers:
+        x = _plain_block(x, block, tiny)  # pyright: ignore[reportArgumentType]
+    logits = _plain_norm(x, plain.model.norm.weight, tiny) @ table.T
+    return functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+
+
+@torch.no_grad()
+def draw_weights(model: Decoder) -> Decoder:
+    """Fills the model's weights in place with the same random numbers at every call: norms around 1, matrices around 0."""
+    generator = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        drawn = torch.randn(weight.shape, generator=generator)
+        weight.copy_(1.0 + 0.2 * drawn if weight.dim() == 1 else 0.1 * drawn)
+    return model
+
+
+def plain_copy(model: Decoder) -> Decoder:
+    """A copy on the CPU in float64."""
+    return copy.deepcopy(model).to(torch.device("cpu"), torch.float64)
+
+
+def _plain_block(x: Tensor, block: Block, tiny: TrainingConfig) -> Tensor:
+    attention, mlp = block.self_attn, block.mlp
+    normed = _plain_norm(x, block.input_layernorm.weight, tiny)
+    q, k, v = (
+        (normed @ _rounded(layer.weight, tiny).T).unflatten(-1, (-1, tiny.head_width)).transpose(1, 2)
+        for layer in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    if tiny.qk_norm:
+        q = _plain_norm(q, attention.q_norm.weight, tiny)  # pyright: ignore[reportArgumentType]
+        k = _plain_norm(k, attention.k_norm.weight, tiny)  # pyright: ignore[reportArgumentType]
+    output = _plain_attention(_plain_rotate(q, tiny), _plain_rotate(k, tiny), v)
+    x = x + output.transpose(1, 2).flatten(2) @ _rounded(attention.o_proj.weight, tiny).T
+    normed = _plain_norm(x, block.post_attention_layernorm.weight, tiny)
+    gate, up = (normed @ _rounded(layer.weight, tiny).T for layer in (mlp.gate_proj, mlp.up_proj))
+    return x + (gate * torch.sigmoid(gate) * up) @ _rounded(mlp.down_proj.weight, tiny).T
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = (each.repeat_interleave(q.shape[1] // each.shape[1], 1) for each in (k, v))
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    return scores.masked_fill(future, -math.inf).softmax(-1) @ v
+
+
+def _plain_rotate(x: Tensor, tiny: TrainingConfig) -> Tensor:
+    exponents = torch.arange(0, tiny.head_width, 2, dtype=x.dtype) / tiny.head_width
+    angles = torch.outer(torch.arange(x.shape[2], dtype=x.dtype), tiny.rope_theta**-exponents)
+    rotated = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat((rotated.real, rotated.imag), dim=-1)
+
+
+def _plain_norm(x: Tensor, gain: Tensor, tiny: TrainingConfig) -> Tensor:
+    return x / torch.sqrt(x.square().mean(-1, keepdim=True) + tiny.norm_eps) * _rounded(gain, tiny)
+
+
+def _rounded(weight: Tensor, tiny: TrainingConfig) -> Tensor:
+    """The weight as the training dtype rounds it, with the gradient of the weight itself."""
+    return weight + (weight.to(tiny.dtype).to(weight.dtype) - weight).detach()
+
+
+def _update_findings(plain: Decoder, start: Decoder, masters: dict[str, Tensor], tiny: TrainingConfig) -> list[Finding]:
+    """The error of the whole update, and of each parameter group's, relative to the plain one in the L1 norm."""
+    names = {parameter: name for name, parameter in plain.named_parameters()}
+    groups = [[names[parameter] for parameter in group["params"]] for group in parameter_groups(plain, tiny.weight_decay)]
+    after, before, bounds = dict(plain.named_parameters()), dict(start.named_parameters()), BOUNDS[tiny.precision]
+
+    def compare(where: str, group: list[str], bound: float) -> Finding:
+        error = _total(masters[name].cpu().double() - after[name] for name in group)
+        update, size = _total(after[name] - before[name] for name in group), _total(before[name] for name in group)
+        return Finding(f"the difference of the update of {where}", error / (update + ROUNDING * size), bound)
+
+    of_groups = (compare(f"{group[0]} and its group", group, bounds.group_update) for group in groups)
+    return [compare("all weights", list(names.values()), bounds.update), *of_groups]
+
+
+def _total(tensors: Iterable[Tensor]) -> float:
+    return sum(float(tensor.detach().abs().sum()) for tensor in tensors)
+
+
+def _norm_findings(wanted: list[float], found: list[float], tiny: TrainingConfig) -> list[Finding]:
+    return [
+        Finding(f"the difference of gradient norm {step}", abs(norm / right - 1.0), BOUNDS[tiny.precision].norm)
+        for step, (right, norm) in enumerate(zip(wanted, found, strict=True), start=1)
+    ]
+
+
+def _weight_finding(model: Decoder, masters: dict[str, Tensor]) -> Finding:
+    """How many of the weights that this rank's forward reads are not the rounded masters, which are the same on every rank."""
+    unlike = sum(int((weight.cpu() != masters[name].cpu().to(weight.dtype)).sum()) for name, weight in model.named_parameters())
+    return Finding("the number of weights unlike their masters", float(unlike), 0.5)
+
+
+def _refuse_worst(findings: list[Finding], device: torch.device) -> None:
+    """Raises ValueError on every rank when any rank's finding is out of bounds, about the worst on any rank."""
+    shares = torch.tensor([found.measured / found.bound for found in findings], dtype=torch.float64)
+    on_any_rank = shares.nan_to_num(nan=math.inf).to(device)
+    torch.distributed.all_reduce(on_any_rank, torch.distributed.ReduceOp.MAX)
+    share, worst = on_any_rank.max(0)
+    if share > 1.0:
+        what, bound = findings[int(worst)].what, findings[int(worst)].bound
+        raise ValueError(
+            f"DeepSpeed's updates are not those of plain torch: {what} is {float(share) * bound:.3g}, above {bound:g};"
+            f" pip install --force-reinstall deepspeed=={DEEPSPEED_VERSION}, or use another torch, driver or GPU"
+        )

@@ -1,0 +1,300 @@
+"""The losses, computed in chunks so that logits never exist whole. Knows hidden states and heads; no layers and no data.
+
+A new objective needs three things: a loss function for one chunk (as `_text_chunk` below), a public loss that runs it through
+`_ChunkedLoss` (as `next_token_loss`), and an objective that an entry hands to the trainer (as `next_token`).
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ds.shards import Labels
+from scripts.config import TrainingConfig, product_dtype
+from scripts.model.operations import row_slices
+
+IGNORED = -100
+
+
+class LabelledTokens(NamedTuple):
+    """A teacher's labels, and what they leave out of its distribution at each position: `left_out_nats` (B, T) float32."""
+
+    labels: Labels[Tensor]
+    left_out_nats: Tensor
+
+
+def next_token(engine, windows: Tensor, config: TrainingConfig) -> Tensor:
+    """The pre-training objective: windows (B, T + 1) int64 -> mean nats per token, () float32."""
+    hidden = engine(windows[:, :-1])
+    return next_token_loss(hidden, engine.module.head, windows[:, 1:], config.loss_chunk_rows)
+
+
+def next_token_loss(hidden: Tensor, head: Tensor, targets: Tensor, chunk_rows: int) -> Tensor:
+    """Mean cross-entropy in nats: (B, T, D), (V, D), (B, T) int64 -> () float32; logits exist `chunk_rows` tokens at a time.
+
+    Targets equal to -100 are ignored; if all are, the loss is 0. The backward may run once.
+    """
+    flat = targets.flatten()
+    return _chunked_loss(hidden, head, flat, chunk_rows, partial(_text_chunk, targets=flat))
+
+
+def distillation_loss(
+    hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Tensor, teacher_head: Tensor, *, weight: float,
+    temperature: float, divergence: str, chunk_rows: int,
+) -> Tensor:  # fmt: skip
+    """(1 - weight) * next-token loss + weight * temperature^2 * KL, each a mean in nats over targets not ignored: () float32.
+
+    hidden (B, T, D), head (V, D), targets (B, T) int64 and chunk_rows as in `next_token_loss`; teacher_hidden (B, T, D_t) are
+    the teacher's last hidden states, teacher_head is (V, D_t). KL compares softmax(logits / temperature) of both (Hinton et al.
+    2015): KL(teacher || student) if `divergence` is "forward", KL(student || teacher) if "reverse" (Gu et al. 2023, MiniLLM).
+    Of neither model do logits exist whole. The teacher gets no gradient, and the backward keeps nothing of it.
+    """
+    flat, settings = targets.flatten(), _Distillation(weight, temperature, divergence)
+    teacher = {"teacher_hidden": teacher_hidden.flatten(0, 1), "teacher_head": _for_products(teacher_head)}
+    return _chunked_loss(hidden, head, flat, chunk_rows, partial(_teacher_chunk, targets=flat, **teacher, settings=settings))
+
+
+def label_loss(
+    hidden: Tensor, head: Tensor, targets: Tensor, labels: Labels[Tensor], *, weight: float, temperature: float,
+    divergence: str, chunk_rows: int,
+) -> Tensor:  # fmt: skip
+    """`distillation_loss` from a teacher's labels in place of its hidden states: () float32.
+
+    The labels, (B, T, k) and (B, T), must have been made at the same temperature. KL compares k + 1 outcomes: each of the k
+    ids, and any other id. "forward" is never above the KL of all ids (data processing inequality, Cover & Thomas 2006, 2.8).
+    """
+    flat, settings = targets.flatten(), _Distillation(weight, temperature, divergence)
+    rows = Labels(*(part.flatten(0, 1) for part in labels))
+    return _chunked_loss(hidden, head, flat, chunk_rows, partial(_label_chunk, targets=flat, labels=rows, settings=settings))
+
+
+@torch.no_grad()
+def likeliest(hidden: Tensor, head: Tensor, top_k: int, temperature: float, chunk_rows: int) -> LabelledTokens:
+    """The `top_k` most likely ids under softmax(logits / temperature): (B, T, D), (V, D) -> labels with int32 ids; top_k < V.
+
+    What they leave out is measured for a student that gives all V ids the same probability: how many nats its forward KL over
+    k + 1 outcomes is below its KL over all ids, which is tail * (log(V - k) - entropy within the tail).
+    """
+    flat, matrix = hidden.flatten(0, 1), _for_products(head)
+    ids = torch.empty(len(flat), top_k, dtype=torch.int32, device=flat.device)
+    logs = torch.empty_like(ids, dtype=torch.float16)
+    tail, left_out = torch.empty(2, len(flat), dtype=torch.float32, device=flat.device)
+    for rows in row_slices(len(flat), chunk_rows):
+        all_logs = _log_probabilities(flat[rows].to(matrix.dtype), matrix, temperature)
+        best, ids_of_best = all_logs.topk(top_k)
+        ids[rows], logs[rows] = ids_of_best, best.clamp_(min=torch.finfo(torch.float16).min)
+        within, log_tail = _tail_of_(all_logs, ids_of_best)
+        all_logs.sub_(log_tail).scatter_(1, ids_of_best, 0.0)
+        tail[rows] = log_tail.squeeze(1).exp_()
+        left_out[rows] = tail[rows] * (math.log(len(matrix) - top_k) + within.mul_(all_logs).sum(-1))
+        del all_logs, within, best, ids_of_best
+    shape = hidden.shape[:2]
+    return LabelledTokens(Labels(ids.unflatten(0, shape), logs.unflatten(0, shape), tail.view(shape)), left_out.view(shape))
+
+
+@torch.no_grad()
+def token_nats(hidden: Tensor, head: Tensor, targets: Tensor, chunk_rows: int) -> Tensor:
+    """Cross-entropy of each token in nats, for evaluation: (B, T, D), (V, D), (B, T) int64 -> (B, T) float32, 0 if ignored."""
+    flat, wanted, matrix = hidden.flatten(0, 1), targets.flatten(), _for_products(head)
+    slices = row_slices(len(flat), chunk_rows)
+    return torch.cat([_nats(flat[rows].to(matrix.dtype), matrix, wanted[rows]) for rows in slices]).view_as(targets)
+
+
+class _Distillation(NamedTuple):
+    """How a teacher's loss is made: the configuration's distill_weight, distill_temperature and distill_divergence."""
+
+    weight: float
+    temperature: float
+    divergence: str
+
+
+class _Costs(NamedTuple):
+    """The loss of each row, (C,) float32 nats, and its gradient with respect to the logits, (C, V) float32."""
+
+    nats: Tensor
+    gradient: Tensor
+
+
+class _Tail(NamedTuple):
+    """The ids of a row that are not among its k likeliest: a softmax over them, (C, V), and the log of their sum, (C, 1)."""
+
+    shares: Tensor
+    log_sum: Tensor
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """The forward computes the gradients too, chunk by chunk; the backward only scales them (as Liger-kernel does, 2024).
+
+    `loss_function(inputs, head, rows, wants_gradient)` gets the hidden states (C, D) of the slice `rows` and the head (V, D),
+    and returns `_Costs`, zero where ignored. Where no gradient is wanted it may return None for it.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, chunk_rows: int, loss_function: Callable) -> Tensor:
+        total, needed = hidden.new_zeros((), dtype=torch.float32), ctx.needs_input_grad
+        matrix = _for_products(head)
+        grad_hidden = torch.empty_like(hidden) if needed[0] else None
+        is_split = len(hidden) > chunk_rows
+        grad_head = torch.zeros_like(head, dtype=torch.float32) if needed[1] and is_split else None
+        for rows in row_slices(len(hidden), chunk_rows):
+            inputs = hidden[rows].to(matrix.dtype)
+            nats, gradient = loss_function(inputs, matrix, rows, any(needed))
+            total += nats.sum()
+            if any(needed):
+                gradient = gradient.to(inputs.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = gradient @ matrix
+            if grad_head is not None:
+                _add_product_(grad_head, gradient, inputs)
+            elif needed[1]:
+                grad_head = gradient.T @ inputs
+            del gradient
+        count = (targets != IGNORED).sum().clamp_(min=1)
+        ctx.gradients, ctx.count, ctx.dtype = (grad_hidden, grad_head), count, head.dtype
+        return total / count
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad_hidden, grad_head = ctx.gradients
+        ctx.gradients = None
+        scale = (gradient / ctx.count).reshape(1)
+        if grad_hidden is not None:
+            torch.mul(grad_hidden, scale, out=grad_hidden)
+        if grad_head is not None:
+            grad_head = torch.mul(grad_head, scale, out=grad_head).to(ctx.dtype)
+        return grad_hidden, grad_head, None, None, None
+
+
+def _chunked_loss(hidden: Tensor, head: Tensor, targets: Tensor, chunk_rows: int, loss_function: Callable) -> Tensor:
+    return _ChunkedLoss.apply(hidden.flatten(0, 1), head, targets, chunk_rows, loss_function)  # pyright: ignore[reportReturnType]
+
+
+def _for_products(head: Tensor) -> Tensor:
+    return head.to(product_dtype(head.dtype, head.device))
+
+
+def _add_product_(total: Tensor, gradient: Tensor, inputs: Tensor) -> None:
+    """total += gradient.T @ inputs, in parts no larger than `gradient`: (V, D) float32, (C, V), (C, D)."""
+    for part in row_slices(len(total), max(1, gradient.numel() // inputs.shape[1])):
+        total[part] += gradient[:, part].T @ inputs
+
+
+def _text_chunk(inputs: Tensor, head: Tensor, rows: slice, wants_gradient: bool, *, targets: Tensor) -> _Costs:
+    """The next-token loss of a chunk; one (C, V) float32 is alive at a time."""
+    wanted = targets[rows]
+    if not wants_gradient:
+        return _Costs(_nats(inputs, head, wanted), None)  # pyright: ignore[reportArgumentType]
+    nats, gradient = _cross_entropy_(functional.linear(inputs, head).float(), wanted)
+    ignored = wanted == IGNORED
+    return _Costs(nats.masked_fill_(ignored, 0.0), gradient.masked_fill_(ignored.unsqueeze(1), 0.0))
+
+
+def _teacher_chunk(
+    inputs: Tensor, head: Tensor, rows: slice, _: bool, *, targets: Tensor, teacher_hidden: Tensor, teacher_head: Tensor,
+    settings: _Distillation,
+) -> _Costs:  # fmt: skip
+    """The distillation loss of a chunk; at most three (C, V) float32 are alive at a time."""
+    logs = _log_probabilities(inputs, head, settings.temperature)
+    teacher_logs = _log_probabilities(teacher_hidden[rows].to(teacher_head.dtype), teacher_head, settings.temperature)
+    divergence = _divergence_(logs, teacher_logs, settings.divergence)
+    del teacher_logs
+    return _with_text_(logs, targets[rows], divergence, settings)
+
+
+def _label_chunk(
+    inputs: Tensor, head: Tensor, rows: slice, _: bool, *, targets: Tensor, labels: Labels[Tensor], settings: _Distillation
+) -> _Costs:
+    """The label loss of a chunk; at most two (C, V) float32 are alive at a time.
+
+    The gradient of an outcome's log-probability goes to the ids that the outcome sums up, in proportion to their probabilities.
+    """
+    logs, ids = _log_probabilities(inputs, head, settings.temperature), labels.ids[rows].long()
+    likely = logs.gather(1, ids)
+    gradient, log_tail = _tail_of_(logs, ids)
+    logs.scatter_(1, ids, likely)
+    outcomes = _log_outcomes(labels.logs[rows], labels.tail[rows])
+    nats, by_outcome = _divergence_(torch.cat((likely, log_tail), dim=1), outcomes, settings.divergence)
+    gradient.mul_(by_outcome[:, -1:]).scatter_(1, ids, by_outcome[:, :-1])
+    return _with_text_(logs, targets[rows], _Costs(nats, gradient), settings)
+
+
+def _log_probabilities(inputs: Tensor, head: Tensor, temperature: float) -> Tensor:
+    """The logarithm of softmax(logits / temperature): (C, D), (V, D) -> (C, V) float32."""
+    logits = functional.linear(inputs, head).float()
+    if temperature != 1.0:
+        logits.div_(temperature)
+    return torch.log_softmax(logits, dim=-1, out=logits)
+
+
+def _log_outcomes(logs: Tensor, tail: Tensor) -> Tensor:
+    """Log-probabilities (C, k + 1) of the labels' outcomes, from (C, k) and (C,): the k ids', scaled so that all sum to 1, then
+    the tail's. Where the tail, or 1 - tail, is 0 the least normal float32 takes its place, so that there is a logarithm.
+    """
+    least, wide, tails = torch.finfo(torch.float32).tiny, logs.float(), tail.float().unsqueeze(1)
+    rest = torch.log((1.0 - tails).clamp_(min=least)) - wide.logsumexp(dim=1, keepdim=True)
+    return torch.cat((wide + rest, tails.clamp(min=least).log_()), dim=1)
+
+
+def _tail_of_(logs: Tensor, ids: Tensor) -> _Tail:
+    """The tail beside the ids (C, k) of log-probabilities (C, V), in which those of the ids become -inf.
+
+    The tail's largest share gives the log-sum: exact also where 1 minus the sum over the ids would be rounding noise.
+    """
+    logs.scatter_(1, ids, -torch.inf)
+    largest, best = logs.max(dim=-1, keepdim=True)
+    shares = torch.softmax(logs, dim=-1)
+    return _Tail(shares, largest - shares.gather(1, best).log_())
+
+
+def _divergence_(student: Tensor, teacher: Tensor, divergence: str) -> _Costs:
+    """KL of each row, and its gradient with respect to the student's logits: log-probabilities (C, V); overwrites `teacher`."""
+    if divergence == "forward":
+        difference = torch.sub(teacher, student)
+        shares = teacher.exp_()
+        nats = difference.mul_(shares).sum(-1)
+        return _Costs(nats, torch.exp(student, out=difference).sub_(shares))
+    difference = torch.sub(student, teacher)
+    shares = torch.exp(student, out=teacher)
+    nats = difference.mul_(shares).sum(-1)
+    return _Costs(nats, difference.addcmul_(shares, nats.unsqueeze(1), value=-1.0))
+
+
+def _with_text_(logs: Tensor, targets: Tensor, divergence: _Costs, settings: _Distillation) -> _Costs:
+    """The weighted sum of divergence and next-token loss, zero where ignored; `logs` (C, V), the student's log-probabilities at
+    the temperature, are overwritten by the gradient.
+    """
+    kept, soft = (targets != IGNORED).float(), settings.weight * settings.temperature
+    if settings.temperature != 1.0:
+        logs.mul_(settings.temperature)
+    nats, gradient = _cross_entropy_(logs, targets)
+    total, by_row = (1.0 - settings.weight) * nats + soft * settings.temperature * divergence.nats, kept.unsqueeze(1)
+    gradient.mul_((1.0 - settings.weight) * by_row).addcmul_(divergence.gradient, soft * by_row)
+    return _Costs(total * kept, gradient)
+
+
+def _nats(inputs: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each row, zero where ignored: (C, D), (V, D), (C,) -> (C,) float32."""
+    logs = _log_probabilities(inputs, head, 1.0)
+    return -_at(logs, targets).masked_fill_(targets == IGNORED, 0.0)
+
+
+def _cross_entropy_(logits: Tensor, targets: Tensor) -> _Costs:
+    """Cross-entropy of each row and its gradient, softmax - one_hot, which overwrites `logits` (C, V) float32.
+
+    Ignored rows count as if their target were id 0. The likeliest id's probability gives the logarithm of the softmax's
+    denominator, so that no second (C, V) is needed.
+    """
+    (largest, best), own = logits.max(dim=-1), _at(logits, targets)
+    gradient = torch.softmax(logits, dim=-1, out=logits)
+    nats = largest - own - gradient.gather(1, best.unsqueeze(1)).squeeze(1).log_()
+    gradient[torch.arange(len(targets), device=targets.device), targets.clamp(min=0)] -= 1.0
+    return _Costs(nats, gradient)
+
+
+def _at(logits: Tensor, targets: Tensor) -> Tensor:
+    """Each row's value at its target, and at id 0 where ignored: (C, V), (C,) -> (C,)."""
+    return logits.gather(1, targets.masked_fill(targets == IGNORED, 0).unsqueeze(1)).squeeze(1)

@@ -1,0 +1,343 @@
+"""The decoder's operations and their gradients, on GPUs and on CPUs. Knows tensors; no layers and no configuration.
+
+Shape letters are decoder.py's. Each operation keeps little for its backward: what is cheap to compute again is computed again.
+On a CPU the variants named `_Host...` work on HOST_CHUNK_ROWS rows at a time, which stay in the cache.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from scripts.config import HOST_CHUNK_ROWS, product_dtype
+
+
+class KeysValues(NamedTuple):
+    """What one layer's attention remembers of earlier positions: rotated keys and values, each (B, G, length, K)."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class Normed(NamedTuple):
+    """Rows divided by their root mean square, (..., K), and the scale of each row, 1 / rms, (..., 1) float32."""
+
+    rows: Tensor
+    scale: Tensor
+
+
+def embed(ids: Tensor, table: nn.Embedding) -> Tensor:
+    """Rows of the table: (B, T) int64 -> (B, T, D)."""
+    return _HostEmbedding.apply(ids, table.weight) if on_host(table.weight) else table(ids)  # pyright: ignore
+
+
+def normalise(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+    """norm(x) over the last dimension, (..., K) -> (..., K). The backward keeps x and one scale a row."""
+    return _Norm.apply(x, norm.weight, norm.eps)  # pyright: ignore[reportReturnType]
+
+
+def normed_products(x: Tensor, norm: nn.RMSNorm, *layers: nn.Linear) -> tuple[Tensor, ...]:
+    """layer(norm(x)) for each layer: (B, T, D) -> (B, T, out) each. The backward keeps x alone."""
+    function = _HostNormedProducts if on_host(x) else _NormedProducts
+    return function.apply(x, norm.weight, norm.eps, *(layer.weight for layer in layers))  # pyright: ignore[reportReturnType]
+
+
+def gated_product(gate: Tensor, up: Tensor, layer: nn.Linear) -> Tensor:
+    """layer(silu(gate) * up): (B, T, F) twice -> (B, T, D). The backward keeps gate and up alone."""
+    function = _HostGatedProduct if on_host(gate) else _GatedProduct
+    return function.apply(gate, up, layer.weight)  # pyright: ignore[reportReturnType]
+
+
+def product(x: Tensor, layer: nn.Linear) -> Tensor:
+    """layer(x), computed in `product_dtype`: (B, T, in) -> (B, T, out)."""
+    dtype = product_dtype(x.dtype, x.device) if on_host(x) else x.dtype
+    return functional.linear(x, layer.weight) if dtype == x.dtype else _HostProduct.apply(x, layer.weight, dtype)  # pyright: ignore
+
+
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Rotates the pairs (i, i + K/2) of x (B, H, T, K) by their position's angle, in float32; the backward needs no x."""
+    return _Rotation.apply(x, rotary)  # pyright: ignore[reportReturnType]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, rotary: Tensor) -> Tensor:
+    """Causal attention over rotated q and k: q (B, H, T, K), k and v (B, G, T, K) -> (B, H, T, K)."""
+    if on_host(q):
+        return _HostAttention.apply(q, k, v, rotary)  # pyright: ignore[reportReturnType]
+    q, k = rotate(q, rotary), rotate(k, rotary)
+    if not _has_flash_attention(q):
+        k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], 1) for each in (k, v))
+    return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
+
+
+def attend_cached(q: Tensor, k: Tensor, v: Tensor, rotary: Tensor, cache: KeysValues, *, start: int) -> Tensor:
+    """As `attend`, for positions from `start` on; they see the cached positions before `start` too.
+
+    Writes rotated k, and v, into the cache at `start`.
+    """
+    stop, rotated = start + q.shape[2], rotate(k, rotary)
+    cache.keys[:, :, start:stop], cache.values[:, :, start:stop] = rotated, v
+    if start == 0:
+        return attend(q, k, v, rotary)
+    seen = torch.ones(q.shape[2], stop, dtype=torch.bool, device=q.device).tril(start)
+    keys, values = cache.keys[:, :, :stop], cache.values[:, :, :stop]
+    return functional.scaled_dot_product_attention(rotate(q, rotary), keys, values, attn_mask=seen, enable_gqa=True)
+
+
+def on_host(x: Tensor) -> bool:
+    """Whether x lies in host memory, so that the variants for CPUs compute."""
+    return x.device.type == "cpu"
+
+
+def row_slices(num_rows: int, rows_at_once: int) -> list[slice]:
+    """Cuts `num_rows` rows into slices of `rows_at_once`; the last one may be shorter."""
+    return [slice(start, start + rows_at_once) for start in range(0, num_rows, rows_at_once)]
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Normed:
+    """gain * x / rms(x) over the last dimension (Zhang & Sennrich 2019): (..., K), (K,) -> (..., K) and the rows' scales."""
+    if x.device.type == "cuda":
+        return Normed(*torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], gain, eps))
+    normed = Normed(torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
+    flat, outputs, scales = x.flatten(0, -2), normed.rows.flatten(0, -2), normed.scale.flatten(0, -2)
+    for rows in _host_slices(flat):
+        unit, scales[rows] = _unit_rows(flat[rows].float(), eps)
+        outputs[rows] = unit * gain.float()
+    return normed
+
+
+def rms_norm_gradients(gradient: Tensor, x: Tensor, gain: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of x and of gain, from the gradient (..., K) of `rms_norm`'s rows and from their scales."""
+    if x.device.type == "cuda":
+        return torch.ops.aten._fused_rms_norm_backward(gradient, x, [x.shape[-1]], scale, gain, [True, True])
+    grad_x, grad_gain = torch.empty_like(x), torch.zeros_like(gain, dtype=torch.float32)
+    flat, gradients, scales, outputs = (each.flatten(0, -2) for each in (x, gradient, scale, grad_x))
+    for rows in _host_slices(flat):
+        unit, inner = flat[rows].float() * scales[rows], gradients[rows].to(torch.float32, copy=True)
+        grad_gain += torch.linalg.vecdot(inner, unit, dim=0)
+        outputs[rows] = _input_gradient_(inner.mul_(gain), unit, scales[rows])
+    return grad_x, grad_gain.to(gain.dtype)
+
+
+def _has_flash_attention(x: Tensor) -> bool:
+    """Flash attention reads shared kv heads. The kernel that takes its place needs a copy of them for each query head; without
+    that copy torch takes a kernel whose memory grows with T squared.
+    """
+    if x.device.type != "cuda":
+        return True
+    return x.dtype != torch.float32 and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def _host_slices(x: Tensor) -> list[slice]:
+    return row_slices(len(x), HOST_CHUNK_ROWS)
+
+
+class _HostEmbedding(torch.autograd.Function):
+    """Adds up a token's gradients in float32. On a CPU torch adds in bfloat16, where a frequent token's sum stops growing."""
+
+    @staticmethod
+    def forward(ctx, ids: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.shape, ctx.dtype = table.shape, table.dtype
+        return functional.embedding(ids, table)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        total = gradient.new_zeros(ctx.shape, dtype=torch.float32)
+        return None, total.index_add_(0, ctx.saved_tensors[0].flatten(), gradient.flatten(0, 1).float()).to(ctx.dtype)
+
+
+class _Norm(torch.autograd.Function):
+    """RMSNorm (Zhang & Sennrich 2019)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+        normed, scale = rms_norm(x, gain, eps)
+        ctx.save_for_backward(x, gain, scale)
+        return normed
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return *rms_norm_gradients(gradient, *ctx.saved_tensors), None
+
+
+class _NormedProducts(torch.autograd.Function):
+    """RMSNorm and several products of its result. The backward computes the norm again and writes gradients over it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gain: Tensor, eps: float, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, gain, *weights)
+        ctx.eps = eps
+        normed = rms_norm(x, gain, eps).rows
+        return tuple(functional.linear(normed, weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, gain, *weights = ctx.saved_tensors
+        normed, scale = rms_norm(x, gain, ctx.eps)
+        inner, pieces = normed.flatten(0, -2), [gradient.flatten(0, -2) for gradient in gradients]
+        grads = [piece.T @ inner for piece in pieces]
+        torch.mm(pieces[0], weights[0], out=inner)
+        for piece, weight in zip(pieces[1:], weights[1:], strict=True):
+            inner.addmm_(piece, weight)
+        return *rms_norm_gradients(inner.view_as(x), x, gain, scale), None, *grads
+
+
+class _HostNormedProducts(torch.autograd.Function):
+    """`_NormedProducts` on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gain: Tensor, eps: float, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, gain, *weights)
+        ctx.eps = eps
+        dtype = product_dtype(x.dtype, x.device)
+        flat, matrices = x.flatten(0, -2), [weight.to(dtype) for weight in weights]
+        outputs = [x.new_empty(len(flat), len(weight)) for weight in weights]
+        for rows in _host_slices(flat):
+            normed = (_unit_rows(flat[rows].float(), eps).rows * gain.float()).to(dtype)
+            for output, matrix in zip(outputs, matrices, strict=True):
+                output[rows] = functional.linear(normed, matrix)
+        return tuple(output.view(*x.shape[:-1], -1) for output in outputs)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, gain, *weights = ctx.saved_tensors
+        dtype = product_dtype(x.dtype, x.device)
+        flat, grad_x, matrices = x.flatten(0, -2), torch.empty_like(x), [weight.to(dtype) for weight in weights]
+        grad_gain, *grads = (torch.zeros_like(weight, dtype=torch.float32) for weight in (gain, *weights))
+        for rows in _host_slices(flat):
+            unit, scale = _unit_rows(flat[rows].float(), ctx.eps)
+            normed, inner = (unit * gain.float()).to(dtype), torch.zeros_like(unit)
+            for gradient, matrix, grad in zip(gradients, matrices, grads, strict=True):
+                piece = gradient.flatten(0, -2)[rows].to(dtype)
+                grad += piece.T @ normed
+                inner += piece @ matrix
+            grad_gain += torch.linalg.vecdot(inner, unit, dim=0)
+            grad_x.flatten(0, -2)[rows] = _input_gradient_(inner.mul_(gain), unit, scale)
+        return grad_x, grad_gain.to(gain.dtype), None, *(grad.to(gain.dtype) for grad in grads)
+
+
+class _GatedProduct(torch.autograd.Function):
+    """(silu(gate) * up) @ weight.T. Beside gate and up the backward has two tensors of their size, and returns these two."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up, weight)
+        return functional.linear(functional.silu(gate).mul_(up), weight)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        gate, up, weight = ctx.saved_tensors
+        gates, ups, piece = (each.flatten(0, -2) for each in (gate, up, gradient))
+        active = functional.silu(gates)
+        inner = active * ups
+        grad = piece.T @ inner
+        torch.mm(piece, weight, out=inner)
+        active.mul_(inner)
+        torch.ops.aten.silu_backward.grad_input(inner.mul_(ups), gates, grad_input=inner)
+        return inner.view_as(gate), active.view_as(up), grad
+
+
+class _HostGatedProduct(torch.autograd.Function):
+    """`_GatedProduct` on a CPU."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up, weight)
+        dtype = product_dtype(gate.dtype, gate.device)
+        gates, ups, matrix = gate.flatten(0, -2), up.flatten(0, -2), weight.to(dtype)
+        output = gate.new_empty(len(gates), len(weight))
+        for rows in _host_slices(gates):
+            output[rows] = functional.linear(functional.silu(gates[rows].float()).mul_(ups[rows]).to(dtype), matrix)
+        return output.view(*gate.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        gate, up, weight = ctx.saved_tensors
+        dtype = product_dtype(gate.dtype, gate.device)
+        grad, grad_gate, grad_up = torch.zeros_like(weight, dtype=torch.float32), torch.empty_like(gate), torch.empty_like(up)
+        gates, ups, matrix = gate.flatten(0, -2), up.flatten(0, -2), weight.to(dtype)
+        for rows in _host_slices(gates):
+            wide_gate, wide_up, piece = gates[rows].float(), ups[rows].float(), gradient.flatten(0, -2)[rows].to(dtype)
+            active, inner = functional.silu(wide_gate), (piece @ matrix).float()
+            grad += piece.T @ (active * wide_up).to(dtype)
+            grad_up.flatten(0, -2)[rows] = active.mul_(inner)
+            grad_gate.flatten(0, -2)[rows] = torch.ops.aten.silu_backward(inner.mul_(wide_up), wide_gate)
+        return grad_gate, grad_up, grad.to(weight.dtype)
+
+
+class _HostProduct(torch.autograd.Function):
+    """x @ weight.T with both cast to `dtype`. The backward keeps both uncast."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.dtype = dtype
+        return functional.linear(x.to(dtype), weight.to(dtype)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight = ctx.saved_tensors
+        flat = gradient.flatten(0, -2).to(ctx.dtype)
+        grad_weight = flat.T @ x.flatten(0, -2).to(ctx.dtype)
+        return (flat @ weight.to(ctx.dtype)).to(x.dtype).view_as(x), grad_weight.to(weight.dtype), None
+
+
+class _Rotation(torch.autograd.Function):
+    """A rotation of pairs; the gradient is rotated back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rotary: Tensor) -> Tensor:
+        ctx.save_for_backward(rotary)
+        return _rotate_(x.to(torch.float32, copy=True), *rotary).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        cos, sin = ctx.saved_tensors[0]
+        return _rotate_(gradient.to(torch.float32, copy=True), cos, -sin).to(gradient.dtype), None
+
+
+class _HostAttention(torch.autograd.Function):
+    """Rotary positions and flash attention in float32; kept in the storage dtype, in which torch's own is 7 times slower."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, rotary: Tensor) -> Tensor:
+        rotated_q, rotated_k = (_rotate_(each.to(torch.float32, copy=True), *rotary) for each in (q, k))
+        repeats = q.shape[1] // k.shape[1]
+        wide = (rotated_q, rotated_k.repeat_interleave(repeats, 1), v.float().repeat_interleave(repeats, 1))
+        attended, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*wide, 0.0, True)
+        output = attended.to(q.dtype)
+        ctx.save_for_backward(rotated_q.to(q.dtype), rotated_k.to(q.dtype), v, output, log_sums, rotary)
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, output, log_sums, (cos, sin) = ctx.saved_tensors
+        groups = (k.shape[0], k.shape[1], q.shape[1] // k.shape[1], *k.shape[2:])
+        wide_k, wide_v = (each.float().repeat_interleave(groups[2], 1) for each in (k, v))
+        grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            gradient.float(), q.float(), wide_k, wide_v, output.float(), log_sums, 0.0, True
+        )
+        grad_k, grad_v = grad_k.view(groups).sum(2), grad_v.view(groups).sum(2)
+        return _rotate_(grad_q, cos, -sin).to(q.dtype), _rotate_(grad_k, cos, -sin).to(q.dtype), grad_v.to(q.dtype), None
+
+
+def _unit_rows(x: Tensor, eps: float) -> Normed:
+    """x / rms(x) and the scales 1 / rms(x), for x (rows, K) float32."""
+    scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return Normed(x * scale, scale)
+
+
+def _input_gradient_(gradient: Tensor, unit: Tensor, scale: Tensor) -> Tensor:
+    """The gradient of x from that of `unit` = x * scale; it takes the memory of `gradient`."""
+    along = torch.linalg.vecdot(gradient, unit).div_(unit.shape[-1]).unsqueeze(-1)
+    return gradient.addcmul_(unit, along, value=-1).mul_(scale)
+
+
+def _rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate` in place, for x (B, H, T, K) float32."""
+    first, second = x.chunk(2, dim=-1)
+    rotated = second * sin
+    second.mul_(cos).addcmul_(first, sin)
+    first.mul_(cos).sub_(rotated)
+    return x

@@ -1,0 +1,447 @@
+"""The plan: bytes by kind at every moment of a run, from the configuration alone. Builds nothing and looks at no machine.
+
+Letters are decoder.py's: B rows, T positions, D width, H heads, G kv heads, K head width, F mlp, V vocabulary; besides,
+M = B * T tokens of a micro-batch, L layers, C tokens of a loss chunk, N parameters, k ids of a label. A rank is one process;
+"the device" is its GPU, or host memory in a run without one.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from scripts.config import (
+    ALLOCATOR_SLACK_SHARE,
+    CUBLAS_WORKSPACE_BYTES,
+    CUDA_CONTEXT_BYTES,
+    CUDA_LIBRARIES_BYTES,
+    DATA_BYTES,
+    FILE_PIECES_BYTES,
+    HOST_CHUNK_ROWS,
+    NUM_MULTIPROCESSORS,
+    PRECISIONS,
+    PROGRAM_BYTES,
+    TrainingConfig,
+    product_dtype,
+)
+from scripts.model.huggingface import teacher_config
+from scripts.plan.machine import pinned_bytes
+
+PHASES = ("initialisation", "training step", "save and load")
+TEACHER_ALONE = "teacher alone"
+HOST_MOMENTS = {
+    TEACHER_ALONE: "reading weights and writing labels",
+    "initialisation": "DeepSpeed's copies",
+    "training step": "Adam",
+    "save and load": "reading and writing files",
+}
+BLOCK_PARTS = ("an MLP's last product", "an MLP's first products", "attention")
+LABEL_CHUNK_BYTES = 24
+LABEL_COPIES = 4
+WINDOW_BYTES = 33
+OPTIMIZER_BYTES = 12
+
+
+class Moment(NamedTuple):
+    """What is held at one moment: its name, and bytes by kind."""
+
+    name: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes of all kinds."""
+        return sum(self.parts.values())
+
+
+class Plan(NamedTuple):
+    """The largest moment of each phase for one rank, on the `device` and beside it on the `host`; bytes on the `disk`.
+
+    With `device_type` "cpu" the device's bytes lie in host memory too.
+    """
+
+    device_type: str
+    device: dict[str, Moment]
+    host: dict[str, Moment]
+    disk: dict[str, int]
+
+
+def phases(config: TrainingConfig) -> tuple[str, ...]:
+    """A run's phases in their order. With `teacher_top_k` the teacher's own comes first, before anything of the student."""
+    return PHASES if config.teacher_top_k is None else (TEACHER_ALONE, *PHASES)
+
+
+def plan(config: TrainingConfig, world_size: int, device_type: str | None = None) -> Plan:
+    """Bytes by kind of one of `world_size` ranks at the largest moment of each phase, from the configuration alone.
+
+    `device_type` is "cuda", "cpu" for a run without a GPU, or None for "cuda", whatever this machine has. The host's bytes
+    are one rank's: a machine needs them once for each rank that it runs.
+
+    Raises:
+        ValueError: teacher_dir describes no model, or the batch does not divide over `world_size` ranks.
+    """
+    kind, names = device_type or "cuda", phases(config)
+    device = {phase: max(device_moments(config, world_size, kind, phase), key=lambda at: at.total) for phase in names}
+    return Plan(kind, device, {phase: _host_moment(config, world_size, kind, phase) for phase in names}, _disk(config))
+
+
+def device_moments(config: TrainingConfig, world_size: int, device_type: str, phase: str) -> Iterator[Moment]:
+    """What one rank holds on the device at each moment of a phase that can be its largest. Kinds of zero bytes are left out.
+
+    On a GPU, what CUDA and torch's allocator take for themselves is counted; cuBLAS has a workspace for each of two threads,
+    the main one and autograd's.
+    """
+    for at in _moments(_model(config, device_type), world_size, phase):
+        parts = {kind: num_bytes for kind, num_bytes in at.parts.items() if num_bytes}
+        if device_type == "cuda":
+            parts["cuBLAS's workspaces"] = CUBLAS_WORKSPACE_BYTES
+            parts["allocator's slack"] = int(ALLOCATOR_SLACK_SHARE * sum(parts.values()))
+            parts["CUDA and its libraries"] = CUDA_CONTEXT_BYTES + CUDA_LIBRARIES_BYTES
+        yield Moment(at.name, parts)
+
+
+def checkpoint_bytes(config: TrainingConfig) -> int:
+    """Bytes of a checkpoint's tensors: N weights, and float32 masters and two moments of each; all ranks together."""
+    return config.num_parameters * (config.dtype.itemsize + OPTIMIZER_BYTES)
+
+
+class _Model(NamedTuple):
+    """A model and its micro-batch on one kind of device.
+
+    `storage` and `products` are bytes of an element in weights and in matrix products. The rest are counts: `tokens` M, `chunk`
+    C, `queries` H * K, `keys` G * K; `rows` are the tokens that operations without a GPU take at a time.
+    """
+
+    config: TrainingConfig
+    device_type: str
+    storage: int
+    products: int
+    tokens: int
+    rows: int
+    chunk: int
+    width: int
+    queries: int
+    keys: int
+    mlp: int
+    vocabulary: int
+
+    @property
+    def cast(self) -> int:
+        """Bytes of an element that is copied for matrix products; 0 where they read it as it is stored."""
+        return self.products * (self.products != self.storage)
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Hidden states (M, D)."""
+        return self.storage * self.tokens * self.width
+
+    @property
+    def made_logits_bytes(self) -> int:
+        """A chunk's logits (C, V) in float32, and in the dtype of the product that they are cast from."""
+        return self.chunk * self.vocabulary * (4 + self.products * (self.products < 4))
+
+    def cast_bytes(self, num_rows: int) -> int:
+        """A copy of (num_rows, D) elements for matrix products."""
+        return self.cast * num_rows * self.width
+
+
+class _Work(NamedTuple):
+    """Bytes that a part of a block's backward takes: activations that it makes, gradients of its weights, a kernel's own."""
+
+    made: int
+    gradients: int
+    kernel: int
+
+
+def _model(config: TrainingConfig, device_type: str) -> _Model:
+    tokens = config.micro_batch_rows * config.context_length
+    return _Model(
+        config=config, device_type=device_type, storage=config.dtype.itemsize,
+        products=product_dtype(config.dtype, torch.device(device_type)).itemsize, tokens=tokens,
+        rows=min(tokens, HOST_CHUNK_ROWS), chunk=min(tokens, config.loss_chunk_rows), width=config.hidden_size,
+        queries=config.num_heads * config.head_width, keys=config.num_kv_heads * config.head_width, mlp=config.mlp_size,
+        vocabulary=config.vocab_size,
+    )  # fmt: skip
+
+
+def _teacher_beside(student: _Model) -> _Model | None:
+    """The teacher that is on the device together with the student; with `teacher_top_k` it never is."""
+    teacher = teacher_config(student.config) if student.config.teacher_top_k is None else None
+    return None if teacher is None else _model(teacher, student.device_type)
+
+
+def _moments(student: _Model, world_size: int, phase: str) -> Iterator[Moment]:
+    config, held = student.config, _held(student, world_size)
+    largest = max(_group_elements(config))
+    if phase == TEACHER_ALONE:
+        yield from _teacher_before_student(student)
+    elif phase == "initialisation":
+        yield from () if config.teacher_top_k else _teacher_before_student(student)
+        kept = {kind: held[kind] for kind in ("weights", "optimizer state", "teacher")}
+        yield Moment("flattening the weights", kept | {"one group, flattened by DeepSpeed": largest * student.storage})
+        yield Moment("making the sums", kept | {"sums of gradients": held["sums of gradients"]})
+    elif phase == "training step":
+        for at in _micro_batch(student, world_size):
+            yield Moment(at.name, held | at.parts)
+        if not config.offload_optimizer:
+            cast = max(4 * largest // world_size, 8 * _largest_matrix(config))
+            yield Moment("the update", held | {"one group's gradient, cast by DeepSpeed": cast})
+    else:
+        yield Moment("writing the weights", held)
+
+
+def _held(student: _Model, world_size: int) -> dict[str, int]:
+    """What lies on the device between micro-batches."""
+    config, teacher = student.config, _teacher_beside(student)
+    own, sums = -(-config.num_parameters // world_size), PRECISIONS[config.accumulation_precision].itemsize
+    return {
+        "weights": config.num_parameters * student.storage,
+        "sums of gradients": own * sums * config.keeps_gradient_sums(world_size),
+        "optimizer state": 0 if config.offload_optimizer else own * OPTIMIZER_BYTES,
+        "teacher": 0 if teacher is None else teacher.config.num_parameters * teacher.storage,
+        "DeepSpeed's bucket": config.bucket_elements * student.storage if world_size > 1 else 0,
+    }
+
+
+def _group_elements(config: TrainingConfig) -> list[int]:
+    """Parameters of the optimizer's groups: the embedding or head, a block's matrices, all norms."""
+    norms = 2 * config.hidden_size + (2 * config.head_width if config.qk_norm else 0)
+    matrices = config.block_parameters - norms
+    return [config.vocab_size * config.hidden_size, matrices, config.num_layers * norms + config.hidden_size]
+
+
+def _largest_matrix(config: TrainingConfig) -> int:
+    return config.hidden_size * max(config.vocab_size, config.mlp_size, config.num_heads * config.head_width)
+
+
+def _inputs(config: TrainingConfig) -> dict[str, int]:
+    """What a micro-batch reads, and the rotary table of its positions."""
+    rotary = 4 * config.context_length * config.head_width
+    ids = 8 * config.micro_batch_rows * (config.context_length + 1)
+    return {"ids and rotary table": ids + rotary, "labels": _label_bytes(config)}
+
+
+def _label_bytes(config: TrainingConfig) -> int:
+    """A micro-batch's labels in memory: for each token k int32, k float16 and a float32. 0 without `teacher_top_k`."""
+    top_k = config.teacher_top_k
+    return 0 if top_k is None else config.micro_batch_rows * config.context_length * (6 * top_k + 4)
+
+
+def _teacher_before_student(student: _Model) -> Iterator[Moment]:
+    """A teacher while nothing of the student is there: its forward, then its held-out loss, or with `teacher_top_k` its labels
+    and a float32 a token of what they leave out.
+    """
+    described, top_k = teacher_config(student.config), student.config.teacher_top_k
+    if described is None:
+        return
+    teacher = _model(described, student.device_type)
+    held = {"teacher": described.num_parameters * teacher.storage} | _inputs(described)
+    yield Moment("the teacher's forward", held | {"teacher's forward": _forward_bytes(teacher)})
+    name, labels, chunk = "the teacher's held-out loss", 0, teacher.made_logits_bytes + teacher.cast_bytes(teacher.chunk)
+    if top_k is not None:
+        name, labels = "the labels", _label_bytes(student.config) + 4 * teacher.tokens
+        chunk = max(chunk, teacher.chunk * (8 * teacher.vocabulary + 12 * top_k))
+    hidden = {"teacher's hidden states": teacher.hidden_bytes, "labels": labels}
+    yield Moment(name, held | hidden | {"loss chunk": chunk + teacher.cast_bytes(teacher.vocabulary)})
+
+
+def _micro_batch(student: _Model, world_size: int) -> Iterator[Moment]:
+    """What a micro-batch takes beside what is held: its forward, its loss, the backward of two blocks and of the embedding.
+
+    The last block's backward comes first and has most activations. In the next one, gradients of the last block are copied
+    down too; scripts/engine/offload.py limits how many. On several ranks DeepSpeed reduces gradients in a bucket, and a matrix
+    larger than the bucket in two copies of its gradient.
+    """
+    config, always, block = student.config, _inputs(student.config), _kept_block_bytes(student)
+    bucket, several = config.bucket_elements * student.storage, world_size > 1
+    is_copied = student.device_type == "cuda" and not several and not config.keeps_gradient_sums(world_size)
+    down = {"gradients on their way down": bucket * is_copied}
+    matrix = student.storage * student.vocabulary * student.width
+    of_block, of_matrix = ({"gradients being reduced by DeepSpeed": size * several} for size in (bucket, 2 * matrix))
+    saved = {"none": config.num_layers * block, "block": config.num_layers * student.hidden_bytes}
+    activations = {"saved activations": saved.get(config.activation_checkpointing, student.hidden_bytes)}
+    yield from _forwards_with_teacher(student, activations)
+    for at in _loss(student):
+        yield Moment(at.name, always | activations | at.parts | of_matrix)
+    for num_above in range(min(2, config.num_layers)):
+        for at in _block_backward(student, block, num_above):
+            yield Moment(at.name, always | at.parts | (down if num_above else {}) | of_block)
+    yield Moment("the embedding's backward", always | _embedding_backward(student) | down | of_matrix)
+
+
+def _forwards_with_teacher(student: _Model, activations: dict[str, int]) -> Iterator[Moment]:
+    """The forward of a teacher beside the student, and the student's, during which the teacher's hidden states are kept."""
+    teacher = _teacher_beside(student)
+    if teacher is None:
+        return
+    yield Moment("the teacher's forward", _inputs(teacher.config) | {"teacher's forward": _forward_bytes(teacher)})
+    hidden = {"teacher's hidden states": teacher.hidden_bytes} | activations
+    last_product = student.storage * student.tokens * (student.mlp + student.width)
+    is_kept = student.config.activation_checkpointing == "none"
+    block = last_product if is_kept else _forward_bytes(student) - student.hidden_bytes
+    yield Moment("the forward", _inputs(student.config) | hidden | {"one block's forward": block})
+
+
+def _forward_bytes(model: _Model) -> int:
+    """The most that a forward without gradients takes: a block's input, and what its attention or its MLP makes of it."""
+    s, m, d, q, k = model.storage, model.tokens, model.width, model.queries, model.keys
+    projected = s * m * (d + (q + 2 * k) + (q + k if model.config.qk_norm else 0))
+    if model.device_type == "cpu":
+        return max(4 * s * m * d, *_forward_on_host(model, projected))
+    expanded = 0 if model.config.precision == "bf16" else 2 * q
+    rotating = max(6 * m * q, s * m * q + 6 * m * k)
+    attending = s * m * (2 * q + k + expanded) + 4 * m * model.config.num_heads
+    return max(projected + max(rotating, attending), 3 * s * m * (d + model.mlp), 4 * s * m * d)
+
+
+def _forward_on_host(model: _Model, projected: int) -> Iterator[int]:
+    """The moments of a block: q, k and v, attention in float32, its last product, the MLP's first products and its last."""
+    s, w, m, r, d, f = model.storage, model.products, model.tokens, model.rows, model.width, model.mlp
+    q, k, cast = model.queries, model.keys, model.cast
+    yield s * m * (d + q + 2 * k) + cast * d * (q + 2 * k) + _normed_rows(model, q)
+    yield projected + 4 * m * (4 * q + k + model.config.num_heads) + s * m * (2 * q + k) * (s < 4)
+    yield projected + s * m * q + cast * (m * q + d * q) + 4 * m * d + s * m * d * (s < 4)
+    yield s * m * 2 * (d + f) + cast * 2 * d * f + _normed_rows(model, f)
+    yield s * m * (3 * d + 2 * f) + cast * d * f + r * (4 * f + max(4 * f * (s < 4), w * d))
+
+
+def _normed_rows(model: _Model, widest: int) -> int:
+    """Some rows in a norm and a product `widest` wide. The rows before them are kept until these have been made."""
+    rows = 4 * model.rows * model.width
+    in_norm = rows * (2 + (model.storage < 4) + (model.tokens > model.rows))
+    return max(in_norm, rows + model.products * model.rows * widest)
+
+
+def _kept_block_bytes(model: _Model) -> int:
+    """Bytes that a block keeps for its backward: its input, its hidden states between attention and MLP, q, k, v, attention's
+    output, gate and up, what qk_norm reads, float32 sums. Without flash attention, which float32 and cards older than Ampere
+    lack, k and v are kept for every head.
+    """
+    config, q, k = model.config, model.queries, model.keys
+    elements = 2 * (model.width + q + k + model.mlp)
+    elements += 2 * (q - k) * (model.device_type == "cuda" and config.precision != "bf16")
+    normed = model.storage * (q + k) + 4 * (config.num_heads + config.num_kv_heads)
+    return model.tokens * (elements * model.storage + 4 * model.config.num_heads + (normed if config.qk_norm else 0))
+
+
+def _loss(student: _Model) -> Iterator[Moment]:
+    """The loss, at the chunk in which logits or their gradient take most, and its backward, with what the last norm keeps."""
+    teacher, is_split = _teacher_beside(student), student.chunk < student.tokens
+    s, w, head = student.storage, student.products, student.vocabulary * student.width
+    last = {"last norm's activations": student.hidden_bytes + 4 * student.tokens}
+    hidden, logits = 2 * student.hidden_bytes + 16 * student.tokens, student.chunk * student.vocabulary
+    multiplying = w * (logits + max(student.chunk * student.width, min(head, logits) if is_split else head))
+    working = max(_logits_bytes(student, teacher), multiplying)
+    chunk = hidden + student.cast_bytes(student.chunk) + student.cast_bytes(student.vocabulary) + working
+    parts = last | {"gradients in flight": 4 * head * is_split, "loss chunk": chunk}
+    if teacher is not None:
+        parts |= {"teacher's hidden states": teacher.hidden_bytes, "loss chunk": chunk + teacher.cast_bytes(teacher.vocabulary)}
+    yield Moment("the loss", parts)
+    gradients = head * ((4 if is_split else w) + s * (is_split and s < 4 or w != s))
+    yield Moment("the loss's backward", last | {"loss chunk": hidden // 2, "gradients in flight": gradients})
+
+
+def _logits_bytes(student: _Model, teacher: _Model | None) -> int:
+    """What is there while a chunk's gradient of logits is made: with labels 2, with a teacher 3 float32 (C, V), else one."""
+    logits, top_k = 4 * student.chunk * student.vocabulary, student.config.teacher_top_k
+    if teacher is not None:
+        return max(3 * logits, logits + teacher.made_logits_bytes + teacher.cast_bytes(teacher.chunk))
+    return student.made_logits_bytes if top_k is None else 2 * logits + LABEL_CHUNK_BYTES * student.chunk * top_k
+
+
+def _block_backward(student: _Model, block: int, num_above: int) -> Iterator[Moment]:
+    """A block's backward in its order, when `num_above` blocks are done. What it kept, `block` bytes, goes as it is used up."""
+    mode, num_left = student.config.activation_checkpointing, student.config.num_layers - num_above
+    hidden, gates = student.hidden_bytes, 2 * student.storage * student.tokens * student.mlp
+    tied = student.storage * student.vocabulary * student.width * student.config.tie_embeddings
+    works = (_work_on_gpu if student.device_type == "cuda" else _work_on_host)(student)
+    for part, kept, work in zip(BLOCK_PARTS, (block, block - gates, block - gates - hidden), works, strict=True):
+        if mode == "none":
+            saved = {"saved activations": (num_left - 1) * block + kept}
+        else:
+            inputs = min(num_left, 2) if mode == "block_offload" else num_left
+            saved = {"saved activations": inputs * hidden, "one block's recomputation": kept - hidden}
+        made = {"one block's backward": work.made, "kernels' own work": work.kernel}
+        yield Moment(f"the backward of {part}", saved | made | {"gradients in flight": work.gradients + tied})
+
+
+def _work_on_gpu(model: _Model) -> Iterator[_Work]:
+    """All rows in one product, in the storage dtype. Flash attention's deterministic backward adds up a float32 gradient of q
+    for each share of the processors, and one of k and v for every head (Dao 2023; its code in torch).
+    """
+    s, m, d, f, q = model.storage, model.tokens, model.width, model.mlp, model.queries
+    gradient, gates, heads = s * m * d, 2 * s * m * f, model.config.num_heads
+    yield _Work(gradient + gates, s * d * f, 0)
+    yield _Work(3 * gradient + gates, 2 * s * d * f, 0)
+    shares = -(-NUM_MULTIPROCESSORS // (model.config.micro_batch_rows * heads))
+    kernel = shares * 4 * m * q + 2 * s * m * q * (model.keys < q) + 4 * m * heads
+    yield _Work(gradient + 2 * s * m * (q + model.keys), s * d * q, kernel)
+
+
+def _work_on_host(model: _Model) -> Iterator[_Work]:
+    """Some rows at a time: those before are kept until the next have been made. Weights and gradients are cast where products
+    are wider than storage; `narrow` is a product that is cast to float32. Sums of weights' gradients are float32.
+    """
+    s, w, m, r, d, f = model.storage, model.products, model.tokens, model.rows, model.width, model.mlp
+    last, cast, copied, matrix = m > r, model.cast, 4 * (s < 4), d * f
+    gradient, gates, narrow = s * m * d, 2 * s * m * f, w * r * f * (w < 4)
+    read, made = r * (2 * copied * f + cast * d), r * 8 * f
+    piece = max(read * (1 + last) + made * last, read + made * (1 + last) + narrow, read + made + 4 * r * f + w * matrix)
+    yield _Work(gradient + gates + cast * matrix + piece, 4 * matrix, 0)
+    rows, gates_cast = 4 * r * d, r * cast * f
+    piece = max(
+        rows * (3 + 3 * last) + gates_cast * last,
+        rows * 4 + gates_cast * (1 + last) + w * matrix,
+        rows * 3 + gates_cast + copied * matrix,
+    )
+    yield _Work(2 * gradient + gates + 2 * cast * matrix + piece, 8 * matrix, 0)
+    output = 4 * m * model.queries
+    yield _Work(gradient + s * m * model.queries + 5 * output + max(3 * (s < 4) * output, 8 * m * model.keys), 0, 0)
+
+
+def _embedding_backward(model: _Model) -> dict[str, int]:
+    """torch's own on a GPU, sorted, with float32 sums of a few rows each; on the host a float32 sum of the whole table. A tied
+    table's gradient is the sum of this one and the head's.
+    """
+    s, table, hidden = model.storage, model.vocabulary * model.width, model.tokens * model.width
+    tied = s * table * model.config.tie_embeddings
+    if model.device_type == "cuda":
+        gradients, kernel = s * table, 4 * model.width * (model.tokens // 10 + min(model.tokens, model.vocabulary))
+    else:
+        gradients, kernel = 4 * table + max(4 * hidden, s * table) * (s < 4), 0
+    flying = {"gradients in flight": max(gradients + tied, 3 * tied), "kernels' own work": kernel}
+    return flying | {"one block's backward": model.hidden_bytes}
+
+
+def _host_moment(config: TrainingConfig, world_size: int, device_type: str, phase: str) -> Moment:
+    """What one rank holds of host memory beside the device's share."""
+    own, size = -(-config.num_parameters // world_size), config.dtype.itemsize
+    staging = pinned_bytes(2 * size * -(-max(_group_elements(config)) // world_size), device_type)
+    parts = {"the program": PROGRAM_BYTES[device_type], "the data": DATA_BYTES}
+    if phase in (TEACHER_ALONE, "training step"):
+        parts["labels under way"] = LABEL_COPIES * _label_bytes(config)
+    if phase == TEACHER_ALONE:
+        parts["numbers of windows"] = WINDOW_BYTES * config.num_steps * config.rows_per_step
+    elif config.offload_optimizer:
+        parts |= {"master weights": 4 * own, "gradients": 4 * own}
+        first = {"DeepSpeed's staging, until it is replaced": size * (own + _largest_matrix(config)) + staging}
+        parts |= first if phase == "initialisation" else {"Adam's moments": 8 * own, "staging": staging}
+    if phase in (TEACHER_ALONE, "save and load"):
+        parts["pieces of files"] = FILE_PIECES_BYTES
+    if phase == "training step" and config.activation_checkpointing == "block_offload":
+        one_input = size * config.micro_batch_rows * config.context_length * config.hidden_size
+        parts["offloaded activations"] = (config.num_layers - 1) * pinned_bytes(one_input, device_type)
+    return Moment(HOST_MOMENTS[phase], {kind: num_bytes for kind, num_bytes in parts.items() if num_bytes})
+
+
+def _disk(config: TrainingConfig) -> dict[str, int]:
+    """Bytes on the disk that are known: the tokens that the run reads and the checkpoints. Metrics and pictures are small."""
+    token, num_tokens = 2 if config.vocab_size <= 2**16 else 4, config.num_steps * config.tokens_per_step
+    record = 0 if config.teacher_top_k is None else (token + 2) * config.teacher_top_k + 4
+    saved = checkpoint_bytes(config) * (config.save_every_steps is not None)
+    return {
+        "shards of the tokens it reads": num_tokens * token,
+        "the teacher's labels": num_tokens * record,
+        "checkpoints": config.keep_checkpoints * saved,
+        "the checkpoint being written": saved,
+    }

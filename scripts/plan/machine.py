@@ -1,0 +1,213 @@
+"""What the machine has, what this process has taken of it, how fast it is, and the hours to expect. Knows no plan."""
+
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from scripts.config import (
+    CUDA_CONTEXT_BYTES,
+    PRODUCT_EFFICIENCY_SHARE,
+    RATE_COPIED_BYTES,
+    RATE_MOST_ROWS,
+    RATE_SECONDS,
+    TrainingConfig,
+    product_dtype,
+)
+from scripts.model.huggingface import teacher_config
+
+LARGEST_LIMIT = 2**60
+BACKWARD_SHARE = 2 / 3
+ADAM_BYTES = 34
+
+
+class Room(NamedTuple):
+    """Bytes for a launch: `gpu` (None without one), `host` and run_dir's `disk`; `which`: "free" or "there in all"."""
+
+    gpu: int | None
+    host: int
+    disk: int
+    which: str
+
+
+class Rates(NamedTuple):
+    """What the machine does in a second: FLOP of matrix products, bytes through host memory, bytes between host and GPU."""
+
+    flops: float
+    host_bytes: float
+    link_bytes: float
+
+
+class Peaks(NamedTuple):
+    """The most that this process has held at once so far: on the GPU as torch's allocator counts it, and of the host."""
+
+    gpu_bytes: int
+    host_bytes: int
+
+
+class GroupLimit(NamedTuple):
+    """A control group's limit of memory, and what its processes use of it; pages of files that it can drop do not count."""
+
+    limit_bytes: int
+    used_bytes: int
+
+
+def room_free(config: TrainingConfig, device: torch.device) -> Room:
+    """What is free now: on the GPU, in host memory within every control group's limit, on the disk.
+
+    What this process holds of the host already, and the context that a look at the GPU makes, count as free: plans have them.
+    """
+    gpu = torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT_BYTES if device.type == "cuda" else None
+    left = [group.limit_bytes - group.used_bytes for group in _group_limits()]
+    free = max(0, min([proc_bytes("/proc/meminfo")["MemAvailable"], *left]))
+    return Room(gpu, free + proc_bytes("/proc/self/status").get("RssAnon", 0), _disk_usage(config).free, "free")
+
+
+def room_in_all(config: TrainingConfig, device: torch.device) -> Room:
+    """What the machine has, or its control groups allow, whatever else runs."""
+    gpu = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
+    host = min([proc_bytes("/proc/meminfo")["MemTotal"], *(group.limit_bytes for group in _group_limits())])
+    return Room(gpu, host, _disk_usage(config).total, "there in all")
+
+
+def peak_bytes() -> Peaks:
+    """What this process has held at most until now. The host's is the resident set: Linux counts it in KiB."""
+    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return Peaks(gpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def pinned_bytes(num_bytes: int, device_type: str) -> int:
+    """What `num_bytes` of pinned memory take. torch before 2.13 rounds them up to a power of two; from 2.13 on
+    scripts/engine/distributed.py tells it not to. Without a GPU nothing is pinned.
+    """
+    is_exact = device_type == "cpu" or torch.__version__ >= "2.13"
+    return num_bytes if is_exact else 1 << (num_bytes - 1).bit_length()
+
+
+def flops_per_token(config: TrainingConfig) -> int:
+    """FLOP of a training token: 6 for each parameter of a matrix (Kaplan et al. 2020), and causal attention, which is half of
+    full attention (Dao 2023). The blocks' forward counts again where activations are recomputed; a teacher's beside it once.
+    """
+    head, repeats = 6 * config.vocab_size * config.hidden_size, 3 if config.activation_checkpointing == "none" else 4
+    return repeats * _forward_flops(config) + head + (_teacher_flops(config) if config.teacher_top_k is None else 0)
+
+
+def tokens_per_second(config: TrainingConfig, world_size: int, local_size: int, device_type: str, rates: Rates) -> float:
+    """What to expect of training steps on all ranks: products, gradients that go down beside the backward, then Adam.
+
+    Products reach PRODUCT_EFFICIENCY_SHARE of their measured rate. A micro-batch's gradients go down in the training dtype and
+    are added in float32. Adam reads masters, gradients and moments and writes masters, moments and weights: ADAM_BYTES a
+    parameter. Evaluation, sampling and saving are not counted.
+    """
+    own, size = config.num_parameters / world_size, config.dtype.itemsize
+    on_gpu, host = device_type == "cuda", rates.host_bytes / local_size
+    micro_batches, flops = config.accumulation_steps(world_size), PRODUCT_EFFICIENCY_SHARE * rates.flops
+    products = config.micro_batch_rows * config.context_length * flops_per_token(config) / flops
+    trips = micro_batches if config.accumulate_on == "cpu" else 1
+    down = max(own * size / rates.link_bytes if on_gpu else 0.0, own * (size + 8) / host)
+    reduction = 2 * config.num_parameters * size / rates.link_bytes if world_size > 1 else 0.0
+    hidden = products * BACKWARD_SHARE if on_gpu and trips > 1 else 0.0
+    up = config.num_parameters * size / rates.link_bytes if on_gpu else 0.0
+    seconds = micro_batches * (products + reduction) + trips * max(0.0, down - hidden) + own * ADAM_BYTES / host + up
+    return config.tokens_per_step / seconds
+
+
+def teacher_seconds(config: TrainingConfig, world_size: int, rates: Rates) -> float:
+    """How long the teacher alone takes to label all tokens that the run reads; 0 without `teacher_top_k`."""
+    if config.teacher_top_k is None:
+        return 0.0
+    own_tokens = config.num_steps * config.tokens_per_step / world_size
+    return own_tokens * _teacher_flops(config) / (PRODUCT_EFFICIENCY_SHARE * rates.flops)
+
+
+def hours(config: TrainingConfig, tokens_per_second: float, teacher_seconds: float) -> float:
+    """Hours for all steps at a speed, and for the teacher before them."""
+    return (config.num_steps * config.tokens_per_step / tokens_per_second + teacher_seconds) / 3600
+
+
+def measure_rates(config: TrainingConfig, device: torch.device) -> Rates:
+    """Measures this machine in a fraction of a second: a product of the MLP's shape, copies in host memory and to the GPU."""
+    rows = min(config.micro_batch_rows * config.context_length, RATE_MOST_ROWS[device.type])
+    dtype, shape = product_dtype(config.dtype, device), (config.hidden_size, config.mlp_size)
+    left, right = torch.ones(rows, shape[0], dtype=dtype, device=device), torch.ones(*shape, dtype=dtype, device=device)
+    flops = 2 * rows * shape[0] * shape[1] / _fastest_seconds(lambda: left @ right, device)
+    here, there = np.ones((2, RATE_COPIED_BYTES), dtype=np.uint8)
+    host_bytes = 2 * RATE_COPIED_BYTES / _fastest_seconds(lambda: np.copyto(there, here), torch.device("cpu"))
+    if device.type == "cpu":
+        return Rates(flops, host_bytes, host_bytes)
+    pinned = torch.empty(RATE_COPIED_BYTES, dtype=torch.uint8, pin_memory=True)
+    away = torch.empty_like(pinned, device=device)
+    return Rates(flops, host_bytes, RATE_COPIED_BYTES / _fastest_seconds(lambda: away.copy_(pinned, non_blocking=True), device))
+
+
+def _forward_flops(config: TrainingConfig) -> int:
+    """FLOP of one token in the forward of all blocks."""
+    attention = config.context_length * config.num_heads * config.head_width
+    return config.num_layers * (2 * config.block_parameters + 2 * attention)
+
+
+def _teacher_flops(config: TrainingConfig) -> int:
+    """FLOP of one token in the teacher's forward, with its head; 0 without a teacher."""
+    teacher = teacher_config(config)
+    return 0 if teacher is None else _forward_flops(teacher) + 2 * teacher.vocab_size * teacher.hidden_size
+
+
+def _disk_usage(config: TrainingConfig):
+    folder = Path(config.run_dir).absolute()
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists()))
+
+
+def proc_bytes(path: str) -> dict[str, int]:
+    """The lines `name: number kB` of a file of /proc, by name, in bytes."""
+    lines = (line.replace(":", " ").split() for line in Path(path).read_text().splitlines())
+    return {words[0]: int(words[1]) * 1024 for words in lines if words[-1:] == ["kB"]}
+
+
+def _group_limits() -> Iterator[GroupLimit]:
+    """Those of each memory control group around this process, of version 1 and 2."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        number, names, place = line.split(":", 2)
+        if "memory" in names.split(","):
+            yield from limits_above("/sys/fs/cgroup/memory", place, "memory.limit_in_bytes", "memory.usage_in_bytes")
+        elif number == "0":
+            yield from limits_above("/sys/fs/cgroup", place, "memory.max", "memory.current")
+
+
+def limits_above(root: str, place: str, limit_file: str, used_file: str) -> Iterator[GroupLimit]:
+    """The limits of the control group at `place` below the folder `root`, and of all groups above it, where there is one.
+
+    The root itself counts: a container sees its own group there.
+    """
+    inner = Path(place.lstrip("/"))
+    for folder in {Path(root, inner), *(Path(root, above) for above in inner.parents)}:
+        limit, used, table = (_read_text(folder / name) for name in (limit_file, used_file, "memory.stat"))
+        if limit.isdecimal() and used.isdecimal() and int(limit) < LARGEST_LIMIT:
+            counts = dict(line.split() for line in table.splitlines())
+            pages = int(counts.get("total_inactive_file", counts.get("inactive_file", "0")))
+            yield GroupLimit(int(limit), int(used) - pages)
+
+
+def _read_text(path: Path) -> str:
+    return path.read_text().strip() if path.is_file() else ""
+
+
+def _fastest_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """The fastest of several calls, which take RATE_SECONDS together; one call before them is not counted."""
+
+    def once() -> float:
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    once()
+    began, taken = time.perf_counter(), [once()]
+    while time.perf_counter() - began < RATE_SECONDS:
+        taken.append(once())
+    return min(taken)

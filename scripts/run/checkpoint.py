@@ -1,0 +1,440 @@
+"""Checkpoints: save, verify, resume. A checkpoint is a folder that transformers opens.
+
+Every checkpoint is written to a temporary folder, fsynced, listed in training/manifest.json with the sha256 of each block of
+HASH_BYTES, and renamed. Then it is read back from the disk while training goes on, and until it has been, the checkpoints
+before it are left alone. Weights and optimizer state are safetensors; every rank writes and reads its own slices of the state
+and none ever holds the whole.
+"""
+
+import errno
+import json
+import math
+import os
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor
+
+from ds.shards import sync_folder
+from scripts.config import GIB, VERIFY_THREADS, TrainingConfig
+from scripts.engine import offload
+from scripts.engine.distributed import gather, together
+from scripts.model.decoder import Decoder
+from scripts.model.huggingface import CODE_ENDINGS, read_into, read_json, tensors_in, tokenizer_config, transformers_config
+from scripts.plan.footprint import checkpoint_bytes
+from scripts.run.metrics import read_metrics, sync_metrics
+from scripts.run.run_dir import FOLDERS, checkpoint_folders, checkpoints_dir, config_record, metrics_path
+from scripts.run.storage import (
+    DIGEST_BYTES,
+    HASH_BYTES,
+    FileRecord,
+    find_changed,
+    forget_pages,
+    write_safetensors,
+    write_text,
+)
+
+FORMAT = 2
+TEXTS_BYTES = 2**20
+LARGEST_STEP = 10**8 - 1
+MANIFEST = "training/manifest.json"
+STATE = "training/state.json"
+
+
+class Checkpoint(NamedTuple):
+    """A verified checkpoint: its folder and the contents of its training/state.json."""
+
+    folder: Path
+    state: dict
+
+
+class Newest(NamedTuple):
+    """The newest checkpoint that verifies, None without any; and a line about each newer one that does not."""
+
+    checkpoint: Checkpoint | None
+    faults: list[str]
+
+
+class Saved(NamedTuple):
+    """The folder that `save` wrote, or why it could not in `fault`; `proof` is the reading back of this rank's files, which
+    goes on in a thread.
+    """
+
+    folder: Path
+    fault: str | None
+    proof: Future | None
+
+
+class Verified(NamedTuple):
+    """Whether a checkpoint read back as it was written, `good`; `words` say what is wrong with it, or with an older one that
+    could not be deleted.
+    """
+
+    good: bool
+    words: str | None
+
+
+def save(engine, config: TrainingConfig, tokenizer_json: str, end_of_text_id: int, progress: dict) -> Saved:
+    """Writes the checkpoint after `progress["step"]` steps and begins to read it back. Every rank must call this.
+
+    When a disk is full or fails on any rank, every rank gets the words in `fault`, and the older checkpoints stay. Memory
+    beside the engine's: a few blocks of HASH_BYTES, on the GPU as on the host, for any size of tensor.
+
+    Args:
+        progress: what state.json remembers beside the optimizer: at least `step`, and the fingerprint of the data.
+    """
+    rank = torch.distributed.get_rank()
+    folder = checkpoints_dir(config) / f"step-{progress['step']:08d}"
+    draft = folder.with_name(f".{folder.name}.draft")
+    num_bytes, texts = save_num_bytes(config, tokenizer_json), model_texts(config, tokenizer_json, end_of_text_id)
+    try:
+        together(lambda: _begin_draft(draft, num_bytes) if rank == 0 else None)
+        together(lambda: sync_metrics(config) if rank == 0 else None)
+        records = together(lambda: _write_files(draft, engine, config, texts, progress))
+        gathered = _gather_records(records)
+        together(lambda: publish(draft, folder, gathered) if rank == 0 else None)
+    except OSError as fault:
+        return Saved(folder, _give_up(config, folder, draft, num_bytes, fault) if rank == 0 else fault.strerror, None)
+    reader = ThreadPoolExecutor(1)
+    proof = reader.submit(read_back, folder, records)
+    reader.shutdown(wait=False)
+    return Saved(folder, None, proof)
+
+
+def verify_saved(config: TrainingConfig, saved: Saved) -> Verified:
+    """Waits until every rank has read its files of `saved` back from the disk. Every rank must call this before the next save.
+
+    Then all but the newest `keep_checkpoints` are deleted. A checkpoint that reads back otherwise than it was written is
+    deleted instead, and the older ones stay.
+    """
+    rank, step, proof = torch.distributed.get_rank(), int(saved.folder.name[-8:]), saved.proof
+    if proof is None:
+        return Verified(False, None)
+    try:
+        together(proof.result)
+    except OSError as fault:
+        good = _still_good(config, saved.folder) if rank == 0 else ""
+        together(lambda: delete(saved.folder) if rank == 0 else None)
+        return Verified(False, f"{saved.folder} was not saved: {fault.strerror}; {good}; the next save tries again")
+    try:
+        together(lambda: prune(config, step) if rank == 0 else None)
+    except OSError as fault:
+        return Verified(True, f"an older checkpoint beside {saved.folder} could not be deleted: {fault.strerror}")
+    return Verified(True, None)
+
+
+def newest_verified(config: TrainingConfig) -> Newest:
+    """The newest checkpoint whose every byte matches its manifest.
+
+    Raises:
+        ValueError: there are checkpoints and none of them verifies, or metrics.jsonl tells of one and none is left.
+    """
+    faults = []
+    for _, folder in sorted(checkpoint_folders(config).items(), reverse=True):
+        fault = find_fault(folder)
+        if fault is None:
+            return Newest(Checkpoint(folder, read_state(folder)), faults)
+        faults.append(f"checkpoint {folder} does not verify: {fault}")
+    if faults:
+        raise ValueError(f"{faults[0]}; no checkpoint in it verifies: restore that file, or choose another run_dir")
+    _refuse_lost_checkpoints(config)
+    return Newest(None, [])
+
+
+def find_fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, naming the file; None when every file matches the manifest.
+
+    Reads with VERIFY_THREADS threads; each holds one block of HASH_BYTES in memory.
+    """
+    try:
+        records = read_manifest(folder)
+        fault = _find_added(folder, records) or find_changed(folder, records, VERIFY_THREADS)
+        if fault is None:
+            num_ranks = read_state(folder)["optimizer"]["world_size"]
+            names = (state_file(rank, num_ranks) for rank in range(num_ranks))
+            fault = next((f"{name} is missing" for name in names if name not in records), None)
+    except (OSError, ValueError) as problem:
+        return str(problem)
+    return fault
+
+
+def load_state(engine, checkpoint: Checkpoint) -> None:
+    """Restores the optimizer from files of any number of ranks; the weights come by `load_weights`.
+
+    Memory beside the optimizer's: none on the host; OPTIMIZER_CHUNK_ELEMENTS float32 for an optimizer on the GPU.
+
+    Raises:
+        ValueError: the saved groups are not this model's, or a file of them is not what a rank writes.
+    """
+    saved = checkpoint.state["optimizer"]
+    sizes = [part.num_elements for part in offload.partitions(engine)]
+    if saved["group_elements"] != sizes:
+        raise ValueError(f"{checkpoint.folder}: optimizer groups of {saved['group_elements']} elements do not fit {sizes}")
+    read = slice_reader(checkpoint.folder, saved["world_size"], saved["group_partitions"])
+    offload.load_optimizer(engine, read, saved["adam_steps"], saved["loss_scaler"])
+
+
+def save_num_bytes(config: TrainingConfig, tokenizer_json: str) -> int:
+    """Bytes on the disk that a checkpoint takes at most: tensors, texts and digests."""
+    tensors = checkpoint_bytes(config)
+    return tensors + len(tokenizer_json.encode()) + TEXTS_BYTES + tensors // HASH_BYTES * 3 * DIGEST_BYTES
+
+
+def write_model(folder: Path, model: Decoder, texts: dict[str, str]) -> dict[str, FileRecord]:
+    """Writes what transformers opens: the files `texts` and the weights, in the dtype that they have."""
+    records = {name: write_text(folder / name, text) for name, text in texts.items()}
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return records | {"model.safetensors": write_safetensors(folder / "model.safetensors", weights)}
+
+
+def model_texts(config: TrainingConfig, tokenizer_json: str, end_of_text_id: int) -> dict[str, str]:
+    """The text files of a transformers folder, by name."""
+    described = {
+        "config.json": transformers_config(config, end_of_text_id),
+        "generation_config.json": {"bos_token_id": end_of_text_id, "eos_token_id": end_of_text_id},
+        "tokenizer_config.json": tokenizer_config(config, tokenizer_json, end_of_text_id),
+    }
+    texts = {name: json.dumps(value, indent=2) + "\n" for name, value in described.items()}
+    return texts | {"tokenizer.json": tokenizer_json}
+
+
+def publish(draft: Path, folder: Path, records: dict[str, FileRecord]) -> None:
+    """Lists the files of a draft in its manifest and renames it to `folder`. A checkpoint of that name is replaced at once."""
+    files = {name: {"bytes": record.num_bytes, "sha256": record.digests} for name, record in sorted(records.items())}
+    write_text(draft / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=2) + "\n")
+    for inner in (draft / "training", draft):
+        sync_folder(inner)
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    if folder.exists():
+        delete(replaced)
+        folder.rename(replaced)
+    try:
+        draft.rename(folder)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(folder)
+        raise
+    sync_folder(folder.parent)
+    delete(replaced)
+
+
+def prune(config: TrainingConfig, step: int) -> None:
+    """Deletes old checkpoints: of those up to `step` all but the newest `keep_checkpoints`; the one at `step` always stays.
+
+    Faulty ones of steps that training has made again are deleted too.
+    """
+    for aside in checkpoints_dir(config).glob(f"{FOLDERS}.faulty"):
+        if int(aside.name[5:13]) <= step:
+            shutil.rmtree(aside)
+    older = [folder for at, folder in sorted(checkpoint_folders(config).items()) if at < step]
+    for folder in older[: max(0, len(older) + 1 - config.keep_checkpoints)]:
+        delete(folder)
+
+
+def state_file(rank: int, world_size: int) -> str:
+    """The name, inside a checkpoint, of a rank's file of optimizer state."""
+    return f"training/optimizer-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def slice_reader(folder: Path, world_size: int, partitions: list[int]) -> offload.ReadSlice:
+    """A function that reads any slice of a whole optimizer tensor from the files of the ranks that saved it.
+
+    Args:
+        world_size: ranks that saved; `partitions`: elements of each group that a rank of them owns.
+    """
+    tensors_of = cache(lambda rank: tensors_in(folder / state_file(rank, world_size)))
+
+    def read(name: str, start: int, target: Tensor) -> None:
+        partition = max(1, partitions[int(name.split(".")[1])])
+        stop = start + len(target)
+        for rank in range(start // partition, min(world_size, -(-stop // partition))):
+            path, stored = folder / state_file(rank, world_size), tensors_of(rank).get(name)
+            low, high = max(start, rank * partition), min(stop, (rank + 1) * partition)
+            if (
+                stored is None
+                or stored.dtype != torch.float32
+                or len(stored.shape) != 1
+                or stored.shape[0] < high - rank * partition
+            ):
+                raise ValueError(f"{path}: tensor {name} is not the float32 slice that rank {rank} saved")
+            position = stored.position + 4 * (low - rank * partition)
+            read_into(path, position, torch.float32, target[low - start : high - start])
+
+    return read
+
+
+def read_manifest(folder: Path) -> dict[str, FileRecord]:
+    """What a checkpoint's manifest says of each file, by name.
+
+    Raises:
+        ValueError: the manifest is missing, of another format, or not as it was saved.
+    """
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except (OSError, ValueError):
+        raise ValueError(f"{MANIFEST} is missing or unreadable") from None
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{MANIFEST} is of format {manifest.get('format')!r:.40}, and format {FORMAT} is read")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not {"model.safetensors", "config.json", STATE} <= files.keys():
+        raise ValueError(f"{MANIFEST} was changed after it was saved")
+    if not all(_is_record(name, value) for name, value in files.items()):
+        raise ValueError(f"{MANIFEST} was changed after it was saved")
+    return {name: FileRecord(value["bytes"], value["sha256"]) for name, value in files.items()}
+
+
+def read_state(folder: Path) -> dict:
+    """The contents of training/state.json.
+
+    Raises:
+        ValueError: it does not hold what `load_state` needs.
+    """
+    state = read_json(folder / STATE)
+    step, saved = state.get("step"), state.get("optimizer")
+    if not _is_count(step) or step > LARGEST_STEP or not isinstance(state.get("data_fingerprint"), str):
+        raise ValueError(f"{STATE} names no step or no data")
+    if not isinstance(saved, dict) or not _is_optimizer(saved) or saved["adam_steps"] > step:
+        raise ValueError(f"{STATE} describes no optimizer that this program saves")
+    return state
+
+
+def _begin_draft(draft: Path, num_bytes: int) -> None:
+    """Makes the draft folder where there is room for the checkpoint."""
+    draft.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(draft, ignore_errors=True)
+    if shutil.disk_usage(draft.parent).free < num_bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    (draft / "training").mkdir(parents=True)
+
+
+def _write_files(draft: Path, engine, config: TrainingConfig, texts: dict[str, str], progress: dict) -> dict[str, FileRecord]:
+    """This rank's files: its slices of the optimizer state, on rank 0 everything else too."""
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    own = state_file(rank, world_size)
+    records = {own: write_safetensors(draft / own, offload.optimizer_tensors(engine))}
+    if rank == 0:
+        records |= write_model(draft, engine.module, texts)
+        records |= _write_state(draft, engine, config, progress)
+    return records
+
+
+def read_back(folder: Path, records: dict[str, FileRecord]) -> None:
+    """Reads this rank's files from the disk itself, on one thread, to leave the processor to the training."""
+    for name in records:
+        forget_pages(folder / name)
+    if find_changed(folder, records, 1) is not None:
+        raise OSError(errno.EBADMSG, "the disk returns other bytes than were written")
+
+
+def _give_up(config: TrainingConfig, folder: Path, draft: Path, num_bytes: int, fault: OSError) -> str:
+    """Removes the draft; the line that tells what happened, what is needed and what is still good."""
+    shutil.rmtree(draft, ignore_errors=True)
+    free = shutil.disk_usage(folder.parent).free if folder.parent.exists() else 0
+    return (
+        f"{folder} was not saved: {fault.strerror}; it needs {num_bytes / GIB:.3f} GiB and {free / GIB:.3f} GiB are free;"
+        f" {_still_good(config, folder)}; the next save tries again"
+    )
+
+
+def _still_good(config: TrainingConfig, folder: Path) -> str:
+    older = sorted((pair for pair in checkpoint_folders(config).items() if pair[0] < int(folder.name[-8:])), reverse=True)
+    good = next((path for _, path in older if find_fault(path) is None), None)
+    return f"{good} is still good" if good else "there is no checkpoint before it"
+
+
+def _write_state(draft: Path, engine, config: TrainingConfig, progress: dict) -> dict[str, FileRecord]:
+    parts = offload.partitions(engine)
+    state = {
+        **progress,
+        "format": FORMAT,
+        "config": config_record(config),
+        "optimizer": {
+            "world_size": torch.distributed.get_world_size(),
+            "group_elements": [part.num_elements for part in parts],
+            "group_partitions": [part.stop - part.start for part in parts],
+            "adam_steps": offload.adam_steps(engine),
+            "loss_scaler": offload.loss_scaler_state(engine),
+        },
+    }
+    return {STATE: write_text(draft / STATE, json.dumps(state, indent=2) + "\n")}
+
+
+def _gather_records(records: dict[str, FileRecord]) -> dict[str, FileRecord]:
+    """`records` and every rank's of its optimizer file, as tensors: lengths first, then digests padded to the most blocks."""
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    own = records[state_file(rank, world_size)]
+    lengths = gather(torch.tensor([own.num_bytes]))
+    num_blocks = [-(-int(length) // HASH_BYTES) for length in lengths]
+    padded = torch.zeros(max(num_blocks) * DIGEST_BYTES, dtype=torch.uint8)
+    digests = torch.frombuffer(bytearray.fromhex("".join(own.digests)), dtype=torch.uint8)
+    padded[: len(digests)] = digests
+    gathered = dict(records)
+    for other, (length, row) in enumerate(zip(lengths, gather(padded), strict=True)):
+        whole = bytes(row.tolist()).hex()
+        digests = [whole[block * 2 * DIGEST_BYTES : (block + 1) * 2 * DIGEST_BYTES] for block in range(num_blocks[other])]
+        gathered[state_file(other, world_size)] = FileRecord(int(length), digests)
+    return gathered
+
+
+def delete(folder: Path) -> None:
+    """Deletes a checkpoint; killed in the middle, it leaves a draft and no half checkpoint."""
+    doomed = folder.with_name(f".{folder.name.lstrip('.')}.doomed.draft")
+    shutil.rmtree(doomed, ignore_errors=True)
+    if folder.exists():
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _is_record(name: str, value) -> bool:
+    inside = not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts and "\0" not in name
+    if (
+        not inside
+        or not isinstance(value, dict)
+        or not _is_count(value.get("bytes"))
+        or not isinstance(value.get("sha256"), list)
+    ):
+        return False
+    return len(value["sha256"]) == -(-value["bytes"] // HASH_BYTES) and all(isinstance(word, str) for word in value["sha256"])
+
+
+def _is_count(value) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _find_added(folder: Path, records: dict[str, FileRecord]) -> str | None:
+    """Names a file that other programs would load as weights, and that may hold code, although it was not saved."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if name not in records and name.lower().endswith(CODE_ENDINGS):
+            return f"{name} was added after it was saved"
+    return None
+
+
+def _is_optimizer(saved: dict) -> bool:
+    elements, partitions, scaler = (saved.get(name) for name in ("group_elements", "group_partitions", "loss_scaler"))
+    return (
+        _is_count(saved.get("world_size"))
+        and saved["world_size"] > 0
+        and _is_count(saved.get("adam_steps"))
+        and isinstance(elements, list)
+        and isinstance(partitions, list)
+        and len(elements) == len(partitions)
+        and all(_is_count(size) for size in elements + partitions)
+        and isinstance(scaler, dict)
+        and scaler.keys() <= set(offload.SCALER_FIELDS)
+        and all(isinstance(number, int | float) and math.isfinite(number) for number in scaler.values())
+    )
+
+
+def _refuse_lost_checkpoints(config: TrainingConfig) -> None:
+    """Without any checkpoint a run begins anew, but not when its log says that one was saved."""
+    saved = [record["step"] for record in read_metrics(config) if record.get("event") == "saved"]
+    if saved:
+        raise ValueError(
+            f"{checkpoints_dir(config)} holds no checkpoint, and {metrics_path(config)} says that one was saved at step"
+            f" {max(saved)}: put the checkpoints back, or choose another run_dir"
+        )

@@ -1,0 +1,213 @@
+"""What a run tells: metrics.jsonl, TensorBoard, the picture, the lines on the terminal. Makes the records of a train step."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from ds.loader import digest_hex
+from scripts import memory, report
+from scripts.config import GIB, TrainingConfig
+from scripts.engine import watch
+from scripts.engine.distributed import say
+from scripts.model.huggingface import parse_json
+from scripts.plan.machine import peak_bytes
+from scripts.run import run_dir
+from scripts.run.state import Progress, Run, Step
+from scripts.run.storage import write_all, write_text
+
+Report = Callable[[dict], None]
+
+
+def append_metrics(config: TrainingConfig, records: list[dict]) -> bool:
+    """Adds a line for each record to metrics.jsonl; False when the disk took none of them, for the caller to try again."""
+    path = run_dir.metrics_path(config)
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    num_bytes = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("ab", buffering=0) as file:
+            write_all(file.fileno(), memoryview(lines.encode()))
+    except OSError:
+        if path.exists():
+            os.truncate(path, num_bytes)
+        return False
+    return True
+
+
+def read_metrics(config: TrainingConfig) -> list[dict]:
+    """Every whole line of metrics.jsonl.
+
+    Raises:
+        ValueError: a whole line is no record of a step.
+    """
+    path = run_dir.metrics_path(config)
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [_parse_record(line, f"{path}: line {number}") for number, line in enumerate(lines, 1) if line.endswith("\n")]
+
+
+def rewind_metrics(config: TrainingConfig, steps_done: int, is_evaluated: bool) -> None:
+    """Drops the lines of steps after `steps_done`, and a half-written last line: a resumed run logs each step once.
+
+    Where the evaluation and the sample of `steps_done` are to be made again (not `is_evaluated`), theirs go too. A run that
+    begins at step 0 keeps nothing.
+    """
+
+    def is_kept(record: dict) -> bool:
+        is_repeated = not is_evaluated and (record["kind"] == "eval" or record.get("event") == "sample")
+        return record["step"] < steps_done or (record["step"] == steps_done > 0 and not is_repeated)
+
+    write_metrics(config, [record for record in read_metrics(config) if is_kept(record)])
+
+
+def write_metrics(config: TrainingConfig, records: list[dict]) -> None:
+    """Replaces metrics.jsonl, whole or not at all."""
+    write_text(run_dir.metrics_path(config), "".join(json.dumps(record) + "\n" for record in records))
+
+
+def sync_metrics(config: TrainingConfig) -> None:
+    """Makes metrics.jsonl durable: it must outlive a power cut if the checkpoint of its last step does."""
+    path = run_dir.metrics_path(config)
+    if path.exists():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def unsaved_steps(config: TrainingConfig) -> int:
+    """How many steps metrics.jsonl holds beyond the newest checkpoint: they are trained again."""
+    newest = max(run_dir.checkpoint_folders(config), default=0)
+    return max(0, max((record["step"] for record in read_metrics(config)), default=0) - newest)
+
+
+def train_record(run: Run, steps_done: int, taken: Step, progress: Progress, *, learning_rate: float, seconds: float) -> dict:
+    """The line of metrics.jsonl after a step that took `seconds`; `progress` has the digests since the last such line."""
+    config, peaks = run.config, peak_bytes()
+    return {
+        "kind": "train",
+        "step": steps_done,
+        "tokens": steps_done * config.tokens_per_step,
+        "loss": finite(taken.loss),
+        "grad_norm": finite(gradient_norm(run.engine)),
+        "learning_rate": learning_rate,
+        "tokens_per_second": config.tokens_per_step / seconds,
+        "seconds": seconds,
+        "gpu_peak_gib": peaks.gpu_bytes / GIB,
+        "host_peak_gib": peaks.host_bytes / GIB,
+        "tokens_hash": digest_hex(np.array(progress.tokens_digest)),
+        "windows_hash": digest_hex(np.array(progress.windows_digest)),
+    }
+
+
+def memory_record(run: Run, steps_done: int) -> dict:
+    """The event at a run's end: what the plan says of memory beside what was measured."""
+    planned = memory.plan(run.config, run.ranks.world_size, run.device.type)
+    return {"kind": "event", "step": steps_done, "event": "memory"} | memory.comparison(planned, peak_bytes())
+
+
+def gradient_norm(engine) -> float:
+    """The norm of the last step's gradients before clipping."""
+    return float(engine.get_global_grad_norm() or 0.0)
+
+
+def finite(number: float) -> float | None:
+    """The number as JSON can hold it: None when it is not finite."""
+    return number if math.isfinite(number) else None
+
+
+def summary(config: TrainingConfig) -> str:
+    """What a person wants to know at the end, from the run's own files."""
+    alone = run_dir.same_without_teacher(config) if config.teacher_dir is not None else None
+    return report.summary(
+        config,
+        read_metrics(config),
+        picture=run_dir.picture_path(config),
+        saved=run_dir.newest_folder(config),
+        alone=None if alone is None else report.Alone(alone.run_dir, read_metrics(alone)),
+    )
+
+
+@contextmanager
+def reporting(run: Run) -> Iterator[Report]:
+    """Gives a function that takes records: on rank 0 to metrics.jsonl, TensorBoard and the terminal, on other ranks nowhere."""
+    if run.ranks.rank != 0:
+        yield lambda record: None
+        return
+    config, unwritten = run.config, []
+    is_silent = not sys.stderr.isatty()
+    bar = tqdm(total=config.num_steps, initial=run.first_step, unit="step", dynamic_ncols=True, disable=is_silent)
+    with bar, _tensorboard(run) as plot:
+
+        def take(record: dict) -> None:
+            unwritten.append(record)
+            if append_metrics(config, unwritten):
+                unwritten.clear()
+            plot(record)
+            try:
+                _show(record, config, bar)
+            except (OSError, UnicodeEncodeError):
+                watch.lose_terminal()
+            if record.get("event") == "saved" and record["step"] < config.num_steps:
+                _draw(config)
+
+        yield take
+    _draw(config)
+
+
+def _parse_record(line: str, source: str) -> dict:
+    record = parse_json(line.encode(), source)
+    if not isinstance(record.get("step"), int):
+        raise ValueError(f"{source} names no step")
+    return record
+
+
+def _show(record: dict, config: TrainingConfig, bar: tqdm) -> None:
+    if record["kind"] == "train" and not bar.disable:
+        bar.set_postfix_str(report.train_words(record), refresh=False)
+        bar.update(record["step"] - bar.n)
+    elif record.get("event") not in ("started", "memory"):
+        bar.write(report.line_of(record, config.num_steps, config.teacher_top_k), file=sys.stdout)
+        sys.stdout.flush()
+
+
+@contextmanager
+def _tensorboard(run: Run) -> Iterator[Report]:
+    """Gives a function that plots records as TensorBoard's scalars. A full disk ends the plots and not the training."""
+    boards: list[SummaryWriter] = []
+
+    def attempt(write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as fault:
+            boards.clear()
+            say(run.ranks, f"tensorboard/ is not written any more: {fault}")
+
+    def plot(record: dict) -> None:
+        for board in boards:
+            attempt(partial(_plot_scalars, board, record))
+
+    folder = str(run_dir.tensorboard_dir(run.config))
+    attempt(lambda: boards.append(SummaryWriter(folder, purge_step=run.first_step + 1)))
+    yield plot
+    for board in list(boards):
+        attempt(board.close)
+
+
+def _plot_scalars(board: SummaryWriter, record: dict) -> None:
+    if record["kind"] in ("train", "eval"):
+        for name, value in record.items():
+            if name not in ("kind", "step") and isinstance(value, float):
+                board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+
+
+def _draw(config: TrainingConfig) -> None:
+    picture = run_dir.picture_path(config)
+    try:
+        report.draw_losses(run_dir.metrics_path(config), picture)
+    except OSError as fault:
+        watch.say(f"{picture} is not drawn: {fault}", sys.stdout)

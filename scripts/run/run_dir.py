@@ -1,0 +1,157 @@
+"""The run directory: its names, the hold that keeps a second launch out, and whose run it is. Reads no checkpoint."""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from scripts.config import RUN_DIR_POLL_SECONDS, TrainingConfig
+from scripts.model.huggingface import read_json
+from scripts.run.storage import write_text
+
+MOVABLE_FIELDS = (
+    "run_dir",
+    "data_dir",
+    "micro_batch_rows",
+    "accumulate_on",
+    "accumulation_precision",
+    "activation_checkpointing",
+    "loss_chunk_rows",
+)
+DISTILL_FIELDS = ("distill_weight", "distill_temperature", "distill_divergence")
+FOLDERS = "step-" + "[0-9]" * 8
+NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+def config_record(config: TrainingConfig) -> dict:
+    """The configuration as config.json and state.json hold it."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def refuse_other_run(config: TrainingConfig) -> None:
+    """Refuses a run_dir that holds a run of another configuration; MOVABLE_FIELDS may differ.
+
+    A field that the stored configuration does not name is newer than the run. It counts as TrainingConfig's default.
+
+    Raises:
+        ValueError: names the fields that differ.
+    """
+    path = Path(config.run_dir) / "config.json"
+    if not path.exists():
+        return
+    ours, theirs = config_record(config), config_record(TrainingConfig()) | read_json(path)
+    names = [name for name in {**ours, **theirs} if name not in MOVABLE_FIELDS and ours.get(name) != theirs.get(name)]
+    if names:
+        listed = ", ".join(f"{name} ({theirs.get(name)!r} there, {ours.get(name)!r} here)" for name in names)
+        raise ValueError(
+            f"run_dir={config.run_dir!r} holds a run of a different configuration: {listed}; choose another run_dir"
+        )
+
+
+def hold_run(config: TrainingConfig, wait_seconds: float) -> int | None:
+    """Locks run_dir for this process and returns the descriptor of the lock; None when run_dir is not there.
+
+    The lock ends when the descriptor is closed, or with the process. A file system without locks is not locked.
+
+    Raises:
+        ValueError: another launch still holds it after `wait_seconds`.
+    """
+    if not Path(config.run_dir).is_dir():
+        return None
+    descriptor, limit = os.open(config.run_dir, os.O_RDONLY), time.monotonic() + wait_seconds
+    while not _lock(descriptor):
+        if time.monotonic() > limit:
+            os.close(descriptor)
+            raise ValueError(f"run_dir={config.run_dir!r} is in use by another launch; wait for its end, or stop it")
+        time.sleep(RUN_DIR_POLL_SECONDS)
+    return descriptor
+
+
+def claim_run(config: TrainingConfig, step: int) -> None:
+    """Creates run_dir and its config.json, and cleans up what earlier launches left in it.
+
+    Half-written and replaced checkpoints are deleted. Checkpoints newer than `step`, from which the run continues, did not
+    verify: they are renamed to step-XXXXXXXX.faulty.
+    """
+    folder = Path(config.run_dir)
+    checkpoints_dir(config).mkdir(parents=True, exist_ok=True)
+    kept = checkpoint_folders(config).values()
+    for leftover in [*checkpoints_dir(config).glob(".step-*.draft"), *checkpoints_dir(config).glob(".step-*.replaced")]:
+        if leftover not in kept:
+            shutil.rmtree(leftover)
+    for at, newer in checkpoint_folders(config).items():
+        if at > step:
+            shutil.rmtree(aside := faulty_folder(newer), ignore_errors=True)
+            newer.rename(aside)
+    write_text(folder / "config.json", json.dumps(config_record(config), indent=2) + "\n")
+
+
+def metrics_path(config: TrainingConfig) -> Path:
+    """The run's metrics.jsonl."""
+    return Path(config.run_dir) / "metrics.jsonl"
+
+
+def picture_path(config: TrainingConfig) -> Path:
+    """The run's loss.png."""
+    return Path(config.run_dir) / "loss.png"
+
+
+def tensorboard_dir(config: TrainingConfig) -> Path:
+    """The run's folder of TensorBoard event files."""
+    return Path(config.run_dir) / "tensorboard"
+
+
+def newest_folder(config: TrainingConfig) -> Path | None:
+    """The newest checkpoint's folder, verified or not."""
+    return max(checkpoint_folders(config).items(), default=(0, None))[1]
+
+
+def same_without_teacher(config: TrainingConfig) -> TrainingConfig | None:
+    """The configuration of a run in a folder beside run_dir that is the same but has no teacher; None if there is none.
+
+    MOVABLE_FIELDS may differ.
+    """
+    alone, run_dir = replace(config, teacher_dir=None, teacher_top_k=None), Path(config.run_dir)
+    ours, defaults = config_record(alone), config_record(TrainingConfig())
+    for name in {*MOVABLE_FIELDS, *DISTILL_FIELDS}:
+        del ours[name]
+    for path in sorted(run_dir.absolute().parent.glob("*/config.json")):
+        try:
+            theirs = defaults | read_json(path)
+        except (OSError, ValueError):
+            continue
+        if all(theirs[name] == value for name, value in ours.items()):
+            return replace(alone, run_dir=str(run_dir.parent / path.parent.name))
+    return None
+
+
+def checkpoints_dir(config: TrainingConfig) -> Path:
+    """The run's folder of checkpoints."""
+    return Path(config.run_dir) / "checkpoints"
+
+
+def checkpoint_folders(config: TrainingConfig) -> dict[int, Path]:
+    """Every checkpoint's folder by its step. One that is being replaced counts until the new one is there."""
+    found = {}
+    for folder in [*checkpoints_dir(config).glob(f".{FOLDERS}.replaced"), *checkpoints_dir(config).glob(FOLDERS)]:
+        found[int(folder.name.split("-")[1].removesuffix(".replaced"))] = folder
+    return found
+
+
+def faulty_folder(folder: Path) -> Path:
+    """The name that a checkpoint gets when it does not verify and is set aside."""
+    return folder.with_name(f"{folder.name.lstrip('.').removesuffix('.replaced')}.faulty")
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as fault:
+        return fault.errno in NO_LOCKS
+    return True

@@ -1,0 +1,206 @@
+"""Everything before step one, in order: refusals, ranks, the lock on run_dir, data, teacher, model, engine. Knows no loop.
+
+What only the trainer or an entry may do is given to `set_up` as functions.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from scripts import memory
+from scripts.config import RUN_DIR_WAIT_SECONDS, TrainingConfig, refuse_on_this_machine
+from scripts.engine import offload, toolchain, truth_check, watch
+from scripts.engine.distributed import (
+    Ranks,
+    connect,
+    device_of,
+    gather_numbers,
+    in_turn,
+    join,
+    ranks_from_launcher,
+    say,
+    set_up_cuda,
+    together,
+)
+from scripts.model.decoder import Decoder, empty_model, initialise
+from scripts.model.huggingface import load_weights
+from scripts.plan.machine import peak_bytes, room_free, room_in_all
+from scripts.run import run_dir
+from scripts.run.checkpoint import Checkpoint, load_state, newest_verified
+from scripts.run.metrics import rewind_metrics, summary, unsaved_steps
+from scripts.run.state import Progress, Run, Teaching, progress_of
+from scripts.run.teacher import LabelWindows, Teacher, find_teacher, open_teaching
+
+
+class Given(NamedTuple):
+    """What setup does not do itself: `prepare(config)` makes or opens the data; `label(model, windows, config)` asks a teacher
+    for labels, None without labels; `initialize(config, ranks, model)` makes DeepSpeed's engine; `train_tiny` is the truth
+    check's, and takes the ranks first.
+    """
+
+    prepare: Callable[[TrainingConfig], Any]
+    label: LabelWindows | None
+    initialize: Callable[[TrainingConfig, Ranks, Decoder], Any]
+    train_tiny: Callable[..., truth_check.Trained]
+
+
+class Start(NamedTuple):
+    """A launch on its way to a run: `lock` is the descriptor that holds run_dir, on rank 0 if run_dir is there already."""
+
+    config: TrainingConfig
+    ranks: Ranks
+    watch: watch.Watch
+    teacher: Teacher | None
+    lock: int | None
+
+
+def set_up(config: TrainingConfig, given: Given) -> Run | None:
+    """Everything before step one. None when the run is already finished. Every rank must call this.
+
+    Raises:
+        ValueError: the configuration does not fit the machine, the ranks, the data, the teacher or what run_dir holds.
+        SystemExit: 75 when a stop was requested meanwhile; 1 when there is no memory left.
+    """
+    ranks = ranks_from_launcher()
+    watching = watch.Watch(ranks.rank, ranks.local_rank, ranks.num_launchers, config.silent_rank_seconds)
+    with ending_out_of_memory(config, ranks), watching.before_training(), ExitStack() as on_failure:
+        teacher = _refuse_before_ranks_meet(config, ranks)
+        say(ranks, "Starting DeepSpeed. Its first start on a machine compiles the CPU Adam, which takes a minute or two.")
+        with _compiling(config, ranks):
+            join(config, ranks)
+        connect(ranks, watching)
+        lock = together(lambda: run_dir.hold_run(config, RUN_DIR_WAIT_SECONDS) if ranks.rank == 0 else None)
+        on_failure.callback(release_lock, lock)
+        run = _continue_or_begin(Start(config, ranks, watching, teacher, lock), given)
+        if run is not None:
+            on_failure.pop_all()
+    if run is None:
+        watching.close(clean=True)
+    return run
+
+
+def release_lock(lock: int | None) -> None:
+    """Lets other launches have run_dir."""
+    if lock is not None:
+        os.close(lock)
+
+
+@contextmanager
+def ending_out_of_memory(config: TrainingConfig, ranks: Ranks) -> Iterator[None]:
+    """Ends a run that has no memory left with status 1 and one line: the plan, what was measured, and what needs less."""
+    try:
+        yield
+        return
+    except (MemoryError, RuntimeError, OSError) as fault:
+        if not memory.is_out_of_memory(fault):
+            raise
+        first_line = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
+    device_type = device_of(ranks).type
+    words = memory.out_of_memory_words(config, ranks.world_size, ranks.local_size, device_type, peak_bytes())
+    watch.say(f"failed: {first_line}; {words}; {watch.SAME_COMMAND}", sys.stderr)
+    raise SystemExit(watch.FAILED)
+
+
+def _refuse_before_ranks_meet(config: TrainingConfig, ranks: Ranks) -> Teacher | None:
+    """All that a rank can refuse alone, without loading anything. The teacher, if there is one."""
+    set_up_cuda()
+    offload.refuse_other_versions()
+    refuse_on_this_machine(config, ranks.world_size)
+    toolchain.refuse_missing_compilers(config)
+    run_dir.refuse_other_run(config)
+    teacher = find_teacher(config)
+    _refuse_too_large(config, ranks, room_in_all)
+    return teacher
+
+
+def _refuse_too_large(config: TrainingConfig, ranks: Ranks, look: Callable) -> None:
+    device = device_of(ranks)
+    memory.refuse_too_large(config, ranks.world_size, ranks.local_size, look(config, device), device.type)
+
+
+def _continue_or_begin(start: Start, given: Given) -> Run | None:
+    config, ranks = start.config, start.ranks
+    found = together(lambda: _newest_checkpoint(config, ranks))
+    steps_done = 0 if found is None else found.state["step"]
+    if len(set(gather_numbers(steps_done))) > 1:
+        raise ValueError(f"run_dir={config.run_dir!r} does not hold the same on every machine; put it on a shared path")
+    if steps_done == config.num_steps:
+        say(ranks, f"This run is finished: {config.num_steps} steps. {summary(config)}")
+        return None
+    together(lambda: _refuse_too_large(config, ranks, room_free))
+    if ranks.rank == 0:
+        watch.say(memory.short_words(config, ranks.world_size, ranks.local_size, device_of(ranks)), sys.stdout)
+    data, teaching = in_turn(lambda: given.prepare(config)), None
+    if start.teacher is not None:
+        teaching = open_teaching(start.teacher, config, ranks, data, label=given.label, found=found)
+    return _build(start, given, data, found, teaching)
+
+
+def _newest_checkpoint(config: TrainingConfig, ranks: Ranks) -> Checkpoint | None:
+    found, faults = newest_verified(config)
+    for fault in faults:
+        say(ranks, f"{fault}; going back to an older one")
+    lost = unsaved_steps(config) if found is None else 0
+    if lost:
+        say(ranks, f"{config.run_dir} holds {lost} steps and no checkpoint yet: beginning again at step 0")
+    return found
+
+
+def _build(start: Start, given: Given, data, found: Checkpoint | None, teaching: Teaching | None) -> Run:
+    """The model and the engine, at the state of the checkpoint `found` or fresh; run_dir is claimed last."""
+    config, ranks = start.config, start.ranks
+    device, steps_done, progress = device_of(ranks), 0, Progress()
+    if found is not None:
+        steps_done, progress = found.state["step"], progress_of(found.state["progress"])
+    model = together(lambda: model_to_train(config, ranks, data, found))
+    with _compiling(config, ranks):
+        train_tiny = partial(given.train_tiny, ranks)
+        truth_check.refuse_untrue_updates(config, ranks.rank, ranks.world_size, device, train_tiny)
+        engine = given.initialize(config, ranks, model)
+    if found is not None:
+        together(lambda: load_state(engine, found))
+        say(ranks, f"Continuing after step {steps_done} from {found.folder}")
+    lock = together(lambda: _claim(start, steps_done, progress) if ranks.rank == 0 else None)
+    return Run(config, ranks, device, engine, data, steps_done, progress, start.watch, lock, teaching)
+
+
+def _claim(start: Start, steps_done: int, progress: Progress) -> int | None:
+    """Makes run_dir ready for this launch's records; the descriptor of its lock."""
+    config = start.config
+    try:
+        run_dir.claim_run(config, steps_done)
+        lock = run_dir.hold_run(config, 0) if start.lock is None else start.lock
+        rewind_metrics(config, steps_done, progress.is_evaluated)
+    except OSError as fault:
+        raise ValueError(f"run_dir={config.run_dir!r} cannot be written: {fault.strerror}; make room in it") from None
+    return lock
+
+
+@contextmanager
+def _compiling(config: TrainingConfig, ranks: Ranks) -> Iterator[None]:
+    """Around whatever may compile DeepSpeed's extensions."""
+    with toolchain.compiling(config, ranks.local_rank) as lines:
+        for line in lines:
+            watch.say(line, sys.stdout)
+        yield
+
+
+def model_to_train(config: TrainingConfig, ranks: Ranks, data, found: Checkpoint | None) -> Decoder:
+    """The model on this rank's device, with the weights of the checkpoint, of `init_from`, or fresh ones.
+
+    Raises:
+        ValueError: the data is not what the checkpoint was trained on, or the tokenizer is not that of `init_from`.
+    """
+    if found is not None and found.state["data_fingerprint"] != data.fingerprint:
+        raise ValueError(f"data_dir={config.data_dir!r} is not the data that {found.folder} was trained on; put that data back")
+    if found is None and config.init_from is not None and (Path(config.init_from) / "tokenizer.json").exists():
+        data.refuse_other_tokenizer(config.init_from, f"init_from={config.init_from!r}")
+    model, source = empty_model(config, device_of(ranks)), config.init_from if found is None else found.folder
+    if source is None:
+        return initialise(model)
+    load_weights(model, Path(source))
+    return model

@@ -1,0 +1,131 @@
+"""What the training loop works on and remembers: a run, its progress, one step. Knows no files and no DeepSpeed."""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ds.loader import MicroBatch, micro_batches
+from scripts.config import TrainingConfig
+from scripts.engine.distributed import Ranks
+from scripts.engine.watch import Watch
+
+
+class Progress(NamedTuple):
+    """What the loop remembers from step to step. A checkpoint holds it too.
+
+    `skipped_steps` in all and `skipped_in_a_row`; `recent_losses`, the last finite ones in nats; `tokens_digest` and
+    `windows_digest` (4 words each) of the rows read since the last train line; whether what is due after the step, evaluation
+    and sample, `is_evaluated`.
+    """
+
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    recent_losses: tuple[float, ...] = ()
+    tokens_digest: tuple[int, ...] = (0, 0, 0, 0)
+    windows_digest: tuple[int, ...] = (0, 0, 0, 0)
+    is_evaluated: bool = True
+
+
+class Step(NamedTuple):
+    """One optimizer update, over all ranks.
+
+    The mean `loss` in nats; `losses` (ranks, micro-batches) in nats; `tokens_digest` and `windows_digest` (4,) int64 of the
+    rows that were read; `is_skipped`: whether DeepSpeed left the update out because a gradient was not finite;
+    `is_stop_requested`: whether any rank was asked to stop.
+    """
+
+    loss: float
+    losses: np.ndarray
+    tokens_digest: np.ndarray
+    windows_digest: np.ndarray
+    is_skipped: bool
+    is_stop_requested: bool
+
+
+class Teaching(NamedTuple):
+    """What the student learns from: the teacher's `fingerprint`, and as `source` the model on this device or, with
+    `teacher_top_k`, its labels on the disk. `record` is the line about the teacher for metrics.jsonl, in a run that begins.
+    """
+
+    fingerprint: str
+    source: Any
+    record: dict | None
+
+
+class Run(NamedTuple):
+    """What the training loop works on.
+
+    `engine` is DeepSpeed's; `data` is scripts.prepare_data.Data. `first_step` counts the steps that are already done.
+    `lock` is the descriptor that keeps other launches out of run_dir, on rank 0. `teaching` is None in pre-training.
+    """
+
+    config: TrainingConfig
+    ranks: Ranks
+    device: torch.device
+    engine: Any
+    data: Any
+    first_step: int
+    progress: Progress
+    watch: Watch
+    lock: int | None
+    teaching: Teaching | None
+
+
+def advance(progress: Progress, taken: Step, config: TrainingConfig) -> Progress:
+    """The progress after one more step; what is due after that step is not evaluated yet."""
+    finite = [taken.loss] if math.isfinite(taken.loss) else []
+    return Progress(
+        skipped_steps=progress.skipped_steps + taken.is_skipped,
+        skipped_in_a_row=progress.skipped_in_a_row + 1 if taken.is_skipped else 0,
+        recent_losses=(*progress.recent_losses, *finite)[-config.spike_window_steps :],
+        tokens_digest=tuple((progress.tokens_digest + taken.tokens_digest).tolist()),
+        windows_digest=tuple((progress.windows_digest + taken.windows_digest).tolist()),
+        is_evaluated=False,
+    )
+
+
+def with_fresh_digests(progress: Progress) -> Progress:
+    """The same progress right after a train line: no row has been read since."""
+    return progress._replace(tokens_digest=Progress().tokens_digest, windows_digest=Progress().windows_digest)
+
+
+def progress_record(progress: Progress) -> dict:
+    """The progress as training/state.json holds it."""
+    fields = progress._asdict()
+    return fields | {"looked_around": fields.pop("is_evaluated")}
+
+
+def progress_of(record: dict) -> Progress:
+    """The inverse of `progress_record`."""
+    fields = {name: value for name, value in record.items() if name != "looked_around"}
+    return Progress(**fields, is_evaluated=record["looked_around"])
+
+
+def is_due(steps_done: int, every_steps: int | None, config: TrainingConfig) -> bool:
+    """Whether something that is done every so many steps is due: also after the last step, never where it is None."""
+    return every_steps is not None and (steps_done % every_steps == 0 or steps_done == config.num_steps)
+
+
+def step_order(run: Run, step: int) -> dict[str, int]:
+    """What decides, beside the rank, which windows a step reads: keyword arguments of ds.loader's functions."""
+    config = run.config
+    return {
+        "step": step,
+        "world_size": run.ranks.world_size,
+        "micro_batch_rows": config.micro_batch_rows,
+        "rows_per_step": config.rows_per_step,
+        "seed": config.seed,
+    }
+
+
+def step_batches(run: Run, step: int) -> Iterator[MicroBatch]:
+    """This rank's micro-batches of one step, on the host."""
+    return micro_batches(run.data.train, rank=run.ranks.rank, context_length=run.config.context_length, **step_order(run, step))
+
+
+def ids_on_device(run: Run, batch: MicroBatch) -> torch.Tensor:
+    """A micro-batch's windows (B, T + 1) int64 on this rank's device."""
+    return torch.from_numpy(batch.ids).to(run.device, non_blocking=True)

@@ -1,0 +1,105 @@
+"""Laws of the machine's room and speed: control groups, peaks, pinned memory, FLOP, and hours that follow the rates."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_plan import LABELS, SHAPES, shaped, taught
+
+from scripts.config import PRETRAIN
+from scripts.plan.machine import (
+    GroupLimit,
+    Rates,
+    flops_per_token,
+    hours,
+    limits_above,
+    measure_rates,
+    peak_bytes,
+    pinned_bytes,
+    proc_bytes,
+    room_free,
+    room_in_all,
+    teacher_seconds,
+    tokens_per_second,
+)
+
+CPU = torch.device("cpu")
+FOREVER = float("inf")
+
+
+def test_room_is_what_the_control_groups_leave(tmp_path):
+    inner = tmp_path / "a" / "b"
+    inner.mkdir(parents=True)
+    for folder, limit in ((inner, "max"), (tmp_path / "a", "1000"), (tmp_path, "3000")):
+        (folder / "memory.max").write_text(limit)
+        (folder / "memory.current").write_text("900")
+        (folder / "memory.stat").write_text("anon 500\ninactive_file 300\n")
+    found = sorted(limits_above(str(tmp_path), "/a/b", "memory.max", "memory.current"))
+    assert found == [GroupLimit(1000, 600), GroupLimit(3000, 600)]
+
+
+def test_room_is_within_the_machine_and_has_no_gpu_on_a_processor():
+    free, in_all = room_free(PRETRAIN, CPU), room_in_all(PRETRAIN, CPU)
+    assert free.host > 0 and 0 < in_all.host <= proc_bytes("/proc/meminfo")["MemTotal"]
+    assert free.gpu is None and in_all.gpu is None and 0 < free.disk <= in_all.disk
+    assert (free.which, in_all.which) == ("free", "there in all")
+
+
+def test_peak_of_the_host_is_the_most_that_was_ever_resident():
+    peaks, resident = peak_bytes(), proc_bytes("/proc/self/status")["VmHWM"]
+    assert 0.99 * resident <= peaks.host_bytes <= proc_bytes("/proc/meminfo")["MemTotal"]
+    assert peaks.gpu_bytes == 0 or torch.cuda.is_available()
+
+
+@pytest.mark.parametrize(("version", "wanted"), [("2.11.0", 4096), ("2.12.1", 4096), ("2.13.0", 3000), ("2.14.0", 3000)])
+def test_pinned_memory_is_a_power_of_two_before_torch_2_13(monkeypatch, version, wanted):
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)(version))
+    assert pinned_bytes(3000, "cuda") == wanted and pinned_bytes(3000, "cpu") == 3000 and pinned_bytes(4096, "cuda") == 4096
+
+
+def test_products_reach_six_tenths_of_their_rate():
+    """With copies that take no time, products alone decide."""
+    for config in (shaped("124M", 8192), shaped("1.3B", 4096, activation_checkpointing="block")):
+        speed = tokens_per_second(config, 1, 1, "cuda", Rates(1e12, FOREVER, FOREVER))
+        assert speed == pytest.approx(0.6e12 / flops_per_token(config))
+
+
+def test_gradients_go_down_each_micro_batch_beside_two_thirds_of_it_and_adam_reads_and_writes_34_bytes_a_parameter():
+    config = shaped("124M", 8192)
+    num_parameters, products = config.num_parameters, 8192 * flops_per_token(config) / 0.6e12
+    down, up, adam = (num_parameters * size / rate for size, rate in ((2, 1e7), (2, 1e7), (34, 1e10)))
+    for place, trips, hidden in (("cpu", 4, products * 2 / 3), ("gpu", 1, 0.0)):
+        seconds = 4 * products + trips * (down - hidden) + adam + up
+        speed = tokens_per_second(replace(config, accumulate_on=place), 1, 1, "cuda", Rates(1e12, 1e10, 1e7))
+        assert speed == pytest.approx(4 * 8192 / seconds)
+
+
+def test_flop_of_a_token_are_six_a_parameter_and_causal_attention():
+    """124M: 6 * (84.9 million in blocks + 38.6 million of the head), and 12 layers * 6 * 1024 positions * 768."""
+    config = shaped("124M", 1024)
+    assert flops_per_token(config) == pytest.approx(6 * (84.9e6 + 38.6e6) + 12 * 6 * 1024 * 768, rel=1e-3)
+    kept = flops_per_token(config) - 6 * 50304 * 768
+    assert flops_per_token(replace(config, activation_checkpointing="block")) - flops_per_token(config) == kept // 3
+
+
+def test_hours_follow_the_rates():
+    slow = Rates(1e9, 1e9, 1e9)
+    for field in ("flops", "host_bytes", "link_bytes"):
+        fast = slow._replace(**{field: 1e12})
+        speeds = [tokens_per_second(shaped("124M", 8192), 1, 1, "cuda", rates) for rates in (slow, fast)]
+        assert speeds[0] < speeds[1]
+    assert hours(PRETRAIN, PRETRAIN.tokens_per_step / 3600, 0.0) == pytest.approx(PRETRAIN.num_steps)
+    assert hours(PRETRAIN, PRETRAIN.tokens_per_step / 3600, 7200.0) == pytest.approx(PRETRAIN.num_steps + 2)
+    assert all(rate > 0 for rate in measure_rates(PRETRAIN, CPU))
+
+
+def test_a_teacher_beside_costs_its_forward_in_each_step_and_one_alone_before_the_first(tmp_path):
+    config = taught(shaped("124M", 8192), tmp_path, **SHAPES["350M"])
+    labelled, without, rates = replace(config, **LABELS), replace(config, teacher_dir=None), Rates(1e12, 1e10, 1e10)
+    forward = flops_per_token(config) - flops_per_token(without)
+    assert flops_per_token(labelled) == flops_per_token(without)
+    body = replace(without, **(SHAPES["350M"] | {"vocab_size": config.vocab_size})).num_parameters - 1024 * config.vocab_size
+    assert forward == pytest.approx(2 * body + 2 * 24 * 2048 * 1024, rel=1e-3)
+    seconds = [teacher_seconds(each, 1, rates) for each in (without, config, labelled)]
+    assert seconds == [0, 0, pytest.approx(config.num_steps * config.tokens_per_step * forward / 0.6e12)]
+    assert teacher_seconds(labelled, 2, rates) == seconds[2] / 2

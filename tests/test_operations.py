@@ -1,0 +1,116 @@
+"""Laws of scripts/model/operations.py: plain torch's values and gradients in the variants of CPUs and of GPUs."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_decoder import CPU, TINY, fresh, paths, some_ids, take_path
+from test_huggingface import assert_same_logits_and_gradients, written
+from torch import nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from scripts.model import operations
+from scripts.model.decoder import empty_model, rotary_table
+from scripts.model.losses import next_token_loss
+
+ROTARY = rotary_table(TINY, 0, 24, CPU)
+TABLE, IDS = nn.Embedding(9, 32), torch.arange(48).view(2, 24) % 7
+NORM, UP, GATE, DOWN = nn.RMSNorm(32, 1e-5), *(nn.Linear(*shape, bias=False) for shape in ((32, 48), (32, 48), (48, 32)))
+HEADS, KV_HEADS, HIDDEN, MLP = (2, 4, 24, 8), (2, 2, 24, 8), (2, 24, 32), (2, 24, 48)
+
+
+class Case(NamedTuple):
+    """An operation, the same in plain torch, the shapes that it takes and the modules whose weights it uses."""
+
+    ours: Callable[..., torch.Tensor]
+    plain: Callable[..., torch.Tensor]
+    shapes: tuple[tuple[int, ...], ...]
+    modules: tuple[nn.Module, ...]
+
+
+def plain_rotate(x: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, -1)
+    rotated = torch.complex(first, second) * torch.complex(*ROTARY)
+    return torch.cat((rotated.real, rotated.imag), -1)
+
+
+def plain_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    k, v = (each.repeat_interleave(2, 1) for each in (plain_rotate(k), v))
+    scores = plain_rotate(q) @ k.mT / q.shape[-1] ** 0.5
+    return scores.masked_fill(torch.ones(24, 24, dtype=torch.bool).triu(1), -torch.inf).softmax(-1) @ v
+
+
+CASES = {
+    "embed": Case(lambda x: operations.embed(IDS, TABLE) * x, lambda x: TABLE(IDS) * x, (HIDDEN,), (TABLE,)),
+    "normalise": Case(lambda x: operations.normalise(x, NORM), NORM, (HIDDEN,), (NORM,)),
+    "normed_products": Case(
+        lambda x: torch.cat(operations.normed_products(x, NORM, UP, GATE), -1),
+        lambda x: torch.cat((UP(NORM(x)), GATE(NORM(x))), -1),
+        (HIDDEN,),
+        (NORM, UP, GATE),
+    ),
+    "gated_product": Case(
+        lambda gate, up: operations.gated_product(gate, up, DOWN),
+        lambda gate, up: DOWN(functional.silu(gate) * up),
+        (MLP, MLP),
+        (DOWN,),
+    ),
+    "product": Case(lambda x: operations.product(x, UP), UP, (HIDDEN,), (UP,)),
+    "rotate": Case(lambda x: operations.rotate(x, ROTARY), plain_rotate, (HEADS,), ()),
+    "attend": Case(lambda q, k, v: operations.attend(q, k, v, ROTARY), plain_attend, (HEADS, KV_HEADS, KV_HEADS), ()),
+}
+
+
+@paths
+@pytest.mark.parametrize("chunk_rows", [7, 1024])
+@pytest.mark.parametrize("name", CASES)
+def test_an_operation_has_plain_torchs_values_and_gradients(monkeypatch, name, chunk_rows, on_host):
+    take_path(monkeypatch, on_host)
+    monkeypatch.setattr(operations, "HOST_CHUNK_ROWS", chunk_rows)
+    case, generator, found = CASES[name], torch.Generator().manual_seed(0), []
+    inputs = [torch.randn(shape, generator=generator).requires_grad_() for shape in case.shapes]
+    wanted = [*inputs, *(weight for module in case.modules for weight in module.parameters())]
+    for operation in (case.ours, case.plain):
+        output = operation(*inputs)
+        from_above = torch.linspace(-1.0, 1.0, output.numel()).view(output.shape)
+        found.append([output.detach(), *torch.autograd.grad(output, wanted, from_above)])
+    for ours, plain in zip(*found, strict=True):
+        assert (ours - plain).norm() <= 1e-5 * plain.norm()
+
+
+@paths
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_positions_beyond_one_chunk_of_the_host_kernels_give_transformers_logits_and_gradients(
+    tmp_path, monkeypatch, qk_norm, on_host
+):
+    config = replace(TINY, qk_norm=qk_norm, context_length=700, tokens_per_step=700, eval_tokens=700)
+    decoder = fresh(config)
+    theirs = AutoModelForCausalLM.from_pretrained(written(decoder, tmp_path))
+    take_path(monkeypatch, on_host)
+    assert_same_logits_and_gradients(decoder, theirs, some_ids(config, 3, 700))
+
+
+@paths
+@pytest.mark.parametrize("tied", [False, True])
+def test_bf16_gradients_are_near_those_of_fp32(monkeypatch, tied, on_host):
+    take_path(monkeypatch, on_host)
+    narrow = fresh(replace(TINY, precision="bf16", tie_embeddings=tied, init_std=0.05))
+    wide, ids = empty_model(replace(narrow.config, precision="fp32"), CPU), some_ids(TINY, 8, 25)
+    wide.load_state_dict(narrow.state_dict())
+    for decoder in (narrow, wide):
+        next_token_loss(decoder(ids[:, :-1]), decoder.head, ids[:, 1:], 50).backward()
+    for (name, weight), exact in zip(narrow.named_parameters(), wide.parameters(), strict=True):
+        assert weight.grad is not None and exact.grad is not None and weight.grad.dtype == torch.bfloat16
+        assert (weight.grad - exact.grad).norm() < 0.03 * exact.grad.norm(), name
+
+
+@given(num_rows=st.integers(0, 99), rows_at_once=st.integers(1, 40))
+def test_slices_of_rows_cover_each_row_once_in_order(num_rows, rows_at_once):
+    slices = operations.row_slices(num_rows, rows_at_once)
+    assert [row for rows in slices for row in range(num_rows)[rows]] == list(range(num_rows))
+    assert all(rows.stop - rows.start == rows_at_once for rows in slices)
