@@ -14,14 +14,13 @@ from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from glob import has_magic, iglob
 from hashlib import sha256
-from itertools import takewhile
+from itertools import product, takewhile
 from pathlib import Path
 from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
 # pyarrow, because zstandard's own reader takes a truncated file for a complete one.
 OPENERS = {
     ".gz": gzip.open,
@@ -40,27 +39,21 @@ FIXED_BYTES = {
     **dict.fromkeys(b"Khq\x80\x82", 1), **dict.fromkeys(b"M\x83", 2), **dict.fromkeys(b"Jjr\x84", 4),
     **dict.fromkeys(b"G\x95", 8),
 }  # fmt: skip
-LENGTH_BYTES = {
-    **dict.fromkeys(b"UC\x8a\x8c", 1), **dict.fromkeys(b"TBX\x8b", 4), **dict.fromkeys(b"\x8d\x8e\x96", 8)
-}  # fmt: skip
+LENGTH_BYTES = {**dict.fromkeys(b"UC\x8a\x8c", 1), **dict.fromkeys(b"TBX\x8b", 4), **dict.fromkeys(b"\x8d\x8e\x96", 8)}
 NUM_LINES = {**dict.fromkeys(b"FILPSVgp", 1), **dict.fromkeys(b"ci", 2)}
 STOP = ord(".")
+JSON_REMEDY = "write one JSON object a line"
 
 
 def corpus_files(corpus: tuple[str, ...], exclude: tuple[str, ...]) -> list[Path]:
     """The files of all entries, sorted, each once. An entry is a file, a folder (read recursively) or a glob (`**` too).
 
     Below a folder, or below the fixed part of a glob, hidden names are left out, and so is every path with a part that matches
-    a pattern of `exclude` (as in fnmatch). A file that an entry names itself is never left out.
-
-    Raises:
-        ValueError: an entry is not there, or no file of it is left.
+    a pattern of `exclude` (as in fnmatch). A file that an entry names itself is never left out. Raises ValueError if
+    an entry is not there or no file of it is left.
     """
-    found: dict[Path, Path] = {}
-    for entry in corpus:
-        for path in sorted(_entry_files(entry, exclude)):
-            found.setdefault(path.resolve(), path)
-    return sorted(found.values())
+    files = [path for entry in corpus for path in sorted(_entry_files(entry, exclude))]
+    return sorted({path.resolve(): path for path in reversed(files)}.values())
 
 
 def corpus_digest(files: Iterable[Path]) -> str:
@@ -72,17 +65,12 @@ def corpus_digest(files: Iterable[Path]) -> str:
 
 
 def documents(files: Iterable[Path], text_field: str) -> Iterator[bytes]:
-    """Every document that is not empty, in the order of the files.
-
-    Raises:
-        ValueError: see `file_documents`; or there is no document at all.
-    """
-    num_documents = 0
+    """Every document that is not empty, file by file. Raises ValueError as `file_documents` does, or if there is none."""
+    document = b""
     for path in files:
         for document in file_documents(path, text_field):
-            num_documents += 1
             yield document
-    if not num_documents:
+    if not document:
         raise ValueError("corpus holds no text: every file is empty; add files with text to corpus")
 
 
@@ -90,15 +78,14 @@ def file_documents(path: Path, text_field: str) -> Iterator[bytes]:
     """The documents of one file that are not empty: a line of .jsonl or .ndjson, a row of .parquet, else the whole file.
 
     The text is the string in `text_field`. Files that end in .gz, .bz2, .xz or .zst are decompressed first. Bytes that are
-    not UTF-8 are kept.
-
-    Raises:
-        ValueError: the file cannot be read, is not what its name says, is a pickle or a zip archive, or a line or column is
-            not text; names file and line.
+    not UTF-8 are kept. Raises ValueError, with file and line, if the file cannot be read, is not what its name says, is a
+    pickle or a zip archive, or if a line or column is not text.
     """
+    name = path.with_suffix("") if path.suffix.lower() in OPENERS else path
+    readers = {".jsonl": _json_lines, ".ndjson": _json_lines, ".parquet": _parquet}
     try:
-        yield from filter(None, _reader(path)(path, text_field))
-    except UNREADABLE as error:
+        yield from filter(None, readers.get(name.suffix.lower(), _whole_file)(path, text_field))
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
         raise ValueError(f"{path} cannot be read ({one_line(error)}); repair it, or leave it out by corpus_exclude") from error
 
 
@@ -126,7 +113,7 @@ def _entry_files(entry: str, exclude: tuple[str, ...]) -> list[Path]:
     root = path if path.is_dir() else fixed_part(path)
     files = _files_below(path) if path.is_dir() else [Path(name) for name in iglob(entry, recursive=True)]
     files = [file for file in files if file.is_file()]
-    kept = [file for file in files if not _is_excluded(file.relative_to(root), exclude)]
+    kept = [file for file in files if not any(fnmatchcase(*pair) for pair in product(file.relative_to(root).parts, exclude))]
     if not kept:
         excluded = f"corpus_exclude leaves out all {len(files)}" if files else "nothing is there"
         raise ValueError(f"corpus: {entry!r} matches no file ({excluded}); name a file, folder or glob that holds text")
@@ -139,15 +126,6 @@ def _files_below(root: Path) -> list[Path]:
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         files += [Path(folder, name) for name in names if not name.startswith(".")]
     return files
-
-
-def _is_excluded(path: Path, exclude: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(part, pattern) for part in path.parts for pattern in exclude)
-
-
-def _reader(path: Path):
-    name = path.with_suffix("") if path.suffix.lower() in OPENERS else path
-    return {".jsonl": _json_lines, ".ndjson": _json_lines, ".parquet": _parquet}.get(name.suffix.lower(), _whole_file)
 
 
 def _whole_file(path: Path, text_field: str) -> Iterator[bytes]:
@@ -165,21 +143,14 @@ def _begins_with_pickle(content: bytes) -> bool:
     """Whether the bytes begin with a whole pickle of protocol 2 to 5: one opcode after the other, up to STOP."""
     at = 2 if content.startswith(PICKLE_STARTS) else len(content)
     while at < len(content) and content[at] != STOP:
-        at = _behind_opcode(content, at)
+        opcode, at = content[at], at + 1
+        length = content[at : at + LENGTH_BYTES.get(opcode, 0)]
+        at += len(length) + int.from_bytes(length, "little")
+        for _ in range(NUM_LINES.get(opcode, 0)):
+            at = (content.find(b"\n", at) + 1) or len(content)
+        if opcode not in LENGTH_BYTES and opcode not in NUM_LINES:
+            at += FIXED_BYTES.get(opcode, len(content))
     return at < len(content)
-
-
-def _behind_opcode(content: bytes, at: int) -> int:
-    """The place of the opcode after the one at `at`; the end of the content if there is no opcode at `at`."""
-    opcode, at = content[at], at + 1
-    if opcode in FIXED_BYTES:
-        return at + FIXED_BYTES[opcode]
-    if opcode in LENGTH_BYTES:
-        length = content[at : at + LENGTH_BYTES[opcode]]
-        return at + len(length) + int.from_bytes(length, "little")
-    for _ in range(NUM_LINES.get(opcode, 0)):
-        at = (content.find(b"\n", at) + 1) or len(content)
-    return at if opcode in NUM_LINES else len(content)
 
 
 def _json_lines(path: Path, text_field: str) -> Iterator[bytes]:
@@ -193,11 +164,9 @@ def _json_text(line: bytes, text_field: str, place: str) -> bytes:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{place}: not JSON ({error}); write one JSON object a line, or leave the file out by corpus_exclude"
-        ) from None
+        raise ValueError(f"{place}: not JSON ({error}); {JSON_REMEDY}, or leave the file out by corpus_exclude") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{place}: a JSON {type(value).__name__}, not an object; write one JSON object a line")
+        raise ValueError(f"{place}: a JSON {type(value).__name__}, not an object; {JSON_REMEDY}")
     if text_field not in value:
         raise ValueError(f"{place}: no field {text_field!r}, there is {_names(value)}; set text_field to one of these")
     if not isinstance(value[text_field], str):
@@ -212,23 +181,17 @@ def _names(names: Iterable[str]) -> str:
 
 def _parquet(path: Path, text_field: str) -> Iterator[bytes]:
     with pq.ParquetFile(path) as file:
-        schema = file.schema_arrow
-        if text_field not in schema.names:
+        names = file.schema_arrow.names
+        if text_field not in names:
+            raise ValueError(f"{path}: no column {text_field!r}, there is {_names(names)}; set text_field to one of these")
+        column = file.schema_arrow.field(text_field).type
+        if (column.value_type if isinstance(column, pa.DictionaryType) else column) not in (pa.string(), pa.large_string()):
             raise ValueError(
-                f"{path}: no column {text_field!r}, there is {_names(schema.names)}; set text_field to one of these"
+                f"{path}: column {text_field!r} is of type {column}, not a string; set text_field to a column of strings"
             )
-        _check_column(path, text_field, schema.field(text_field).type)
         for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=[text_field]):
             # As binary: pyarrow does not look whether its strings are UTF-8, and a Python string would refuse them.
             yield from (text for text in batch.column(0).cast(pa.large_binary()).to_pylist() if text is not None)
-
-
-def _check_column(path: Path, text_field: str, kind: pa.DataType) -> None:
-    value_kind = kind.value_type if isinstance(kind, pa.DictionaryType) else kind
-    if not (pa.types.is_string(value_kind) or pa.types.is_large_string(value_kind)):
-        raise ValueError(
-            f"{path}: column {text_field!r} is of type {kind}, not a string; set text_field to a column of strings"
-        )
 
 
 def _open(path: Path) -> IO[bytes]:

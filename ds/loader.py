@@ -1,8 +1,7 @@
 """Step -> this rank's micro-batches: a pure function, so there is no loader state to save.
 
 Window i of a stream is tokens[i * T : i * T + T + 1] for T = context_length: rows to read and, one later, to predict. Owns the
-order of the windows, what says which were read, and which documents they come from. Knows nothing of text, of bytes on
-disk, nor of the model.
+order of the windows, what says which were read, and which documents they come from. Knows nothing of bytes on disk or models.
 """
 
 from collections.abc import Iterator
@@ -65,28 +64,22 @@ def micro_batches(
     seed: int,
 ) -> Iterator[MicroBatch]:
     """What this rank reads in this step, micro-batch after micro-batch, as `rank_windows` says; only the arguments decide.
-
-    Raises:
-        ValueError: the stream is shorter than one window.
+    Raises ValueError if the stream is shorter than one window.
     """
-    num_windows = count_windows(stream.num_tokens, context_length)
+    num_tokens, num_windows = stream.num_tokens, count_windows(stream.num_tokens, context_length)
     if not num_windows:
-        raise ValueError(
-            f"{stream.num_tokens} tokens hold no window of context_length + 1 = {context_length + 1}; add documents"
-        )
+        raise ValueError(f"{num_tokens} tokens hold no window of context_length + 1 = {context_length + 1}; add documents")
     place = {"step": step, "rank": rank, "world_size": world_size, "seed": seed}
     due = rank_windows(num_windows, micro_batch_rows=micro_batch_rows, rows_per_step=rows_per_step, **place)
-    for rows, windows in zip(due.rows, due.windows, strict=True):
+    for rows, windows in zip(*due, strict=True):
         yield MicroBatch(rows, windows, read_windows(stream, windows, context_length))
 
 
 def rank_windows(
     num_windows: int, *, step: int, rank: int, world_size: int, micro_batch_rows: int, rows_per_step: int, seed: int
 ) -> RankWindows:
-    """What a rank reads in a step; any rank can compute it for any other.
-
-    Row b of micro-batch m is row (m * world_size + rank) * micro_batch_rows + b of the step, so the ranks are disjoint and
-    together read what one rank would.
+    """What a rank reads in a step; any rank can compute it for any other. Row b of micro-batch m is row
+    (m * world_size + rank) * micro_batch_rows + b of the step, so the ranks are disjoint and together read what one rank would.
     """
     windows = step_windows(step, rows_per_step, num_windows, seed)
     rows = step * rows_per_step + np.arange(rows_per_step, dtype=np.int64)
@@ -97,9 +90,8 @@ def rank_windows(
 def held_out_batches(
     stream: TokenStream, *, rank: int, world_size: int, micro_batch_rows: int, context_length: int, num_windows: int
 ) -> Iterator[np.ndarray]:
-    """The `spread_windows` of the whole stream, in order: arrays (rows, context_length + 1) int64.
-
-    Batch k goes to rank k % world_size; all have micro_batch_rows rows but the last, which may have fewer.
+    """The `spread_windows` of the whole stream, in order: arrays (micro_batch_rows, context_length + 1) int64, the last of them
+    with fewer rows if they do not suffice. Batch k goes to rank k % world_size.
     """
     windows = spread_windows(count_windows(stream.num_tokens, context_length), num_windows)
     for first in range(rank * micro_batch_rows, len(windows), world_size * micro_batch_rows):
@@ -108,8 +100,7 @@ def held_out_batches(
 
 def spread_windows(num_available: int, num_windows: int) -> np.ndarray:
     """`num_windows` of `num_available` windows, or all if there are fewer, spread evenly and ascending: (N,) int64.
-
-    Window i of N is the one in the middle of the i-th of N equal parts.
+    Window i is the one in the middle of the i-th of N equal parts.
     """
     count = min(num_windows, num_available)
     return (2 * np.arange(count, dtype=np.int64) + 1) * num_available // (2 * max(count, 1))
@@ -117,14 +108,12 @@ def spread_windows(num_available: int, num_windows: int) -> np.ndarray:
 
 def read_windows(stream: TokenStream, windows: np.ndarray, context_length: int) -> np.ndarray:
     """The tokens of windows: (B,) int64 -> (B, context_length + 1) int64."""
-    starts = (windows * context_length).tolist()
-    return np.stack([stream.read(start, start + context_length + 1) for start in starts])
+    return np.stack([stream.read(start, start + context_length + 1) for start in (windows * context_length).tolist()])
 
 
 def read_labels(labels: LabelStream, windows: np.ndarray, context_length: int) -> Labels[np.ndarray]:
     """The labels of the first T = context_length tokens of windows: (B,) int64 -> (B, T, k) ids and logs, (B, T) tail."""
-    starts = (windows * context_length).tolist()
-    rows = [labels.read(start, start + context_length) for start in starts]
+    rows = [labels.read(start, start + context_length) for start in (windows * context_length).tolist()]
     return Labels(*(np.stack(field) for field in zip(*rows, strict=True)))
 
 
@@ -166,16 +155,14 @@ def digest_hex(digest: np.ndarray) -> str:
 
 def documents_between(stream: TokenStream, start: int, stop: int, end_of_text_id: int) -> list[Document]:
     """Every document that overlaps the tokens [start, stop), in order. Each is whole: it may start before and stop behind them.
-
-    The first call counts the documents from the beginning of the stream, SCAN_TOKENS at a time; later calls remember the
-    counts. The last document of a stream need not have an end of text.
+    The last of a stream need not have an end of text. The first call counts the documents from the beginning of the stream,
+    SCAN_TOKENS at a time; later calls remember the counts.
     """
-    number, begin, stops = 0, 0, []
+    number, begin = 0, 0
     for first in range(0, start, SCAN_TOKENS):
         before = _count_stops(stream, first, min(first + SCAN_TOKENS, start), end_of_text_id)
         number, begin = number + before.num_stops, before.last_stop or begin
-    for inside in _document_stops(stream, start, stop, end_of_text_id):
-        stops += inside.tolist()
+    stops = [place for found in _document_stops(stream, start, stop, end_of_text_id) for place in found.tolist()]
     if start < stop and stop not in stops[-1:]:
         behind = (int(found[0]) for found in _document_stops(stream, stop, stream.num_tokens, end_of_text_id))
         stops.append(next(behind, stream.num_tokens))
@@ -220,10 +207,8 @@ class _Stops(NamedTuple):
 
 @lru_cache(maxsize=REMEMBERED_COUNTS)
 def _count_stops(stream: TokenStream, start: int, stop: int, end_of_text_id: int) -> _Stops:
-    counted = _Stops(0, 0)
-    for found in _document_stops(stream, start, stop, end_of_text_id):
-        counted = _Stops(counted.num_stops + len(found), int(found[-1]))
-    return counted
+    found = list(_document_stops(stream, start, stop, end_of_text_id))
+    return _Stops(sum(map(len, found)), int(found[-1][-1]) if found else 0)
 
 
 def _document_stops(stream: TokenStream, start: int, stop: int, end_of_text_id: int) -> Iterator[np.ndarray]:

@@ -4,12 +4,10 @@ A token file is a header of 128 bytes, the tokens (little-endian, 2 or 4 bytes e
 tokens. The header holds the sha256 of itself and of that table, so every byte is covered and a bad block can be named. The file
 appears whole or not at all.
 
-A label file holds what a model says of the token after each token of one token file: a header of 184 bytes, as many records as
-there are tokens (k ids of 2 or 4 bytes, k float16, one float32; little-endian), and the sha256 of each block of records. It is
-made without any label, and several processes fill it block by block. A block counts if its digest is that of its bytes, so a
-kill leaves nothing that could be taken for a label. What is not written takes no room on the disk.
-
-Knows nothing of text, of models, nor of what the ids mean.
+A label file holds what a model predicts after each token of one token file: a header of 184 bytes, a record for each token (k
+ids of 2 or 4 bytes, k float16, one float32; little-endian), and the sha256 of each block of records. It is made without any
+label, and several processes fill it block by block. A block counts if its digest is that of its bytes, so a kill leaves nothing
+that could be taken for a label. What is not written takes no room on the disk. Knows nothing of text, nor of what ids mean.
 """
 
 import errno
@@ -60,11 +58,7 @@ class ShardPart(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TokenStream:
-    """Several shards of one tokenizer, read as one sequence.
-
-    Raises:
-        ValueError: a shard was made with another tokenizer than `fingerprint`.
-    """
+    """Several shards, read as one sequence. Raises ValueError if one was made with another tokenizer than `fingerprint`."""
 
     shards: tuple[Shard, ...]
     fingerprint: str
@@ -72,8 +66,8 @@ class TokenStream:
     def __post_init__(self) -> None:
         for shard in self.shards:
             if shard.fingerprint != self.fingerprint:
-                made_with, ours = shard.fingerprint[:12], self.fingerprint[:12]
-                raise ValueError(f"{shard.path} was made with tokenizer {made_with}, not with {ours}; {REMEDY}")
+                theirs = shard.fingerprint[:12]
+                raise ValueError(f"{shard.path} was made with tokenizer {theirs}, not with {self.fingerprint[:12]}; {REMEDY}")
 
     @cached_property
     def borders(self) -> np.ndarray:
@@ -96,11 +90,8 @@ class TokenStream:
     def places(self, start: int, stop: int) -> Iterator[ShardPart]:
         """Where the tokens from `start` to before `stop` are, shard after shard."""
         assert 0 <= start <= stop <= self.num_tokens, (start, stop, self.num_tokens)
-        first = int(np.searchsorted(self.borders, start, side="right")) - 1
-        for number in range(first, len(self.shards)):
-            begin, end = self.borders[number : number + 2].tolist()
-            if begin >= stop:
-                break
+        first, last = np.searchsorted(self.borders, start, "right") - 1, np.searchsorted(self.borders, stop)
+        for number, (begin, end) in enumerate(pairwise(self.borders[first : last + 1].tolist()), int(first)):
             yield ShardPart(number, slice(max(start - begin, 0), min(stop, end) - begin))
 
 
@@ -141,8 +132,6 @@ class LabelFile(NamedTuple):
 
 
 class _Span(NamedTuple):
-    """Some bytes of a file."""
-
     path: Path
     offset: int
     num_bytes: int
@@ -192,10 +181,7 @@ class LabelStream:
 
     def create(self) -> None:
         """Makes the folder and the files that are not there, without any label; each appears whole or not at all. Several
-        processes may do so at once; on a file system without hard links, one at a time.
-
-        Raises:
-            OSError: there is no room.
+        processes may do so at once; on a file system without hard links, one at a time. Raises OSError if there is no room.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         for file in self.files:
@@ -207,14 +193,23 @@ class LabelStream:
         sync_folder(self.folder)
 
     def check(self) -> None:
-        """Looks at the header and the size of each file; hashes no label.
-
-        Raises:
-            ValueError: a file is absent, not a label file, of another version or length, damaged in its header, or was made
-                for something else: names the first value that differs.
+        """Looks at the header and the size of each file; hashes no label. Raises ValueError if one is absent, not a label file,
+        of another version or length, damaged in its header, or made for something else: names the first value that differs.
         """
-        for file in self.files:
-            _check_label_file(file, f"delete the folder {self.folder} and the teacher is asked again")
+        remedy = f"delete the folder {self.folder} and the teacher is asked again"
+        for path, header, *_, num_bytes in self.files:
+            start = _read_start(path, LABEL_HEADER_BYTES, LABEL_MAGIC, "label file", remedy)
+            _, version, *found = LABEL_HEADER.unpack_from(start)
+            if version != LABEL_VERSION:
+                raise ValueError(f"{path} is of version {version}, not of version {LABEL_VERSION}; {remedy}")
+            if start[LABEL_HEADER.size :] != sha256(start[: LABEL_HEADER.size]).digest():
+                raise ValueError(f"{path}: the header at byte 0 is damaged; {remedy}")
+            for name, *values in zip(LabelHeader._fields, found, header, strict=True):
+                there, wanted = (value.hex()[:12] if isinstance(value, bytes) else value for value in values)
+                if values[0] != values[1]:
+                    raise ValueError(f"{path} was made for {name} {there}, not {wanted}; {remedy}")
+            if path.stat().st_size != num_bytes:
+                raise ValueError(f"{path} ends at byte {path.stat().st_size}, not at {num_bytes}; {remedy}")
 
     def read(self, start: int, stop: int) -> Labels[np.ndarray]:
         """The labels of the positions from `start` to before `stop`, ids as int64; zeros where nothing was written."""
@@ -226,10 +221,7 @@ class LabelStream:
 
     def write(self, start: int, labels: Labels[np.ndarray]) -> None:
         """Writes whole blocks, the first of them at position `start`; a kill leaves each block right or `faulty`.
-
-        Raises:
-            ValueError: a label is not a number.
-            OSError: there is no room.
+        Raises ValueError if a label is not a number, and OSError if there is no room.
         """
         stop, at = start + len(labels.tail), 0
         assert start % self.block_tokens == 0 and stop <= self.num_positions, (start, stop)
@@ -270,7 +262,6 @@ class LabelStream:
         return _Span(file.path, file.table_offset + (block - file.first_block) * DIGEST_BYTES, DIGEST_BYTES)
 
     def _spans(self, start: int, stop: int) -> Iterator[_Span]:
-        """Where the records of the positions from `start` to before `stop` are."""
         size = self.record.itemsize
         for shard, own in self.stream.places(start, stop):
             yield _Span(self.files[shard].path, LABEL_HEADER_BYTES + own.start * size, (own.stop - own.start) * size)
@@ -278,11 +269,8 @@ class LabelStream:
 
 def write_shard(path: Path, ids: np.ndarray | Iterable[np.ndarray], vocab_size: int, fingerprint: str) -> int:
     """Writes (T,) ids, or arrays of ids one after another, and returns how many; either the whole file appears or none.
-
-    A token takes 2 bytes if `vocab_size` <= 65536, else 4. `fingerprint` is the tokenizer's, 64 hex digits.
-
-    Raises:
-        ValueError: an id is outside the vocabulary.
+    A token takes 2 bytes if `vocab_size` <= 65536, else 4. `fingerprint` is the tokenizer's, 64 hex digits. Raises ValueError
+    if an id is outside the vocabulary.
     """
     token_bytes, table = _id_bytes(vocab_size), bytearray()
     with _published(path, os.replace) as file:
@@ -300,11 +288,7 @@ def write_shard(path: Path, ids: np.ndarray | Iterable[np.ndarray], vocab_size: 
 
 
 def open_shard(path: Path) -> Shard:
-    """Maps a file after a look at its header and size; hashes nothing.
-
-    Raises:
-        ValueError: not there, not a shard, of another version, truncated or too long.
-    """
+    """Maps a file whose header and size are right; hashes nothing. Raises ValueError if they are not, or if it is not there."""
     header = _read_start(path, HEADER.size, MAGIC, "shard", REMEDY)
     _, version, token_bytes, num_tokens, fingerprint, digest = HEADER.unpack(header)
     if version != VERSION or token_bytes not in (2, 4):
@@ -318,11 +302,8 @@ def open_shard(path: Path) -> Shard:
 
 
 def verify_shard(path: Path) -> None:
-    """Hashes the whole file.
-
-    Raises:
-        ValueError: as `open_shard`; or a byte has changed: names the offset of the first bad block, of the first digest that
-            is not that of its block, or of the header.
+    """Hashes the whole file. Raises ValueError as `open_shard` does, or if a byte has changed: names the offset of the first
+    bad block, of the first digest that is not that of its block, or of the header.
     """
     num_bytes = open_shard(path).ids.nbytes
     starts = range(0, num_bytes, BLOCK_BYTES)
@@ -404,24 +385,7 @@ def _read_start(path: Path, num_bytes: int, magic: bytes, kind: str, remedy: str
     return header
 
 
-def _check_label_file(file: LabelFile, remedy: str) -> None:
-    path, start = file.path, _read_start(file.path, LABEL_HEADER_BYTES, LABEL_MAGIC, "label file", remedy)
-    packed, digest = start[: LABEL_HEADER.size], start[LABEL_HEADER.size :]
-    _, version, *found = LABEL_HEADER.unpack(packed)
-    if version != LABEL_VERSION:
-        raise ValueError(f"{path} is of version {version}, not of version {LABEL_VERSION}; {remedy}")
-    if digest != sha256(packed).digest():
-        raise ValueError(f"{path}: the header at byte 0 is damaged; {remedy}")
-    for name, *values in zip(LabelHeader._fields, found, file.header, strict=True):
-        there, wanted = (value.hex()[:12] if isinstance(value, bytes) else value for value in values)
-        if values[0] != values[1]:
-            raise ValueError(f"{path} was made for {name} {there}, not {wanted}; {remedy}")
-    if path.stat().st_size != file.num_bytes:
-        raise ValueError(f"{path} ends at byte {path.stat().st_size}, not at {file.num_bytes}; {remedy}")
-
-
 def _packed(start: int, labels: Labels[np.ndarray], record: np.dtype) -> bytes:
-    """The labels of the positions from `start` on as records."""
     records = np.empty(len(labels.tail), record)
     for name, values in labels._asdict().items():
         assert values.shape == records[name].shape, (name, values.shape, records[name].shape)

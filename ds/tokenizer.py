@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from itertools import groupby, tee, zip_longest
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -36,12 +35,14 @@ BYTE_SYMBOLS = [chr(byte if byte in PRINTABLE_BYTES else 256 + OTHER_BYTES.index
 SYMBOL_BYTES = {symbol: byte for byte, symbol in enumerate(BYTE_SYMBOLS)}
 # In no common text; SmolLM's vocabulary lacks 21 of them, because none was in the text that it was made from.
 RARE_BYTES = bytes([*range(9), 11, 12, *range(14, 32), 127, 0xC0, 0xC1, *range(0xF1, 256)])
-NFC = {"type": "NFC"}
 PRE_TOKENIZERS = ("ByteLevel", "Digits", "Punctuation", "Split")
 # Far above every real tokenizer; a file beyond them would only fill the memory.
 LARGEST_FILE_BYTES = 2**28
 LARGEST_VOCABULARY_IDS = 2**24
 SHOWN_CHARACTERS = 20
+QWEN2_PRE_TOKENIZER = pre_tokenizers.Sequence(
+    [pre_tokenizers.Split(Regex(QWEN2_PATTERN), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+)
 REMEDY = "name the tokenizer.json of a byte-level BPE, such as Qwen3's, Llama 3's or SmolLM's"
 
 
@@ -52,15 +53,11 @@ def raw_bytes() -> Tokenizer:
 
 def train(documents: Iterable[bytes], vocab_size: int) -> Tokenizer:
     """A BPE of exactly `vocab_size` ids, the 256 bytes among them; the last id is the end of text. Deterministic.
-
-    Raises:
-        ValueError: the documents do not yield that many tokens.
+    Raises ValueError if the documents do not yield that many tokens.
     """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = _qwen2_pre_tokenizer()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, initial_alphabet=BYTE_SYMBOLS, special_tokens=[], show_progress=False
-    )
+    tokenizer.pre_tokenizer = QWEN2_PRE_TOKENIZER
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=BYTE_SYMBOLS, show_progress=False)
     texts = (piece for document in documents for piece in _pieces(document) if isinstance(piece, str))
     tokenizer.train_from_iterator(texts, trainer)
     nearest = tokenizer.get_vocab_size() + 1
@@ -70,21 +67,18 @@ def train(documents: Iterable[bytes], vocab_size: int) -> Tokenizer:
 
 
 def load(path: str | Path) -> Tokenizer:
-    """The tokenizer in a tokenizer.json, or in the folder that holds one, without an NFC normalizer.
-
-    So text stays byte for byte what it is, and text that is in NFC gets the ids that a published model was trained on.
-
-    Raises:
-        ValueError: it is not there, `tokenizers` cannot read it, or it is not a lossless byte-level BPE with an end of text.
+    """The tokenizer in a tokenizer.json, or in the folder that holds one, without an NFC normalizer. So text stays byte
+    for byte what it is, and text that is in NFC gets the ids that a published model was trained on. Raises ValueError if it is
+    not there, `tokenizers` cannot read it, or it is not a lossless byte-level BPE with an end of text.
     """
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise ValueError(f"{file} is not there; name a tokenizer.json or a folder that holds one")
     with _naming(file):
-        parts = _without_nfc(_read_json(file))
+        parts = _read_json(file)
     _check_parts(parts, file)
     with _naming(file):
-        tokenizer = Tokenizer.from_str(json.dumps(parts))
+        tokenizer = Tokenizer.from_str(json.dumps(parts | {"normalizer": None}))
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -97,11 +91,7 @@ def vocab_size(tokenizer: Tokenizer) -> int:
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:
-    """The id of the first of `ENDS_OF_TEXT` that is a special token.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The id of the first of `ENDS_OF_TEXT` that is a special token. Raises ValueError if there is none."""
     special = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     for token in ENDS_OF_TEXT:
         if token in special:
@@ -111,25 +101,19 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
 
 def encode(tokenizer: Tokenizer, document: bytes) -> np.ndarray:
     """Bytes -> (T,) uint32. A special token spelled out in the document is ordinary text; no end of text is appended.
-
-    Raises:
-        ValueError: the tokenizer has no token for one of the bytes.
+    Raises ValueError if the tokenizer has no token for one of the bytes.
     """
     return next(encode_documents(tokenizer, [document]))
 
 
 def encode_documents(tokenizer: Tokenizer, documents: Iterable[bytes]) -> Iterator[np.ndarray]:
-    """`encode` of each document, on all cores; long documents are cut at line ends, which no token crosses.
-
-    Raises:
-        ValueError: as `encode`.
-    """
+    """`encode` of each document, with its errors, on all cores; long ones are cut at line ends, which no token crosses."""
     assert tokenizer.encode_special_tokens, "a tokenizer that this module did not make"
     pieces_of = _pieces if tokenizer.get_vocab_size() > 257 else lambda document: [document]
     checked = _refusing_missing_bytes(documents, _missing_bytes(tokenizer))
-    numbered = tee((number, piece) for number, document in enumerate(checked) for piece in pieces_of(document))
-    numbers, pieces = (map(itemgetter(field), pairs) for field, pairs in enumerate(numbered))
-    for _, of_document in groupby(zip(numbers, _encode_pieces(tokenizer, pieces), strict=True), key=itemgetter(0)):
+    numbered, to_encode = tee((number, piece) for number, document in enumerate(checked) for piece in pieces_of(document))
+    encoded = _encode_pieces(tokenizer, (piece for _, piece in to_encode))
+    for _, of_document in groupby(zip(numbered, encoded, strict=True), key=lambda pair: pair[0][0]):
         yield np.concatenate([ids for _, ids in of_document])
 
 
@@ -177,7 +161,6 @@ def to_json(tokenizer: Tokenizer) -> str:
 
 
 def _decisive(tokenizer: Tokenizer) -> dict:
-    """All that decides how text becomes ids."""
     state = json.loads(tokenizer.to_str())
     return {
         "vocabulary": tokenizer.get_vocab(with_added_tokens=True),
@@ -226,14 +209,9 @@ def _token_words(token: str | None) -> str:
     return repr(token if len(token) <= SHOWN_CHARACTERS else token[: SHOWN_CHARACTERS - 1] + "…")
 
 
-def _qwen2_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
-    split = pre_tokenizers.Split(Regex(QWEN2_PATTERN), "isolated")
-    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
 def _finished(model: models.Model) -> Tokenizer:
     tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = _qwen2_pre_tokenizer()
+    tokenizer.pre_tokenizer = QWEN2_PRE_TOKENIZER
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
     tokenizer.encode_special_tokens = True
@@ -261,18 +239,11 @@ def _read_json(file: Path) -> dict:
     return parts
 
 
-def _without_nfc(parts: dict) -> dict:
-    """Leaves out a normalizer that is NFC, or a sequence of nothing but NFC."""
-    normalizer = parts.get("normalizer")
-    inner = normalizer.get("normalizers") if isinstance(normalizer, dict) and normalizer.get("type") == "Sequence" else None
-    is_nfc = normalizer == NFC or isinstance(inner, list) and bool(inner) and all(part == NFC for part in inner)
-    return parts | {"normalizer": None} if is_nfc else parts
-
-
 def _check_parts(parts: dict, file: Path) -> None:
     """Refuses what changes or drops text before `tokenizers` sees it, which would abort the process at some of it."""
-    model = parts["model"]
-    if parts.get("normalizer") is not None:
+    model, part = parts["model"], parts.get("normalizer")
+    inner = part.get("normalizers") if isinstance(part, dict) and part.get("type") == "Sequence" else [part]
+    if part is not None and not (isinstance(inner, list) and inner and all(one == {"type": "NFC"} for one in inner)):
         raise ValueError(f"{file} has a normalizer, which changes the text; {REMEDY}")
     if model.get("type", "BPE") != "BPE" or model.get("dropout"):
         raise ValueError(f"{file} is not a BPE without dropout; {REMEDY}")
@@ -308,30 +279,24 @@ def _checked(tokenizer: Tokenizer, file: Path) -> Tokenizer:
         end_of_text_id(tokenizer)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+    probes = (
+        b"a",
+        bytes(range(256)).translate(None, _missing_bytes(tokenizer)),
+        "a  b\t\r\n\n ß 漢 🂡 e\u0301 \u2028 It's 123 x_y;  ".encode(),
+        "  ".join(["", *(token.content for token in tokenizer.get_added_tokens_decoder().values()), ""]).encode(),
+    )
     with _naming(file):
-        changed = any(decode(tokenizer, encode(tokenizer, probe)) != probe for probe in _probes(tokenizer))
+        changed = any(decode(tokenizer, encode(tokenizer, probe)) != probe for probe in probes)
     if changed:
         raise ValueError(f"{file} does not give back the text that it is given; {REMEDY}")
     return tokenizer
 
 
 def _missing_bytes(tokenizer: Tokenizer) -> bytes:
-    """The bytes that have no token."""
     return bytes(byte for byte, symbol in enumerate(BYTE_SYMBOLS) if tokenizer.token_to_id(symbol) is None)
 
 
-def _probes(tokenizer: Tokenizer) -> list[bytes]:
-    added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
-    return [
-        b"a",
-        bytes(range(256)).translate(None, _missing_bytes(tokenizer)),
-        "a  b\t\r\n\n ß 漢 🂡 e\u0301 \u2028 It's 123 x_y;  ".encode(),
-        "  ".join(["", *added, ""]).encode(),
-    ]
-
-
 def _refusing_missing_bytes(documents: Iterable[bytes], missing: bytes) -> Iterator[bytes]:
-    """The same documents, as long as none holds a byte that is missing."""
     for document in documents:
         if missing and len(document.translate(None, missing)) < len(document):
             at = next(place for place, byte in enumerate(document) if byte in missing)
@@ -362,16 +327,12 @@ def _cut(text: str) -> Iterator[str]:
 
 
 def _encode_pieces(tokenizer: Tokenizer, pieces: Iterable[str | bytes]) -> Iterator[np.ndarray]:
-    """The (T,) uint32 ids of each piece."""
     byte_ids = np.array([tokenizer.token_to_id(symbol) or 0 for symbol in BYTE_SYMBOLS], dtype=np.uint32)
     for batch in _batches(pieces):
         texts = [piece for piece in batch if isinstance(piece, str)]
-        encodings = iter(tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        encoded = iter(tokenizer.encode_batch_fast(texts, add_special_tokens=False))
         for piece in batch:
-            if isinstance(piece, str):
-                yield np.array(next(encodings).ids, dtype=np.uint32)
-            else:
-                yield byte_ids[np.frombuffer(piece, dtype=np.uint8)]
+            yield np.array(next(encoded).ids, np.uint32) if isinstance(piece, str) else byte_ids[np.frombuffer(piece, np.uint8)]
 
 
 def _batches(pieces: Iterable[str | bytes]) -> Iterator[list[str | bytes]]:
@@ -388,14 +349,10 @@ def _batches(pieces: Iterable[str | bytes]) -> Iterator[list[str | bytes]]:
 
 def _bytes_of(tokenizer: Tokenizer, ids: Iterable[int]) -> list[bytes]:
     added = tokenizer.get_added_tokens_decoder()
-    return [
-        _added_bytes(added[number]) if number in added else _ordinary_bytes(tokenizer.id_to_token(number)) for number in ids
-    ]
+    return [_token_bytes(added.get(number) or tokenizer.id_to_token(number)) for number in ids]
 
 
-def _added_bytes(token: AddedToken) -> bytes:
-    return b"" if token.special else token.content.encode()
-
-
-def _ordinary_bytes(token: str | None) -> bytes:
+def _token_bytes(token: AddedToken | str | None) -> bytes:
+    if isinstance(token, AddedToken):
+        return b"" if token.special else token.content.encode()
     return bytes(SYMBOL_BYTES[symbol] for symbol in token or "" if symbol in SYMBOL_BYTES)

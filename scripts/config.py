@@ -35,19 +35,6 @@ AT_LEAST = {
 }  # fmt: skip
 MAKE_TEACHER = "deepspeed scripts/train_pretrain.py makes a teacher, or name a Llama or Qwen3 folder of transformers' format"
 LARGEST_SEED, LARGEST_NUMBER = 2**32 - 1, 1e300
-ABOVE_ZERO = (
-    "rope_theta",
-    "norm_eps",
-    "init_std",
-    "embedding_init_std",
-    "logits_init_std",
-    "learning_rate",
-    "adam_eps",
-    "max_grad_norm",
-    "spike_sigmas",
-    "distill_weight",
-    "distill_temperature",
-)
 NOT_NEGATIVE = ("validation_fraction", "min_learning_rate", "weight_decay", "sample_temperature")
 BELOW_ONE = ("validation_fraction", "beta1", "beta2")
 
@@ -183,8 +170,12 @@ class TrainingConfig:
     distill_divergence: str = "forward"
 
     def __new__(cls, **values: object) -> "TrainingConfig":
+        names = [field.name for field in fields(cls)]
         with _refusing_presets():
-            _refuse_unknown_fields(values)
+            for name in values:
+                if name not in names:
+                    nearest = get_close_matches(name, names, n=1, cutoff=0.0)[0]
+                    raise ValueError(f"{name} is no field of TrainingConfig; nearest is {nearest}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -235,13 +226,15 @@ class TrainingConfig:
         if self.tokens_per_step % tokens:
             lower = self.tokens_per_step // tokens * tokens
             nearest = f"{lower} and {lower + tokens}" if lower else f"{tokens}"
-            smaller = [n for n in range(1, self.micro_batch_rows) if self.rows_per_step % (n * world_size) == 0]
+            smaller = [
+                n
+                for n in range(1, min(self.micro_batch_rows, self.rows_per_step + 1))
+                if self.rows_per_step % (n * world_size) == 0
+            ]
             if smaller and self.tokens_per_step % self.context_length == 0:
                 nearest += f", or set micro_batch_rows={smaller[-1]}"
-            raise ValueError(
-                f"tokens_per_step={self.tokens_per_step} is not a multiple of micro_batch_rows * context_length * world size"
-                f" = {tokens}; nearest is {nearest}"
-            )
+            law = f"is not a multiple of micro_batch_rows * context_length * world size = {tokens}"
+            raise ValueError(f"tokens_per_step={self.tokens_per_step} {law}; nearest is {nearest}")
         return self.tokens_per_step // tokens
 
     def keeps_gradient_sums(self, world_size: int) -> bool:
@@ -256,6 +249,8 @@ class TrainingConfig:
             ValueError: the batch does not divide over `world_size` ranks.
         """
         sums = config.precision if config.offload_optimizer else config.accumulation_precision
+        betas, decay = [config.beta1, config.beta2], config.weight_decay
+        adam = {"lr": config.learning_rate, "betas": betas, "eps": config.adam_eps, "weight_decay": decay}
         return {
             "train_batch_size": config.rows_per_step,
             "train_micro_batch_size_per_gpu": config.micro_batch_rows,
@@ -273,15 +268,7 @@ class TrainingConfig:
             "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
             "fp16": {"enabled": config.precision == "fp16", "loss_scale": 0, "initial_scale_power": 16},
             "data_types": {"grad_accum_dtype": sums},
-            "optimizer": {
-                "type": "AdamW",
-                "params": {
-                    "lr": config.learning_rate,
-                    "betas": [config.beta1, config.beta2],
-                    "eps": config.adam_eps,
-                    "weight_decay": config.weight_decay,
-                },
-            },
+            "optimizer": {"type": "AdamW", "params": adam},
             "steps_per_print": None,
             "wall_clock_breakdown": False,
             "timers": {"throughput": {"enabled": False, "synchronized": False}},
@@ -290,6 +277,8 @@ class TrainingConfig:
 
 # What help() and editors show of the class is the dataclass's own __init__, with every field.
 TrainingConfig.__new__.__signature__ = signature(TrainingConfig.__init__)  # pyright: ignore[reportFunctionMemberAccess]
+FLOATS = [field.name for field in fields(TrainingConfig) if field.type is float]
+ABOVE_ZERO = tuple(name for name in FLOATS if name not in NOT_NEGATIVE + BELOW_ONE)
 
 
 def product_dtype(storage: torch.dtype, device: torch.device) -> torch.dtype:
@@ -319,7 +308,10 @@ def refuse_on_this_machine(config: TrainingConfig, world_size: int) -> None:
             remedy = MAKE_TEACHER if name == "teacher_dir" else "name a file or folder that exists"
             raise ValueError(f"{name}={path!r} is not there; {remedy}")
     for name in ("run_dir", "data_dir"):
-        _refuse_unwritable(name, Path(getattr(config, name)))
+        path = Path(getattr(config, name))
+        there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise ValueError(f"{name}={str(path)!r} cannot be written, because of {str(there)!r}; name another folder")
     if not config.offload_optimizer and torch.cuda.is_available() and torch.utils.cpp_extension.CUDA_HOME is None:
         raise ValueError(
             "offload_optimizer=False needs nvcc to compile DeepSpeed's Adam for the GPU; set offload_optimizer=True"
@@ -330,12 +322,6 @@ def refuse_on_this_machine(config: TrainingConfig, world_size: int) -> None:
                 raise ValueError(f"corpus: {path!r} is not there; name a file, folder or glob that exists")
 
 
-def _refuse_unwritable(name: str, path: Path) -> None:
-    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"{name}={str(path)!r} cannot be written, because of {str(there)!r}; name another folder")
-
-
 def refuse_arguments(arguments: list[str]) -> None:
     """Lets the launcher's `--local_rank` pass and nothing else: a choice is a value in scripts/config.py.
 
@@ -343,10 +329,9 @@ def refuse_arguments(arguments: list[str]) -> None:
         ValueError: there is any other argument.
     """
     others = [word for word in arguments if not re.fullmatch(r"--local[_-]rank=\d+", word)]
+    words = " ".join(others)
     if others:
-        raise ValueError(
-            f"{' '.join(others)}: there are no command-line arguments; edit PRETRAIN or DISTILL in scripts/config.py"
-        )
+        raise ValueError(f"{words}: there are no command-line arguments; edit PRETRAIN or DISTILL in scripts/config.py")
 
 
 @contextmanager
@@ -362,34 +347,18 @@ def refusing() -> Iterator[None]:
 
 def _refusing_presets() -> AbstractContextManager[None]:
     """`refusing` while this file is being read, so that a wrong preset ends every command in one line; else nothing."""
-    is_read = getattr(__spec__, "_initializing", True)
-    return refusing() if is_read else nullcontext()
-
-
-def _refuse_unknown_fields(values: dict[str, object]) -> None:
-    names = [field.name for field in fields(TrainingConfig)]
-    for name in values:
-        if name not in names:
-            nearest = get_close_matches(name, names, n=1, cutoff=0.0)[0]
-            raise ValueError(f"{name} is no field of TrainingConfig; nearest is {nearest}")
+    return refusing() if getattr(__spec__, "_initializing", True) else nullcontext()
 
 
 def _check_types(config: TrainingConfig) -> None:
     for field in fields(TrainingConfig):
-        value, wanted = getattr(config, field.name), str(field.type)
+        value, wanted = getattr(config, field.name), str(field.type).removeprefix("<class '").removesuffix("'>")
         if value is None and wanted.endswith("| None"):
             continue
-        kind = {"int": int, "float": (int, float), "bool": bool, "str": str}.get(_bare(wanted), tuple)
+        bare = wanted.removesuffix(" | None")
+        kind = {"int": int, "float": (int, float), "bool": bool, "str": str}.get(bare, tuple)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(f"{field.name}={value!r} is not of type {_readable(wanted)}; {_type_remedy(value, _bare(wanted))}")
-
-
-def _bare(wanted: str) -> str:
-    return wanted.removeprefix("<class '").removesuffix("'>").removesuffix(" | None")
-
-
-def _readable(wanted: str) -> str:
-    return wanted.removeprefix("<class '").removesuffix("'>")
+            raise ValueError(f"{field.name}={value!r} is not of type {wanted}; {_type_remedy(value, bare)}")
 
 
 def _type_remedy(value: object, kind: str) -> str:
@@ -421,14 +390,9 @@ def _check_ranges(config: TrainingConfig) -> None:
 
 
 def _check_choices(config: TrainingConfig) -> None:
-    choices = {
-        "schedule": SCHEDULES,
-        "precision": tuple(PRECISIONS),
-        "accumulate_on": PLACES,
-        "accumulation_precision": ("bf16", "fp32"),
-        "activation_checkpointing": ACTIVATION_CHECKPOINTING,
-        "distill_divergence": DIVERGENCES,
-    }
+    sums = {"accumulate_on": PLACES, "accumulation_precision": ("bf16", "fp32")}
+    memory = {"precision": tuple(PRECISIONS), **sums, "activation_checkpointing": ACTIVATION_CHECKPOINTING}
+    choices = {"schedule": SCHEDULES, **memory, "distill_divergence": DIVERGENCES}
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise ValueError(f"{name}={getattr(config, name)!r} is unknown; one of {', '.join(map(repr, allowed))} works")
@@ -437,35 +401,27 @@ def _check_choices(config: TrainingConfig) -> None:
 def _check_accumulation(config: TrainingConfig) -> None:
     if not config.offload_optimizer and config.accumulate_on == "cpu":
         raise ValueError('accumulate_on="cpu" has no effect with offload_optimizer=False; set accumulate_on="gpu"')
-    if config.accumulation_precision == "bf16" and config.accumulate_on == "cpu":
-        raise ValueError(
-            'accumulation_precision="bf16" does not go with accumulate_on="cpu", which is exact;'
-            ' set accumulation_precision="fp32"'
-        )
-    if config.accumulation_precision == "bf16" and config.precision != "bf16":
-        raise ValueError(
-            f'accumulation_precision="bf16" is not for precision="{config.precision}"; set accumulation_precision="fp32"'
-        )
+    if config.accumulation_precision == "bf16":
+        sums, remedy = 'accumulation_precision="bf16"', 'set accumulation_precision="fp32"'
+        if config.accumulate_on == "cpu":
+            raise ValueError(f'{sums} does not go with accumulate_on="cpu", which is exact; {remedy}')
+        if config.precision != "bf16":
+            raise ValueError(f'{sums} is not for precision="{config.precision}"; {remedy}')
 
 
 def _check_model(config: TrainingConfig) -> None:
-    if config.head_size is None and config.hidden_size % config.num_heads:
-        nearest = _nearest_divisor(config.hidden_size, config.num_heads)
-        raise ValueError(f"num_heads={config.num_heads} does not divide hidden_size={config.hidden_size}; nearest is {nearest}")
-    if not config.qk_norm and config.hidden_size % config.num_heads:
-        raise ValueError(
-            f"num_heads={config.num_heads} does not divide hidden_size={config.hidden_size}, which transformers' Llama needs;"
-            f" nearest is {_nearest_divisor(config.hidden_size, config.num_heads)}, or set qk_norm=True"
-        )
-    if config.num_heads % config.num_kv_heads:
-        nearest = _nearest_divisor(config.num_heads, config.num_kv_heads)
-        raise ValueError(
-            f"num_kv_heads={config.num_kv_heads} does not divide num_heads={config.num_heads}; nearest is {nearest}"
-        )
-    if config.head_width % 2:
-        raise ValueError(
-            f"head width {config.head_width} is odd and rotary positions turn pairs; set head_size={config.head_width + 1}"
-        )
+    hidden_size, num_heads, num_kv_heads = config.hidden_size, config.num_heads, config.num_kv_heads
+    if hidden_size % num_heads and (config.head_size is None or not config.qk_norm):
+        broken, nearest = f"{num_heads=} does not divide {hidden_size=}", _nearest_divisor(hidden_size, num_heads)
+        if config.head_size is None:
+            raise ValueError(f"{broken}; nearest is {nearest}")
+        raise ValueError(f"{broken}, which transformers' Llama needs; nearest is {nearest}, or set qk_norm=True")
+    if num_heads % num_kv_heads:
+        nearest = _nearest_divisor(num_heads, num_kv_heads)
+        raise ValueError(f"{num_kv_heads=} does not divide {num_heads=}; nearest is {nearest}")
+    width = config.head_width
+    if width % 2:
+        raise ValueError(f"head width {width} is odd and rotary positions turn pairs; set head_size={width + 1}")
 
 
 def _check_rope_scaling(config: TrainingConfig) -> None:
@@ -486,50 +442,41 @@ def _nearest_divisor(number: int, wanted: int) -> int:
 
 def _check_batch(config: TrainingConfig) -> None:
     config.accumulation_steps(1)
-    if config.eval_tokens < config.context_length:
-        raise ValueError(
-            f"eval_tokens={config.eval_tokens} is less than one window of context_length={config.context_length};"
-            f" nearest is {config.context_length}"
-        )
+    eval_tokens, context_length = config.eval_tokens, config.context_length
+    if eval_tokens < context_length:
+        raise ValueError(f"{eval_tokens=} is less than one window of {context_length=}; nearest is {context_length}")
 
 
 def _check_schedule(config: TrainingConfig) -> None:
-    if config.warmup_steps >= config.num_steps:
-        raise ValueError(
-            f"warmup_steps={config.warmup_steps} leaves nothing of num_steps={config.num_steps};"
-            f" nearest is {config.num_steps - 1}"
-        )
-    if config.min_learning_rate > config.learning_rate:
-        raise ValueError(
-            f"min_learning_rate={config.min_learning_rate} is above learning_rate={config.learning_rate};"
-            f" nearest is {config.learning_rate}"
-        )
-    if (config.schedule == "wsd") != (config.decay_steps is not None):
+    warmup_steps, decay_steps, num_steps = config.warmup_steps, config.decay_steps, config.num_steps
+    least, most = config.min_learning_rate, config.learning_rate
+    if warmup_steps >= num_steps:
+        raise ValueError(f"{warmup_steps=} leaves nothing of {num_steps=}; nearest is {num_steps - 1}")
+    if least > most:
+        raise ValueError(f"min_learning_rate={least} is above learning_rate={most}; nearest is {most}")
+    if (config.schedule == "wsd") != (decay_steps is not None):
         remedy = "set decay_steps" if config.schedule == "wsd" else "set decay_steps=None"
-        raise ValueError(f'decay_steps={config.decay_steps} does not go with schedule="{config.schedule}"; {remedy}')
-    if config.decay_steps is not None and config.warmup_steps + config.decay_steps > config.num_steps:
-        raise ValueError(
-            f"decay_steps={config.decay_steps} after warmup_steps={config.warmup_steps} outlasts num_steps={config.num_steps};"
-            f" nearest is {config.num_steps - config.warmup_steps}"
-        )
+        raise ValueError(f'{decay_steps=} does not go with schedule="{config.schedule}"; {remedy}')
+    if decay_steps is not None and warmup_steps + decay_steps > num_steps:
+        nearest = num_steps - warmup_steps
+        raise ValueError(f"{decay_steps=} after {warmup_steps=} outlasts {num_steps=}; nearest is {nearest}")
 
 
 def _check_data(config: TrainingConfig) -> None:
     for name in ("run_dir", "data_dir", "text_field", "sample_prompt"):
-        if not getattr(config, name):
-            raise ValueError(f"{name} is empty; the default is {TrainingConfig.__dataclass_fields__[name].default!r}")
-        if name != "sample_prompt" and not getattr(config, name).isprintable():
-            raise ValueError(f"{name}={getattr(config, name)!r} holds a character that cannot be printed; write it without")
+        value = getattr(config, name)
+        if not value:
+            raise ValueError(f"{name} is empty; the default is {getattr(TrainingConfig, name)!r}")
+        if name != "sample_prompt" and not value.isprintable():
+            raise ValueError(f"{name}={value!r} holds a character that cannot be printed; write it without")
     if not config.corpus or not all(config.corpus):
         raise ValueError(f"corpus={config.corpus!r} is empty; name at least one file, folder or glob")
     for name in ("corpus", "corpus_exclude"):
         if not all(isinstance(item, str) for item in getattr(config, name)):
             raise ValueError(f"{name}={getattr(config, name)!r} holds something that is not a string; write a tuple of strings")
     if config.validation_fraction == 0 and config.eval_every_steps is not None:
-        raise ValueError(
-            f"validation_fraction=0 leaves nothing for eval_every_steps={config.eval_every_steps};"
-            " set eval_every_steps=None or validation_fraction=0.01"
-        )
+        nothing = f"validation_fraction=0 leaves nothing for eval_every_steps={config.eval_every_steps}"
+        raise ValueError(f"{nothing}; set eval_every_steps=None or validation_fraction=0.01")
     if Path(config.run_dir).resolve() == Path(config.data_dir).resolve():
         raise ValueError(f'run_dir and data_dir are both {config.run_dir!r}; nearest is data_dir="{config.data_dir}-data"')
     if config.tokenizer_path is not None and config.vocab_size == 257:
@@ -537,15 +484,13 @@ def _check_data(config: TrainingConfig) -> None:
 
 
 def _check_teacher(config: TrainingConfig) -> None:
+    teacher_top_k, vocab_size = config.teacher_top_k, config.vocab_size
     if config.distill_weight > 1:
         raise ValueError(f"distill_weight={config.distill_weight} is above 1; nearest is 1.0")
-    if config.teacher_top_k is not None and config.teacher_dir is None:
-        raise ValueError(f"teacher_top_k={config.teacher_top_k} has no effect without a teacher_dir; set teacher_top_k=None")
-    if config.teacher_top_k is not None and config.teacher_top_k >= config.vocab_size:
-        raise ValueError(
-            f"teacher_top_k={config.teacher_top_k} leaves no tail of vocab_size={config.vocab_size};"
-            f" nearest is {config.vocab_size - 1}"
-        )
+    if teacher_top_k is not None and config.teacher_dir is None:
+        raise ValueError(f"{teacher_top_k=} has no effect without a teacher_dir; set teacher_top_k=None")
+    if teacher_top_k is not None and teacher_top_k >= vocab_size:
+        raise ValueError(f"{teacher_top_k=} leaves no tail of {vocab_size=}; nearest is {vocab_size - 1}")
 
 
 LAWS = (

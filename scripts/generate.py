@@ -5,6 +5,7 @@ Knows folders and text; how ids are sampled is in scripts/model/sampling.py.
 
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,27 +39,19 @@ def generate(model_dir: str, prompt: str, max_new_tokens: int, temperature: floa
 
 
 def open_model(model_dir: str) -> Loaded:
-    """Loads a transformers folder onto the GPU, or into host memory where there is none.
-
-    Raises:
-        ValueError: the folder holds no Llama or Qwen3 with safetensors weights and a byte-level tokenizer.
-    """
-    folder = Path(model_dir)
-    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    """Loads a transformers folder onto the GPU, or into host memory where there is none. Raises ValueError as `generate`."""
+    folder, device = Path(model_dir), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = empty_model(described_config(folder), device)
     load_weights(model, folder)
     return Loaded(model.eval(), load(folder))
 
 
 def stream(loaded: Loaded, prompt: bytes, max_new_tokens: int, *, temperature: float, top_k: int, seed: int) -> Iterator[bytes]:
-    """Yields the bytes of each new token as soon as it is sampled; no bytes for an id that the tokenizer does not know.
-
-    Raises:
-        ValueError: `temperature` is negative or `top_k` below 1.
+    """Yields the bytes of each new token as soon as it is sampled; no bytes for an id that the tokenizer does not know. Raises
+    ValueError as `continue_ids`.
     """
     end, known = end_of_text_id(loaded.tokenizer), token_bytes(loaded.tokenizer)
-    ids = encode(loaded.tokenizer, prompt)
-    start = torch.tensor(ids.tolist() or [end])
+    start = torch.tensor(encode(loaded.tokenizer, prompt).tolist() or [end])
     for token in continue_ids(loaded.model, start, max_new_tokens, temperature=temperature, top_k=top_k, seed=seed):
         if token == end:
             return
@@ -74,21 +67,13 @@ def main() -> None:
             raise ValueError(f"run_dir={PRETRAIN.run_dir!r} holds no checkpoint; run: deepspeed scripts/train_pretrain.py")
         loaded = open_model(str(found.folder))
     print(f"{found.folder}: type a prompt and press Enter; Ctrl-D ends", file=sys.stderr)
-    for line in sys.stdin.buffer:
-        _answer(loaded, line.rstrip(b"\n"))
-
-
-def _answer(loaded: Loaded, prompt: bytes) -> None:
-    write = sys.stdout.buffer.write
-    write(prompt)
-    for piece in stream(
-        loaded, prompt, PRETRAIN.sample_tokens, temperature=PRETRAIN.sample_temperature, top_k=PRETRAIN.sample_top_k,
-        seed=PRETRAIN.seed,
-    ):  # fmt: skip
-        write(piece)
-        sys.stdout.flush()
-    write(b"\n\n")
-    sys.stdout.flush()
+    write, (temperature, top_k) = sys.stdout.buffer.write, (PRETRAIN.sample_temperature, PRETRAIN.sample_top_k)
+    for prompt in (line.rstrip(b"\n") for line in sys.stdin.buffer):
+        write(prompt)
+        pieces = stream(loaded, prompt, PRETRAIN.sample_tokens, temperature=temperature, top_k=top_k, seed=PRETRAIN.seed)
+        for piece in chain(pieces, [b"\n\n"]):
+            write(piece)
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -10,21 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from scripts.config import (
-    ACTIVATION_CHECKPOINTING,
-    DISTILL,
-    FEWEST_OFFERED_CHUNK_ROWS,
-    GIB,
-    MIB,
-    NUM_OFFERS,
-    OFFERED_MEMORY_SHARE,
-    OFFERED_TEACHER_TOP_K,
-    PRETRAIN,
-    SHORTEST_OFFERED_CONTEXT,
-    TrainingConfig,
-    refuse_arguments,
-    refusing,
-)
+from scripts import config as settings
+from scripts.config import ACTIVATION_CHECKPOINTING, GIB, MIB, TrainingConfig
 from scripts.plan.footprint import Moment, Plan, phases, plan
 from scripts.plan.machine import Peaks, Rates, Room, hours, measure_rates, room_free, teacher_seconds, tokens_per_second
 
@@ -65,11 +52,9 @@ def needs(planned: Plan, local_size: int) -> dict[str, Need]:
 
     Without a GPU the device's bytes lie on the host, and there is one kind.
     """
-    on_host, found = planned.host, {}
-    if planned.device_type == "cuda":
-        found[GPU] = _largest(planned.device)
-    else:
-        on_host = {phase: Moment(at.name, at.parts | planned.host[phase].parts) for phase, at in planned.device.items()}
+    found, on_host = {GPU: _largest(planned.device)}, planned.host
+    if planned.device_type != "cuda":
+        found, on_host = {}, {name: Moment(at.name, at.parts | on_host[name].parts) for name, at in planned.device.items()}
     phase, most = _largest(on_host)
     return found | {HOST: Need(phase, Moment(most.name, {kind: size * local_size for kind, size in most.parts.items()}))}
 
@@ -112,26 +97,24 @@ def offers(config: TrainingConfig, world_size: int, local_size: int, room: Room,
         nearest = sorted(product(range(len(first)), range(len(second))), key=sum)
         both = next(filter(fits, (first[one] | second[other] for one, other in nearest)), None)
         found += [both] if both else []
-    return (found or [changes for changes in [_greatest(savings)] if changes and fits(changes)])[:NUM_OFFERS]
+    return (found or [changes for changes in [_greatest(savings)] if changes and fits(changes)])[: settings.NUM_OFFERS]
 
 
 def short_words(config: TrainingConfig, world_size: int, local_size: int, device: torch.device) -> str:
     """The plan in one line: each kind of memory against what is free, its largest item, and the hours to expect."""
     launch = _Launch(world_size, local_size, room_free(config, device), device.type)
-    words = [
-        f"{gib(need.moment.total)} of {gib(_room_of(kind, launch.room))} free {kind} ({_why(need)})"
-        for kind, need in launch.needs(config).items()
-    ]
-    rates = measure_rates(config, device)
-    return f"The plan: {', '.join(words)}, {time_words(config, world_size, local_size, device.type, rates)}"
+    wanted, room = launch.needs(config).items(), launch.room
+    words = [f"{gib(need.moment.total)} of {gib(_room_of(kind, room))} free {kind} ({_why(need)})" for kind, need in wanted]
+    expected = time_words(config, world_size, local_size, device.type, measure_rates(config, device))
+    return f"The plan: {', '.join(words)}, {expected}"
 
 
 def comparison(planned: Plan, peaks: Peaks) -> dict[str, float]:
     """One rank's planned and measured peaks in GiB, as metrics.jsonl holds them; the GPU's as torch's allocator counts."""
     host = needs(planned, 1)[HOST].moment.total
     gpu = {"gpu_planned_gib": allocated_bytes(planned) / GIB, "gpu_peak_gib": peaks.gpu_bytes / GIB}
-    found = gpu if planned.device_type == "cuda" else {}
-    return found | {"host_planned_gib": host / GIB, "host_peak_gib": peaks.host_bytes / GIB}
+    on_host = {"host_planned_gib": host / GIB, "host_peak_gib": peaks.host_bytes / GIB}
+    return gpu | on_host if planned.device_type == "cuda" else on_host
 
 
 def comparison_words(record: dict) -> str:
@@ -152,9 +135,7 @@ def is_out_of_memory(fault: BaseException) -> bool:
 
 
 def out_of_memory_words(config: TrainingConfig, world_size: int, local_size: int, device_type: str, peaks: Peaks) -> str:
-    """For a run that ran out of memory although it was planned to fit: the plan beside the measured peaks, and changes with
-    which the plan is OFFERED_MEMORY_SHARE of what it is.
-    """
+    """The plan beside the measured peaks of a run that was to fit, and changes that need OFFERED_MEMORY_SHARE of the plan."""
     planned = plan(config, world_size, device_type)
     wanted = {kind: _somewhat_less(need.moment) for kind, need in needs(planned, local_size).items()}
     found = offers(config, world_size, local_size, Room(wanted.get(GPU), wanted[HOST], 0, "planned"), device_type)
@@ -177,21 +158,16 @@ def table(name: str, config: TrainingConfig, num_ranks: int, device: torch.devic
     planned, room = plan(config, num_ranks, device.type), room_free(config, device)
     wanted = needs(planned, num_ranks).items()
     verdicts = [_verdict(kind, need.moment.total, _room_of(kind, room), _why(need)) for kind, need in wanted]
-    size = (
-        f"{config.num_parameters / 1e6:,.1f} million"
-        if config.num_parameters < 1e9
-        else f"{config.num_parameters / 1e9:,.2f} billion"
-    )
+    millions = config.num_parameters / 1e6
+    size = f"{millions:,.1f} million" if config.num_parameters < 1e9 else f"{config.num_parameters / 1e9:,.2f} billion"
     ranks = "1 rank" if num_ranks == 1 else f"{num_ranks} ranks, each"
     lines = [f"{name}: {size} parameters, {config.tokens_per_step:,} tokens a step, {ranks}", ""]
     lines += [" " * NAME_COLUMNS + "".join(f"{phase:>{NUMBER_COLUMNS}}" for phase in phases(config))]
-    lines += _kinds("GPU memory" if device.type == "cuda" else "what a GPU would hold, in host memory", planned.device)
-    lines += _kinds("host memory", planned.host)
+    lines += _kinds(GPU if device.type == "cuda" else "what a GPU would hold, in host memory", planned.device)
+    lines += _kinds(HOST, planned.host)
     lines += ["disk", *(_row(f"  {kind}", [num_bytes]) for kind, num_bytes in planned.disk.items() if num_bytes)]
-    lines += ["", *verdicts]
-    lines += [_verdict("disk", sum(planned.disk.values()), room.disk, "at the end")]
-    rates = measure_rates(config, device)
-    return "\n".join([*lines, time_words(config, num_ranks, num_ranks, device.type, rates), ""])
+    lines += ["", *verdicts, _verdict("disk", sum(planned.disk.values()), room.disk, "at the end")]
+    return "\n".join([*lines, time_words(config, num_ranks, num_ranks, device.type, measure_rates(config, device)), ""])
 
 
 def time_words(config: TrainingConfig, world_size: int, local_size: int, device_type: str, rates: Rates) -> str:
@@ -204,10 +180,10 @@ def time_words(config: TrainingConfig, world_size: int, local_size: int, device_
 
 
 def main() -> None:
-    with refusing():
-        refuse_arguments(sys.argv[1:])
+    with settings.refusing():
+        settings.refuse_arguments(sys.argv[1:])
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        for name, config in {"PRETRAIN": PRETRAIN, "DISTILL": DISTILL}.items():
+        for name, config in {"PRETRAIN": settings.PRETRAIN, "DISTILL": settings.DISTILL}.items():
             ranks = max(1, torch.cuda.device_count())
             while config.rows_per_step % (config.micro_batch_rows * ranks):
                 ranks -= 1
@@ -227,7 +203,8 @@ def _largest_kind(at: Moment) -> str:
 
 
 def _somewhat_less(at: Moment) -> int:
-    return at.total - int((1 - OFFERED_MEMORY_SHARE) * sum(size for kind, size in at.parts.items() if kind not in FIXED))
+    reducible = sum(size for kind, size in at.parts.items() if kind not in FIXED)
+    return at.total - int((1 - settings.OFFERED_MEMORY_SHARE) * reducible)
 
 
 def _listed(found: list[Changes]) -> str:
@@ -240,50 +217,42 @@ def _advice(config: TrainingConfig, launch: _Launch) -> str:
         return f"what fits: {_listed(found)}"
     changes = _greatest(_savings(config, launch)[:-1])
     least = replace(config, **changes)
-    reached = [(kind, need.moment) for kind, need in launch.needs(least).items()]
-    words = " and ".join(f"{gib(at.total)} of {kind}" for kind, at in reached)
-    numbers = range(1, config.num_layers)
+    reached, numbers = launch.needs(least), range(1, config.num_layers)
+    words = " and ".join(f"{gib(need.moment.total)} of {kind}" for kind, need in reached.items())
     layers = bisect_left(numbers, True, key=lambda number: not launch.fits(replace(least, num_layers=number)))
-    is_teacher = any(_largest_kind(at) == "teacher" for _, at in reached)
+    is_teacher = any(_largest_kind(need.moment) == "teacher" for need in reached.values())
     smaller = f"num_layers={layers} with that fits" if layers else f"choose a smaller {'teacher' if is_teacher else 'model'}"
     return f"with {as_written(changes)} it still needs {words}; {smaller}"
 
 
 def _savings(config: TrainingConfig, launch: _Launch) -> list[list[Changes]]:
-    """For each field that saves memory the changes that save more than it does now, the smallest first. A field that obliges
-    another one to change brings that change along.
-    """
+    """For each field the changes that save memory, the smallest first, with the changes of other fields that they need."""
     halves = [config.context_length // 2**n for n in range(1, 16) if config.context_length % 2**n == 0]
     chunk = min(config.loss_chunk_rows, config.micro_batch_rows * config.context_length)
     rows = [n for n in range(config.micro_batch_rows - 1, 0, -1) if config.rows_per_step % (n * launch.world_size) == 0]
     later = ACTIVATION_CHECKPOINTING[ACTIVATION_CHECKPOINTING.index(config.activation_checkpointing) + 1 :]
+    top_k = settings.OFFERED_TEACHER_TOP_K
+    is_beside = config.teacher_dir is not None and config.teacher_top_k is None
     savings = [
         [{"micro_batch_rows": n} for n in rows],
         [{"activation_checkpointing": mode} for mode in later if mode != "block_offload" or launch.device_type == "cuda"],
-        [{"loss_chunk_rows": chunk // 2**n} for n in range(1, 16) if chunk // 2**n >= FEWEST_OFFERED_CHUNK_ROWS],
+        [{"loss_chunk_rows": chunk // 2**n} for n in range(1, 16) if chunk // 2**n >= settings.FEWEST_OFFERED_CHUNK_ROWS],
         _offloading(config),
         [{"precision": "bf16"}] if config.precision == "fp32" else [],
-        _labels_for_teacher(config),
-        [{"context_length": length} for length in halves if length >= SHORTEST_OFFERED_CONTEXT],
+        [{"teacher_top_k": top_k}] if is_beside and config.vocab_size > top_k else [],
+        [{"context_length": length} for length in halves if length >= settings.SHORTEST_OFFERED_CONTEXT],
     ]
     return [changes for changes in savings if changes]
 
 
 def _offloading(config: TrainingConfig) -> list[Changes]:
     """Gradients in fewer bytes, then gradients and the optimizer on the host."""
-    found = []
-    if config.accumulation_precision == "fp32" and config.accumulate_on == "gpu" and config.precision == "bf16":
-        found.append({"accumulation_precision": "bf16"})
-    if config.accumulate_on == "gpu":
-        offload = {} if config.offload_optimizer else {"offload_optimizer": True}
-        found.append(offload | {"accumulate_on": "cpu", "accumulation_precision": "fp32"})
-    return found
-
-
-def _labels_for_teacher(config: TrainingConfig) -> list[Changes]:
-    """For a teacher that is beside the student: its labels in its place."""
-    is_beside = config.teacher_dir is not None and config.teacher_top_k is None
-    return [{"teacher_top_k": OFFERED_TEACHER_TOP_K}] if is_beside and config.vocab_size > OFFERED_TEACHER_TOP_K else []
+    if config.accumulate_on == "cpu":
+        return []
+    offload = {} if config.offload_optimizer else {"offload_optimizer": True}
+    down = offload | {"accumulate_on": "cpu", "accumulation_precision": "fp32"}
+    can_round = config.accumulation_precision == "fp32" and config.precision == "bf16"
+    return [{"accumulation_precision": "bf16"}, down] if can_round else [down]
 
 
 def _greatest(savings: list[list[Changes]]) -> Changes:

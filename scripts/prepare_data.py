@@ -28,6 +28,7 @@ from ds.corpus import corpus_digest, corpus_files, documents, file_documents, fi
 from ds.loader import count_windows
 from ds.shards import LabelStream, TokenStream, open_shard, sync_folder, verify_shard, write_shard
 from scripts.config import PRETRAIN, TrainingConfig, refuse_arguments, refusing
+from scripts.run.storage import write_text
 
 FORMAT_VERSION = 1
 # Part of the format: a block of labels has at least so many tokens, so that its digest of 32 bytes adds little to it.
@@ -40,9 +41,7 @@ FIELDS = (
 
 
 class Data(NamedTuple):
-    """Checked data: the manifest, the token streams (no `validation` if validation_fraction is 0), the tokenizer, and the
-    `fingerprint` of it all, the sha256 (hex) of manifest.json.
-    """
+    """Checked data. No `validation` where validation_fraction is 0; `fingerprint` is the sha256 (hex) of manifest.json."""
 
     manifest: dict
     train: TokenStream
@@ -73,11 +72,7 @@ class Data(NamedTuple):
         return [len(piece) for piece in bpe.token_bytes(self.tokenizer)]
 
     def refuse_other_tokenizer(self, model_dir: str | Path, what: str) -> None:
-        """Checks that the model in `model_dir` means by each id what the shards mean; `what` names it in the refusal.
-
-        Raises:
-            ValueError: its tokenizer is absent, unreadable or another one.
-        """
+        """Raises ValueError, which begins with `what`, unless the tokenizer of the model in `model_dir` is the shards'."""
         found = bpe.difference(self.tokenizer, bpe.load(model_dir))
         if found is not None:
             raise ValueError(
@@ -86,11 +81,10 @@ class Data(NamedTuple):
             )
 
     def labels(self, top_k: int, context_length: int, vocab_size: int, identity: str) -> LabelStream:
-        """The files beside the shards that keep a teacher's labels of the training windows. The first call makes them, without
-        any label. `identity` (sha256 hex) says which teacher's they are, and how it was asked.
+        """The files beside the shards that keep a teacher's labels of the training windows; the first call makes them empty.
 
-        Raises:
-            ValueError: there are labels that are not of these shards or this identity, or there is no room for them.
+        `identity` (sha256 hex) says which teacher's they are, and how it was asked. Raises ValueError when the labels there are
+        not of these shards or this identity, or when there is no room for them.
         """
         labels = LabelStream(
             folder=self._folder / f"labels-{identity[:16]}",
@@ -116,10 +110,9 @@ class Data(NamedTuple):
 
 
 def prepare(config: TrainingConfig) -> Data:
-    """Opens data_dir if it has a manifest, else builds it first; a failed build leaves what was there untouched.
+    """Opens data_dir, which it builds first when there is no manifest; a failed build leaves what was there untouched.
 
-    Raises:
-        ValueError: the corpus or the tokenizer is unfit, or as `open_data`.
+    Raises ValueError when the corpus or the tokenizer is unfit, or as `open_data`.
     """
     if not _manifest_path(config).exists():
         _build(config)
@@ -129,9 +122,8 @@ def prepare(config: TrainingConfig) -> Data:
 def open_data(config: TrainingConfig) -> Data:
     """Opens what `prepare` built, hashes every shard and checks all against the config; writes nothing.
 
-    Raises:
-        ValueError: there is no manifest, a field or the corpus has changed, the tokenizer or a shard is damaged, missing or
-            not the manifest's, or a split is shorter than one window.
+    Raises ValueError when there is no manifest, a field or the corpus has changed, the tokenizer or a shard is damaged, missing
+    or not the manifest's, or a split is shorter than one window.
     """
     content = _read_manifest(config)
     manifest = json.loads(content)
@@ -214,7 +206,6 @@ class _Split:
         self.waiting, self.num_waiting = [], 0
 
     def summary(self) -> dict:
-        """What the manifest says of the split."""
         return {name: getattr(self, name) for name in ("num_documents", "num_bytes", "num_tokens", "shards")}
 
 
@@ -273,18 +264,22 @@ def _is_alive(process: int) -> bool:
 def _build_in(folder: Path, config: TrainingConfig, files: list[Path]) -> None:
     tokenizer = _make_tokenizer(config, files)
     print(f"tokenizer: {config.vocab_size} tokens", flush=True)
-    fingerprint = bpe.fingerprint(tokenizer)
-    splits = {name: _Split(name, folder, config, fingerprint) for name in ("train", "validation")}
-    _write_splits(splits, config, files, tokenizer)
-    train, validation = splits.values()
+    fingerprint, end_of_text_id = bpe.fingerprint(tokenizer), bpe.end_of_text_id(tokenizer)
+    train, validation = (_Split(name, folder, config, fingerprint) for name in ("train", "validation"))
+    plain, to_encode = tee(documents(files, config.text_field))
+    for document, ids in zip(plain, bpe.encode_documents(tokenizer, to_encode), strict=True):
+        split = validation if is_held_out(document, config.validation_fraction) else train
+        split.add(document, bpe.with_end_of_text(ids, end_of_text_id))
+    train.write_waiting()
+    validation.write_waiting()
     _check_windows(config, train.num_tokens, validation.num_tokens)
     bytes_per_token = (train.num_bytes + validation.num_bytes) / (train.num_tokens + validation.num_tokens)
     counts = f"{train.num_tokens:,} training tokens, {validation.num_tokens:,} held out"
     print(f"shards: {counts}, {bytes_per_token:.2f} bytes a token", flush=True)
-    _write_durably(folder / "tokenizer.json", bpe.to_json(tokenizer))
+    write_text(folder / "tokenizer.json", bpe.to_json(tokenizer))
     head = {"format_version": FORMAT_VERSION, **_fields(config), "corpus_digest": corpus_digest(files)}
-    manifest = head | {"tokenizer_fingerprint": fingerprint} | {name: split.summary() for name, split in splits.items()}
-    _write_durably(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    manifest = head | {"tokenizer_fingerprint": fingerprint} | {split.name: split.summary() for split in (train, validation)}
+    write_text(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
 
 def _make_tokenizer(config: TrainingConfig, files: list[Path]) -> Tokenizer:
@@ -308,24 +303,6 @@ def _padded_vocab_size(path: str, num_ids: int) -> int | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return size if isinstance(size, int) and size > num_ids else None
-
-
-def _write_splits(splits: dict[str, _Split], config: TrainingConfig, files: list[Path], tokenizer: Tokenizer) -> None:
-    """Writes the shards of both splits; in them, each document is followed by the end of text."""
-    end_of_text_id = bpe.end_of_text_id(tokenizer)
-    plain, to_encode = tee(documents(files, config.text_field))
-    for document, ids in zip(plain, bpe.encode_documents(tokenizer, to_encode), strict=True):
-        split = splits["validation" if is_held_out(document, config.validation_fraction) else "train"]
-        split.add(document, bpe.with_end_of_text(ids, end_of_text_id))
-    for split in splits.values():
-        split.write_waiting()
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _move(folder: Path, data_dir: Path) -> None:
@@ -360,9 +337,8 @@ def _delete(config: TrainingConfig) -> str:
 
 
 def _check_fields(config: TrainingConfig, manifest: dict) -> None:
-    changed = [
-        f"{name}={value!r} was {manifest.get(name)!r}" for name, value in _fields(config).items() if manifest.get(name) != value
-    ]
+    fields = _fields(config).items()
+    changed = [f"{name}={value!r} was {manifest.get(name)!r}" for name, value in fields if manifest.get(name) != value]
     if changed:
         raise ValueError(f"data_dir={config.data_dir!r} was prepared otherwise: {', '.join(changed)}; {_delete(config)}")
 
@@ -405,17 +381,14 @@ def _open_split(config: TrainingConfig, manifest: dict, name: str) -> TokenStrea
 
 
 def _check_windows(config: TrainingConfig, num_train: int, num_validation: int) -> None:
-    window = config.context_length + 1
-    if not count_windows(num_train, config.context_length):
-        raise ValueError(
-            f"corpus too small for one training window: {num_train} tokens are fewer than context_length + 1 = {window};"
-            " add documents or lower context_length"
-        )
-    if config.validation_fraction > 0 and not count_windows(num_validation, config.context_length):
-        raise ValueError(
-            f"corpus too small for one held-out window: {num_validation} tokens are fewer than context_length + 1 = {window};"
-            " raise validation_fraction, add documents, or set validation_fraction=0 and eval_every_steps=None"
-        )
+    checks = [("training", num_train, "add documents or lower context_length")]
+    if config.validation_fraction > 0:
+        remedy = "raise validation_fraction, add documents, or set validation_fraction=0 and eval_every_steps=None"
+        checks.append(("held-out", num_validation, remedy))
+    for kind, num_tokens, remedy in checks:
+        if not count_windows(num_tokens, config.context_length):
+            words = f"{num_tokens} tokens are fewer than context_length + 1 = {config.context_length + 1}"
+            raise ValueError(f"corpus too small for one {kind} window: {words}; {remedy}")
 
 
 if __name__ == "__main__":

@@ -35,8 +35,7 @@ class Alone(NamedTuple):
 def draw_losses(metrics: Path, picture: Path) -> None:
     """Draws training and held-out loss against tokens, with learning rate and gradient norm below, into a PNG file.
 
-    `metrics` holds one JSON object a line, of kind "train", "eval" or "event". Of the events, only the teacher's held-out loss
-    is drawn. A null leaves a gap.
+    `metrics` has a JSON object a line. Of the events, only the teacher's held-out loss is drawn. A null leaves a gap.
     """
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     train = [record for record in records if record["kind"] == "train"]
@@ -47,8 +46,8 @@ def draw_losses(metrics: Path, picture: Path) -> None:
     _plot_losses(loss, train, held_out, teacher)
     _plot_line(rate, train, "learning_rate", unit="learning rate", color=RATE)
     _plot_line(norm, train, "grad_norm", unit="gradient norm", color=NORM)
-    for axes in (rate, norm):
-        axes.set_ylim(bottom=0)
+    rate.set_ylim(bottom=0)
+    norm.set_ylim(bottom=0)
     norm.set_xlabel("tokens read")
     norm.xaxis.set_major_formatter(EngFormatter(sep=" "))
     draft = picture.with_name(f".{picture.name}.draft")
@@ -58,7 +57,6 @@ def draw_losses(metrics: Path, picture: Path) -> None:
 
 def line_of(record: dict, num_steps: int, top_k: int | None) -> str:
     """What a person reads of a record, for all kinds but "started" and "memory". `top_k` is how many ids a teacher labels."""
-    where = f"step {record['step']}/{num_steps}"
     words = {
         "train": train_words,
         "eval": lambda record: f"held out {held_out_words(record)}",
@@ -69,7 +67,7 @@ def line_of(record: dict, num_steps: int, top_k: int | None) -> str:
         "skipped": lambda record: f"skipped, its gradients are not finite; {_named_documents(record)}",
         "spike": lambda record: f"the loss jumped to {record.get('loss') or math.nan:.3f}; {_named_documents(record)}",
     }
-    return f"{where}: {words[record.get('event') or record['kind']](record)}"
+    return f"step {record['step']}/{num_steps}: {words[record.get('event') or record['kind']](record)}"
 
 
 def train_words(record: dict) -> str:
@@ -91,18 +89,16 @@ def indented(text: str | None) -> str:
 
 
 def summary(config: TrainingConfig, records: list[dict], *, picture: Path, saved: Path | None, alone: Alone | None) -> str:
-    """What a person wants to know at the end of a run, in several lines.
+    """What a person wants to know at the end of a run, from all its `records`, its loss curve and its newest checkpoint.
 
-    `records` are all of the run's, `picture` is its loss curve, `saved` its newest checkpoint. A student with a teacher is
-    compared with it, and with the same student without a teacher, if `alone` is given.
+    A student with a teacher is compared with it, and with the same student without a teacher, if `alone` is given.
     """
     held_out = [record for record in records if record["kind"] == "eval"]
-    samples = [record["text"] for record in records if record.get("event") == "sample"]
     lines = [""]
     if held_out:
         lines += [f"  held out before: {held_out_words(held_out[0])}", f"  held out after:  {held_out_words(held_out[-1])}"]
-    if samples:
-        lines += ["  sample:", indented(samples[-1])]
+    samples = [indented(record["text"]) for record in records if record.get("event") == "sample"]
+    lines += ["  sample:", samples[-1]] if samples else []
     lines += [f"  {comparison_words(record)}" for record in records if record.get("event") == "memory"][-1:]
     lines += [f"  picture: {picture}"]
     lines += [f"  checkpoint (opens in transformers): {saved}"] if saved else []
@@ -115,7 +111,8 @@ def table(rows: list[Row]) -> list[str]:
     """Lines: a head and one for each row."""
     lines = [f"  {'held out':<16}{'parameters':>12}{'nats per token':>16}{'bits per byte':>15}{'step':>8}  where"]
     for name, num_parameters, record, where in rows:
-        nats, bits = (_number(record.get(key)) for key in ("val_loss", "val_bits_per_byte"))
+        found = (record.get("val_loss"), record.get("val_bits_per_byte"))
+        nats, bits = ("-" if value is None else f"{value:.3f}" for value in found)
         step = record["step"] if record.get("kind") == "eval" else ""
         lines += [f"  {name:<16}{num_parameters / 1e6:>10,.2f} M{nats:>16}{bits:>15}{step:>8}  {where}"]
     return lines
@@ -132,10 +129,6 @@ def _comparison_with_teacher(config: TrainingConfig, records: list[dict], alone:
 
 def _last_held_out(records: list[dict]) -> dict:
     return next((record for record in reversed(records) if record["kind"] == "eval"), {})
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 def _teacher_words(record: dict, top_k: int | None) -> str:
@@ -162,9 +155,8 @@ def _plot_losses(axes: Axes, train: list[dict], held_out: list[dict], teacher: d
     if held_out:
         tokens, losses = _values(held_out, "tokens"), _values(held_out, "val_loss")
         axes.plot(tokens, losses, color=HELD_OUT, marker="o", markersize=4, label="held out")
-    finite = [record for record in held_out if record["val_loss"] is not None]
-    if finite:
-        last = finite[-1]
+    last = next((record for record in reversed(held_out) if record["val_loss"] is not None), None)
+    if last is not None:
         words = f"{last['val_loss']:.2f} nats, {last['val_bits_per_byte']:.2f} bits per byte"
         at = (last["tokens"], last["val_loss"])
         axes.annotate(words, at, (0, 14), textcoords="offset points", ha="right", color=HELD_OUT)

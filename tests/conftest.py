@@ -188,6 +188,16 @@ if __name__ == "__main__":
 """
 
 
+class Planted:
+    """Unpickling it makes the file `marker`."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
 def expect_success(results: list[subprocess.CompletedProcess]) -> str:
     """The whole output of a launch whose every process ended well."""
     output = "\n".join(result.stdout for result in results)

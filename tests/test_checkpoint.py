@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SAVE_EVERY, STEPS, TORCHRUN, expect_success, launch, metrics, tiny_config
+from conftest import SAVE_EVERY, STEPS, TORCHRUN, Planted, expect_success, launch, metrics, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -363,16 +363,6 @@ def test_the_first_changed_block_is_named_by_its_offset(tmp_path_factory, num_by
     first = min(changed, default=0) // HASH_BYTES * HASH_BYTES
     expected = f"file was changed after it was saved, in the block at byte {first}" if changed else None
     assert storage.find_changed(path.parent, records, 2) == expected
-
-
-class Planted:
-    """Unpickling it makes the file `marker`."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self):
-        return (Path.touch, (self.marker,))
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import zstandard
+from conftest import Planted
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -210,16 +211,6 @@ def test_held_out_document_stays_held_out_for_a_larger_fraction(document, fracti
 def test_held_out_share_is_the_fraction(fraction):
     share = sum(is_held_out(b"%d" % number, fraction) for number in range(20_000)) / 20_000
     assert share == pytest.approx(fraction, abs=0.012)
-
-
-class Planted:
-    """Makes its file when it is unpickled."""
-
-    def __init__(self, marker: Path):
-        self.marker = marker
-
-    def __reduce__(self):
-        return Path.touch, (self.marker,)
 
 
 def planted_by(kind: str, marker: Path, folder: Path) -> bytes:

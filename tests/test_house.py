@@ -154,6 +154,10 @@ def test_no_value_is_an_anonymous_tuple_whose_fields_have_meanings(module):
         for node in ast.walk(annotation):
             if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "tuple":
                 assert ast.unparse(node.slice).endswith("...)"), ast.unparse(annotation)
+    for function in functions(MODULES[module]):
+        if [argument.arg for argument in function.args.args[:1]] != ["ctx"]:
+            given = [node.value for node in ast.walk(function) if isinstance(node, ast.Return | ast.Yield)]
+            assert not any(isinstance(value, ast.Tuple) for value in given), function.name
 
 
 PRIVATE = {

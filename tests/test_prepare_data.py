@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from test_corpus import Planted
+from conftest import Planted
 
 from ds import tokenizer as bpe
 from ds.corpus import corpus_files, documents, is_held_out

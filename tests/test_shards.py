@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import Planted
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from test_corpus import Planted
 
 from ds import shards
 from ds.shards import Labels, LabelStream, Shard, TokenStream, open_shard, verify_shard, write_shard

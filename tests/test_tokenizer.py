@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import Planted
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from test_corpus import Planted
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
 from ds import tokenizer as bpe

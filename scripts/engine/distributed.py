@@ -1,6 +1,6 @@
 """Ranks: which one this process is, the process group, and what all ranks do together. Knows no run and no step.
 
-Functions that say so must be called by every rank; the others would wait for the one that does not.
+Functions that say so must be called by every rank: the others would wait for the one that does not.
 """
 
 import errno
@@ -30,9 +30,7 @@ Result = TypeVar("Result")
 
 
 class Ranks(NamedTuple):
-    """This process among all: `rank` of `world_size`, `local_rank` of `local_size` on this machine, and how many
-    processes of the launcher stand above it.
-    """
+    """This process: `rank` of `world_size`, `local_rank` of `local_size` on this machine, below `num_launchers` processes."""
 
     rank: int
     world_size: int
@@ -93,8 +91,8 @@ def connect(ranks: Ranks, watching: watch.Watch) -> None:
 
 @contextmanager
 def leaving() -> Iterator[None]:
-    """Leaves the process group after what is inside and ends the process with its status, without Python's own teardown:
-    in that a thread of gloo's that frees a tensor aborts the process (pytorch/pytorch#179291).
+    """Leaves the process group after what is inside and ends the process with its status, without Python's own teardown, in
+    which a thread of gloo's that frees a tensor aborts the process (pytorch/pytorch#179291).
     """
     status = watch.FAILED
     try:
@@ -111,11 +109,8 @@ def leaving() -> Iterator[None]:
 
 
 def together(work: Callable[[], Result]) -> Result:
-    """What `work` returns on this rank. When it fails on any rank, it fails on all. Every rank must call this.
-
-    Raises:
-        ValueError: `work` raised one on some rank; the words are those of the first such rank.
-        OSError: `work` raised one on some rank; `errno` is the first rank's, and `strerror` names the ranks.
+    """What `work` returns on this rank. Every rank must call this. When `work` fails on any rank, all raise: ValueError with
+    the words of the first rank that raised one, else OSError with the first one's `errno` and the ranks' words in `strerror`.
     """
     try:
         result, fault = work(), None
@@ -127,11 +122,7 @@ def together(work: Callable[[], Result]) -> Result:
 
 
 def in_turn(work: Callable[[], Result]) -> Result:
-    """What `work` returns on this rank, done by rank 0 first and then by the others. Every rank must call this.
-
-    Raises:
-        ValueError, OSError: as `together`.
-    """
+    """As `together`, but rank 0 works first and then the others. Every rank must call this."""
     is_first = torch.distributed.get_rank() == 0
     before = together(lambda: work() if is_first else None)
     after = together(lambda: None if is_first else work())
@@ -166,8 +157,7 @@ def wait_for_all() -> None:
 def release_memory() -> None:
     """Gives memory of tensors that are gone back to the GPU."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
 
 
 def say(ranks: Ranks, line: str) -> None:
@@ -178,23 +168,21 @@ def say(ranks: Ranks, line: str) -> None:
 
 
 def _fault_of_ranks(own: ValueError | OSError | None) -> ValueError | OSError:
-    """The error that every rank raises, from what each rank has caught."""
     number = 0 if own is None else (own.errno or errno.EIO) if isinstance(own, OSError) else IS_VALUE_ERROR
     words = "" if own is None else (isinstance(own, OSError) and own.strerror) or str(own)
     padded = bytearray(words.encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0"))
     numbers = gather_numbers(number)
-    texts = [bytes(each.tolist()).rstrip(b"\0") for each in gather(torch.frombuffer(padded, dtype=torch.uint8))]
+    gathered = gather(torch.frombuffer(padded, dtype=torch.uint8))
+    texts = [bytes(each.tolist()).rstrip(b"\0").decode(errors="replace") for each in gathered]
     if IS_VALUE_ERROR in numbers:
         rank = numbers.index(IS_VALUE_ERROR)
-        words = texts[rank].decode(errors="replace")
-        return ValueError(f"rank {rank}: {words}" if rank else words)
+        return ValueError(f"rank {rank}: {texts[rank]}" if rank else texts[rank])
     failed = [rank for rank, number in enumerate(numbers) if number]
-    listed = ", ".join(f"rank {rank}: {texts[rank].decode(errors='replace')}" for rank in failed[:3])
+    listed = ", ".join(f"rank {rank}: {texts[rank]}" for rank in failed[:3])
     return OSError(numbers[failed[0]], listed + (f" and {len(failed) - 3} more ranks" if failed[3:] else ""))
 
 
 def _current_device() -> torch.device:
-    """Where collectives want their tensors."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 

@@ -45,10 +45,10 @@ class Piece(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """A gradient on the GPU that is still needed there, and when it has been copied from there; None on the CPU: at once."""
+    """A gradient that is still needed on the GPU until it has been copied from there."""
 
     source: Tensor
-    copied: torch.cuda.Event | None
+    copied: torch.cuda.Event
 
 
 class StagingRing:
@@ -68,34 +68,28 @@ class StagingRing:
 
     def send(self, source: Tensor, target: Tensor, is_first: bool) -> None:
         """Writes `source` (n,) into `target` (n,) float32 on the host if it is the first of a step, else adds it. Waits while
-        the ring is full.
-
-        Raises:
-            Exception: what went wrong in the thread with an earlier piece.
+        the ring is full. Raises what went wrong in the thread with an earlier piece.
         """
         self.release(self._held_elements - len(source))
         copied, most = None, min(settings.GRADIENT_PIECE_ELEMENTS, len(self._memory) // 2)
         for part, place in zip(source.split(most), target.split(most), strict=True):
-            start = self._make_room(len(part))
+            start = self._next if self._next + len(part) <= len(self._memory) else 0
+            self._next = start + len(part)
+            while any(piece.start < self._next and start < piece.stop for piece in self._pieces):
+                self._pieces.popleft().arrival.result()
             slot = self._memory[start : self._next]
             copied = self._copy(part, slot)
-            arrival = self._thread.submit(_add_arrived, copied, slot, place, is_first)
-            self._pieces.append(Piece(start, self._next, arrival))
-        self._held.append(Sent(source, copied))
+            self._pieces.append(Piece(start, self._next, self._thread.submit(_add, slot, place, is_first, copied)))
+        if copied is not None:
+            self._held.append(Sent(source, copied))
 
     def release(self, num_elements: int) -> None:
         """Frees the oldest gradients on the GPU until at most `num_elements` are left; later kernels wait for their copies."""
         while self._held and sum(len(sent.source) for sent in self._held) > num_elements:
-            copied = self._held.popleft().copied
-            if copied is not None:
-                torch.cuda.current_stream().wait_event(copied)
+            torch.cuda.current_stream().wait_event(self._held.popleft().copied)
 
     def drain(self) -> None:
-        """Waits until all that was sent has been added to its target.
-
-        Raises:
-            Exception: what went wrong in the thread.
-        """
+        """Waits until all that was sent has been added to its target. Raises what went wrong in the thread."""
         while self._pieces:
             self._pieces.popleft().arrival.result()
         self._held.clear()
@@ -103,13 +97,6 @@ class StagingRing:
     def close(self) -> None:
         """Ends the thread, after all that was sent."""
         self._thread.shutdown()
-
-    def _make_room(self, num_elements: int) -> int:
-        start = self._next if self._next + num_elements <= len(self._memory) else 0
-        self._next = start + num_elements
-        while any(piece.start < self._next and start < piece.stop for piece in self._pieces):
-            self._pieces.popleft().arrival.result()
-        return start
 
     def _copy(self, source: Tensor, slot: Tensor) -> torch.cuda.Event | None:
         if self._stream is None:
@@ -127,15 +114,12 @@ def refuse_other_versions() -> None:
     """Raises ValueError unless the installed DeepSpeed is the one whose insides this module was written against."""
     installed = version("deepspeed").split("+")[0]
     if installed != DEEPSPEED_VERSION:
-        raise ValueError(
-            f"deepspeed=={installed} is installed; tightfit needs deepspeed=={DEEPSPEED_VERSION}: pip install -e ."
-        )
+        remedy = f"tightfit needs deepspeed=={DEEPSPEED_VERSION}: pip install -e ."
+        raise ValueError(f"deepspeed=={installed} is installed; {remedy}")
 
 
 def forget_shared_memory(address: str, port: str, rank: int) -> None:
-    """Unlinks the buffer that DeepSpeed shares among the ranks of one machine without a GPU. To be called once every rank has
-    opened it; with its name it would outlive the processes, 66 MiB a rank.
-    """
+    """Unlinks DeepSpeed's buffer, 66 MiB a CPU rank, once all ranks have opened it: with its name it would outlive them."""
     Path("/dev", "shm", f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink(missing_ok=True)
 
 
@@ -155,23 +139,22 @@ def start_quickly() -> None:
 
 
 def replace_offload_path(engine, config: TrainingConfig) -> None:
-    """Replaces methods and buffers of DeepSpeed's optimizer on the host by ones that keep and move less. The updates are the
-    same. Each function that does says which method. With `offload_optimizer=False` nothing is replaced.
+    """With `offload_optimizer`, replaces methods and buffers of DeepSpeed's optimizer by ones that keep and move less. The
+    updates are the same.
 
     With N parameters, W ranks, G micro-batches a step, w bytes a weight, L elements of the largest partition: the GPU keeps the
-    weights, w N, and with `accumulate_on="gpu"` and G > 1 also N / W sums in `accumulation_precision`. During a backward it
-    also holds: on several ranks DeepSpeed's bucket of `bucket_elements`, and gradients on their way to the host, at most one
-    block or one parameter. The host keeps 16 N / W of masters, gradients and moments, and 2 w L of staging, pinned for a GPU,
-    which gradients on their way to the host share with weights on their way back. Bytes moved in a step: G w N / W to the host,
-    or N / W times the size of a sum on the GPU; w N / W back.
+    weights, w N, and with `accumulate_on="gpu"` and G > 1 also N / W sums in `accumulation_precision`. In a backward it also
+    holds DeepSpeed's bucket of `bucket_elements` on several ranks, and gradients on their way to the host, at most one block or
+    one parameter. The host keeps 16 N / W of masters, gradients and moments, and 2 w L of staging, pinned for a GPU, through
+    which gradients come and weights return. Bytes moved in a step: G w N / W to the host, or N / W sums; w N / W back.
     """
     if not config.offload_optimizer:
         return
     optimizer, device = engine.optimizer, engine.device
-    for name in ("temp_grad_buffer_for_gpu_offload", "temp_grad_buffer_for_cpu_offload"):
-        setattr(optimizer, name, torch.empty(0))
+    optimizer.temp_grad_buffer_for_gpu_offload = optimizer.temp_grad_buffer_for_cpu_offload = torch.empty(0)
     world_size = torch.distributed.get_world_size(optimizer.dp_process_group)
-    sums = _sums_on_device(optimizer, config, device) if config.keeps_gradient_sums(world_size) else []
+    sizes = map(int, optimizer.partition_size if config.keeps_gradient_sums(world_size) else ())
+    sums = [torch.zeros(size, dtype=PRECISIONS[config.accumulation_precision], device=device) for size in sizes]
     staging = _share_staging(optimizer, config.dtype, device)
     ring = StagingRing(staging.view(sums[0].dtype if sums else config.dtype), config.bucket_elements, device)
     send = ring.send if device.type == "cuda" else _add
@@ -192,18 +175,16 @@ def take_gradient(optimizer, sums: list[Tensor], send: Callable, weight, _: int)
     """Replaces `copy_grads_in_partition`: takes this rank's slice of a weight's gradient and frees the gradient.
 
     Without `sums` it sends the slice to the host. With them, one flat sum (n,) a group on the GPU, it adds the slice there, and
-    in the last micro-batch sends the sum. The micro-batches are counted here, because DeepSpeed's own flag of the last one is
-    set only when the backward reaches the model's output, after the head.
+    in the last micro-batch sends the sum. DeepSpeed's own flag of the last micro-batch comes too late, after the head.
     """
     group, offset, start, size = optimizer.grad_position[optimizer.get_param_id(weight)]
     gradient = weight.grad.detach().reshape(-1)[offset : offset + size]
     optimizer.clear_grad_attribute(weight)
     place, is_first = slice(start, start + size), optimizer.micro_step_id == 0
-    is_last = optimizer.micro_step_id == optimizer.gradient_accumulation_steps - 1
     if sums:
         _add(gradient, sums[group][place], is_first)
         gradient, is_first = sums[group][place], True
-    if is_last or not sums:
+    if not sums or optimizer.micro_step_id == optimizer.gradient_accumulation_steps - 1:
         send(gradient, optimizer.single_partition_of_fp32_groups[group].grad[place], is_first)
 
 
@@ -223,8 +204,7 @@ def partitions(engine) -> list[Partition]:
     optimizer, found = engine.optimizer, []
     for group, master in enumerate(optimizer.single_partition_of_fp32_groups):
         rank = torch.distributed.get_rank(optimizer.real_dp_process_group[group])
-        offsets, meta = optimizer.round_robin_bit16_offsets[group], optimizer.round_robin_bit16_meta[group]
-        num_elements = offsets[-1] + meta[-1].numel()
+        num_elements = optimizer.round_robin_bit16_offsets[group][-1] + optimizer.round_robin_bit16_meta[group][-1].numel()
         start = min(rank * master.numel(), num_elements)
         found.append(Partition(start, min(start + master.numel(), num_elements), num_elements))
     return found
@@ -235,30 +215,32 @@ def optimizer_tensors(engine) -> dict[str, Tensor]:
     tensors = {}
     masters = engine.optimizer.single_partition_of_fp32_groups
     for group, (master, part) in enumerate(zip(masters, partitions(engine), strict=True)):
-        state, size = _adam_state(engine, master), part.stop - part.start
+        state, size = engine.optimizer.optimizer.state[master], part.stop - part.start
+        if not state:
+            state.update({"step": 0} | {name: torch.zeros_like(master, requires_grad=False) for name in MOMENTS})
         tensors[f"group.{group}.master"] = master.detach()[:size]
         tensors.update({f"group.{group}.{name}": state[name][:size] for name in MOMENTS})
     return tensors
 
 
 def load_optimizer(engine, read_slice: ReadSlice, adam_steps: int, loss_scaler: dict) -> None:
-    """Restores masters, moments, step counts, the loss scaler and Adam's running products of beta.
-
-    `read_slice(name, start, target)` fills `target` (n,) with elements start..start+n of the whole flat vector `name`, whatever
-    rank wrote them; n is at most OPTIMIZER_CHUNK_ELEMENTS.
+    """Restores masters, moments, step counts, the loss scaler and Adam's running products of beta. `read_slice(name, start,
+    target)` fills `target` (n,), n at most OPTIMIZER_CHUNK_ELEMENTS, from `start` on of the whole flat vector `name`.
     """
-    masters = engine.optimizer.single_partition_of_fp32_groups
-    for group, (master, part) in enumerate(zip(masters, partitions(engine), strict=True)):
-        state, size = _adam_state(engine, master), part.stop - part.start
-        state["step"] = adam_steps
-        engine.optimizer.optimizer.param_groups[group]["step"] = adam_steps
-        for name, tensor in (("master", master.detach()), *((name, state[name]) for name in MOMENTS)):
-            for offset in range(0, size, settings.OPTIMIZER_CHUNK_ELEMENTS):
-                chunk = tensor[offset : min(size, offset + settings.OPTIMIZER_CHUNK_ELEMENTS)]
-                read_slice(f"group.{group}.{name}", part.start + offset, chunk)
+    parts, adam, chunk = partitions(engine), engine.optimizer.optimizer, settings.OPTIMIZER_CHUNK_ELEMENTS
+    for name, tensor in optimizer_tensors(engine).items():
+        start = parts[int(name.split(".")[1])].start
+        for offset in range(0, len(tensor), chunk):
+            read_slice(name, start + offset, tensor[offset : offset + chunk])
+    for group, master in enumerate(engine.optimizer.single_partition_of_fp32_groups):
+        adam.state[master]["step"] = adam.param_groups[group]["step"] = adam_steps
     for name, value in loss_scaler.items():
         setattr(engine.optimizer.loss_scaler, name, value)
-    _replay_beta_powers(engine, adam_steps)
+    if hasattr(adam, "ds_opt_adam"):  # it keeps beta^t as a running product: replayed, a resume is bitwise equal
+        weight, grad, mean, square = (torch.zeros(1) for _ in range(4))
+        beta1, beta2 = adam.param_groups[0]["betas"]
+        for step in range(1, adam_steps + 1):
+            adam.ds_opt_adam.adam_update(adam.opt_id, step, 0.0, beta1, beta2, 1.0, 0.0, True, weight, grad, mean, square)
 
 
 def adam_steps(engine) -> int:
@@ -289,22 +271,13 @@ def full_masters(engine, model: torch.nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _sums_on_device(optimizer, config: TrainingConfig, device: torch.device) -> list[Tensor]:
-    """A flat sum of gradients for each group, where they stay on the GPU from one micro-batch to the next."""
-    dtype = PRECISIONS[config.accumulation_precision]
-    return [torch.zeros(int(size), dtype=dtype, device=device) for size in optimizer.partition_size]
-
-
 def _share_staging(optimizer, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Replaces DeepSpeed's buffers for updated weights, one for each group, by two that the groups use in turns. Returns both,
-    (n,) uint8.
-    """
+    """Replaces DeepSpeed's buffers for updated weights, one a group, by two that the groups take in turn: both, (n,) uint8."""
     largest_bytes = max(map(int, optimizer.partition_size)) * dtype.itemsize
     staging = torch.empty(2 * largest_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
     halves = [half.view(dtype) for half in staging.split(largest_bytes)]
-    optimizer.param_buffer_of_bit16_for_cpu_offload_groups = [
-        halves[group % 2][: int(size)] for group, size in enumerate(optimizer.partition_size)
-    ]
+    buffers = [halves[group % 2][: int(size)] for group, size in enumerate(optimizer.partition_size)]
+    optimizer.param_buffer_of_bit16_for_cpu_offload_groups = buffers
     return staging
 
 
@@ -355,36 +328,13 @@ def _destroy(optimizer, ring: StagingRing) -> None:
         ring.close()
 
 
-def _add_arrived(copied: torch.cuda.Event | None, slot: Tensor, target: Tensor, is_first: bool) -> None:
+def _add(source: Tensor, target: Tensor, is_first: bool, copied: torch.cuda.Event | None = None) -> None:
+    """target = source or target += source, after `copied`; on the host in parts, because torch casts a copy of the source."""
     if copied is not None:
         copied.synchronize()
-    _add(slot, target, is_first)
-
-
-def _add(source: Tensor, target: Tensor, is_first: bool) -> None:
-    """target = source or target += source; on the host some elements at a time, because torch casts a copy of the source."""
     most = settings.GRADIENT_CACHE_ELEMENTS if source.device.type == "cpu" else len(source)
     for part, place in zip(source.split(most), target.split(most), strict=True):
         if is_first:
             place.copy_(part)
         else:
             place.add_(part)
-
-
-def _adam_state(engine, master: Tensor) -> dict:
-    state = engine.optimizer.optimizer.state[master]
-    if not state:
-        state["step"] = 0
-        state.update({name: torch.zeros_like(master, requires_grad=False) for name in MOMENTS})
-    return state
-
-
-def _replay_beta_powers(engine, steps: int) -> None:
-    """CPU Adam keeps beta^t as a running product and a fresh process would call pow(): replayed, a resume is bitwise equal."""
-    adam = engine.optimizer.optimizer
-    if not hasattr(adam, "ds_opt_adam"):
-        return
-    weight, grad, mean, square = (torch.zeros(1) for _ in range(4))
-    beta1, beta2 = adam.param_groups[0]["betas"]
-    for step in range(1, steps + 1):
-        adam.ds_opt_adam.adam_update(adam.opt_id, step, 0.0, beta1, beta2, 1.0, 0.0, True, weight, grad, mean, square)

@@ -20,11 +20,8 @@ from scripts.engine.watch import process_stat
 
 
 def extension_folders(config: TrainingConfig) -> list[Path]:
-    """The folders in which torch builds the C++ extensions that DeepSpeed loads for this run; it makes them where they are
-    missing. Extensions that are part of DeepSpeed's installation need none.
-
-    Raises:
-        ValueError: a folder cannot be made, or cannot be written.
+    """The folders, made if missing, in which torch builds the C++ extensions that DeepSpeed loads for this run. Extensions that
+    are part of DeepSpeed's installation need none. ValueError when a folder cannot be made or written.
     """
     modules = ["adam.cpu_adam" if config.offload_optimizer else "adam.fused_adam"]
     modules += [] if torch.cuda.is_available() else ["comm.deepspeed_shm_comm"]
@@ -32,9 +29,8 @@ def extension_folders(config: TrainingConfig) -> list[Path]:
     try:
         folders = [Path(cpp_extension._get_build_directory(name, False)).resolve() for name in names]
     except OSError as fault:
-        raise ValueError(
-            f"DeepSpeed cannot compile: {fault}; set TORCH_EXTENSIONS_DIR to a folder that can be written"
-        ) from None
+        remedy = "set TORCH_EXTENSIONS_DIR to a folder that can be written"
+        raise ValueError(f"DeepSpeed cannot compile: {fault}; {remedy}") from None
     for folder in folders:
         if not os.access(folder, os.W_OK) or not os.access(folder.parent, os.W_OK):
             raise ValueError(f"{folder} cannot be written; set TORCH_EXTENSIONS_DIR to a folder that can")
@@ -42,40 +38,29 @@ def extension_folders(config: TrainingConfig) -> list[Path]:
 
 
 def refuse_missing_compilers(config: TrainingConfig) -> None:
-    """Checks that there is what DeepSpeed compiles with at its first start on a machine; later starts need only ninja.
-
-    Raises:
-        ValueError: ninja, the C++ compiler, Python's headers or nvcc is missing.
-    """
+    """Raises ValueError when ninja is missing or, for DeepSpeed's first start, the C++ compiler, Python's headers or nvcc."""
     folders = extension_folders(config)
     unbuilt = [folder.name for folder in folders if not (folder / f"{folder.name}.so").exists()]
     if folders and not cpp_extension.is_ninja_available():
         raise ValueError("ninja is not on PATH and DeepSpeed starts with it; activate the environment, or pip install ninja")
-    if not unbuilt:
-        return
     compiler = cpp_extension.get_cxx_compiler()
-    if shutil.which(compiler.split()[0]) is None:
+    if unbuilt and shutil.which(compiler.split()[0]) is None:
         raise ValueError(f"{compiler} is not on PATH and DeepSpeed must compile {unbuilt[0]} once; apt install g++")
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+    if unbuilt and not Path(sysconfig.get_path("include"), "Python.h").exists():
         raise ValueError(f"Python.h is not there and DeepSpeed must compile {unbuilt[0]} once; apt install python3-dev")
     if torch.cuda.is_available() and "fused_adam" in unbuilt and not Path(cpp_extension.CUDA_HOME or "", "bin/nvcc").exists():
-        raise ValueError(
-            "nvcc is not there and DeepSpeed must compile fused_adam once; apt install nvidia-cuda-toolkit,"
-            " or set offload_optimizer=True"
-        )
+        remedy = "apt install nvidia-cuda-toolkit, or set offload_optimizer=True"
+        raise ValueError(f"nvcc is not there and DeepSpeed must compile fused_adam once; {remedy}")
 
 
 @contextmanager
 def compiling(config: TrainingConfig, local_rank: int) -> Iterator[list[str]]:
     """Put around whatever may compile DeepSpeed's extensions. Yields lines for the user, on local rank 0 only.
 
-    torch puts a file "lock" into an extension's folder while it compiles. When that launch is killed the lock stays, and the
-    next launch waits for it for ever. So each process leaves a note in the parent folder while it may compile, and local rank 0
-    removes locks whose notes all name dead processes of this machine. The other local ranks wait here until older locks are
-    gone: in torch they would go on, and load an extension that nobody has built.
-
-    Raises:
-        ValueError: as `extension_folders`.
+    torch keeps a file "lock" in an extension's folder while it compiles. A killed launch leaves it, and the next launch waits
+    for ever. So each process leaves a note in the parent folder while it may compile, and local rank 0 removes locks whose
+    notes all name dead processes of this machine. The other local ranks wait here until older locks are gone: in torch they
+    would go on, and load an extension that nobody has built. Raises ValueError as `extension_folders`.
     """
     folders = extension_folders(config)
     if not folders:
@@ -98,20 +83,19 @@ def clear_dead_locks(folders: list[Path]) -> list[str]:
     """
     root, lines, dead_locks = folders[0].parent, [], []
     notes = sorted(root.glob("tightfit-*"))
-    dead = [note for note in notes if names_the_dead(note)]
+    dead = list(filter(names_the_dead, notes))
     for lock in sorted(root.glob("*/lock")):
         owners = [note for note in notes if _modified(note) <= _modified(lock) < math.inf]
-        if owners and set(owners) <= set(dead) and not _is_open(lock):
+        if owners and set(owners) <= set(dead) and str(lock) not in map(_target_of, iglob("/proc/[0-9]*/fd/*")):
             dead_locks.append(lock)
         elif lock.parent in folders and time.time() - _modified(lock) > LONG_LOCK_SECONDS:
             lines.append(f"Waiting for {lock}, which another launch holds; if none is compiling, delete that file")
-    for lock in dead_locks:
-        _await_orphans(lock.parent)
-    if not _claim(dead):
-        return lines
-    for lock in dead_locks:
-        lock.unlink(missing_ok=True)
-        lines.append(f"Removed {lock}: the launch that was compiling there was killed")
+    while any(_compiles_in({str(lock.parent) for lock in dead_locks}, process) for process in iglob("/proc/[0-9]*")):
+        time.sleep(LOCK_POLL_SECONDS)
+    if _claim(dead):
+        for lock in dead_locks:
+            lock.unlink(missing_ok=True)
+            lines.append(f"Removed {lock}: the launch that was compiling there was killed")
     return lines
 
 
@@ -166,15 +150,20 @@ def _modified(path: Path) -> float:
         return math.inf
 
 
-def _is_open(lock: Path) -> bool:
-    """Whether any process has it open, as torch does as long as it holds it."""
-    return any(_link(handle) == str(lock) for handle in iglob("/proc/[0-9]*/fd/*"))
+def _target_of(handle: str) -> str | None:
+    """The file that a process has open, as torch has a lock for as long as it holds it; None when that cannot be seen."""
+    try:
+        return os.readlink(handle)
+    except OSError:
+        return None
 
 
-def _await_orphans(folder: Path) -> None:
-    """Waits for compilers that have outlived their killed launch: two at once would write the same files."""
-    while any(_link(f"{process}/cwd") == str(folder) and _command(process) == "ninja" for process in iglob("/proc/[0-9]*")):
-        time.sleep(LOCK_POLL_SECONDS)
+def _compiles_in(folders: set[str], process: str) -> bool:
+    """Whether it is a compiler that has outlived its killed launch: two at once would write the same files."""
+    try:
+        return os.readlink(f"{process}/cwd") in folders and Path(process, "comm").read_text() == "ninja\n"
+    except OSError:
+        return False
 
 
 def _claim(dead: list[Path]) -> bool:
@@ -187,17 +176,3 @@ def _claim(dead: list[Path]) -> bool:
         except FileNotFoundError:
             claimed = False
     return claimed
-
-
-def _link(path: str) -> str | None:
-    try:
-        return os.readlink(path)
-    except OSError:
-        return None
-
-
-def _command(process: str) -> str | None:
-    try:
-        return Path(process, "comm").read_text().strip()
-    except OSError:
-        return None

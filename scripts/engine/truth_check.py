@@ -1,8 +1,7 @@
 """Before step one: are DeepSpeed's updates those of plain torch? Knows no data, no checkpoint and no engine.
 
-A tiny clone of the run is trained twice: by a function that the trainer gives, through the same DeepSpeed dict, ranks and
-accumulation; and in float64 by plain torch, with operations of its own. So the autograd functions of scripts/model are checked
-too.
+A tiny clone of the run is trained twice: by the trainer, through the same DeepSpeed dict, ranks and accumulation; and in
+float64 by plain torch, with operations of its own, which checks the autograd functions of scripts/model too.
 """
 
 import copy
@@ -60,13 +59,11 @@ BOUNDS = {"fp32": Bounds(1e-3, 1e-3, 1e-4), "bf16": Bounds(0.07, 0.1, 0.04), "fp
 def refuse_untrue_updates(
     config: TrainingConfig, rank: int, world_size: int, device: torch.device, train_tiny: TrainTiny
 ) -> None:
-    """Compares a few updates of the tiny clone through DeepSpeed with plain torch. Every rank must call this.
+    """Compares a few updates of the tiny clone through DeepSpeed with plain torch. Every rank must call this. Raises ValueError
+    on every rank when on any rank an update, a gradient norm or a weight is not what plain torch gives.
 
     `train_tiny(tiny, model, steps, learning_rate)` trains `model` through DeepSpeed on the objective `next_token`, with one
     update for each element of `steps`, a list of this rank's micro-batches (B, T + 1) int64 on `device`.
-
-    Raises:
-        ValueError: on every rank, when on any rank an update, a gradient norm or a weight is not what plain torch gives.
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         tiny = tiny_clone(config, world_size)
@@ -75,20 +72,20 @@ def refuse_untrue_updates(
         windows = tiny_windows(tiny, world_size)
         trained = train_tiny(tiny, model, [list(step.to(device)) for step in windows[:, rank]], LEARNING_RATE)
         plain_norms = train_plain(plain, windows, tiny)
-    findings = [
-        *_update_findings(plain, before, trained.masters, tiny),
-        *_norm_findings(plain_norms, trained.gradient_norms, tiny),
-        _weight_finding(model, trained.masters),
-    ]
+    findings = _update_findings(plain, before, trained.masters, tiny)
+    for step, (right, norm) in enumerate(zip(plain_norms, trained.gradient_norms, strict=True), start=1):
+        error, bound = abs(norm / right - 1.0), BOUNDS[tiny.precision].norm
+        findings.append(Finding(f"the difference of gradient norm {step}", error, bound))
+    masters = {name: trained.masters[name].cpu().to(weight.dtype) for name, weight in model.named_parameters()}
+    unlike = sum(int((weight.cpu() != masters[name]).sum()) for name, weight in model.named_parameters())
+    findings.append(Finding("the number of weights unlike their masters", float(unlike), 0.5))
     del model, trained
     release_memory()
     _refuse_worst(findings, device)
 
 
 def tiny_clone(config: TrainingConfig, world_size: int) -> TrainingConfig:
-    """The run's configuration in small shapes, with a tied head and 3 to 8 micro-batches a step. DeepSpeed's dict of it is the
-    run's apart from the sizes of batch and buckets.
-    """
+    """The run in small shapes, with a tied head and 3 to 8 micro-batches a step; of DeepSpeed's dict only the sizes differ."""
     steps = min(max(FEWEST_MICRO_BATCHES, config.accumulation_steps(world_size)), MOST_MICRO_BATCHES)
     rows, length = 2, 8
     return replace(
@@ -118,15 +115,13 @@ def tiny_windows(tiny: TrainingConfig, world_size: int) -> Tensor:
 
 def train_plain(plain: Decoder, windows: Tensor, tiny: TrainingConfig) -> list[float]:
     """Trains `plain` (float64) in place by torch alone, on all ranks' `windows`; returns the gradient norms before clipping.
-
-    The forward reads the weights as the training dtype rounds them, as DeepSpeed's forward does.
+    The forward reads the weights as the training dtype rounds them, as DeepSpeed's does.
     """
     groups = parameter_groups(plain, tiny.weight_decay)
     optimizer = torch.optim.AdamW(groups, LEARNING_RATE, (tiny.beta1, tiny.beta2), tiny.adam_eps)  # pyright: ignore
     norms = []
-    for step in windows:
+    for batch in windows.flatten(1, 3):
         optimizer.zero_grad()
-        batch = step.flatten(0, 2)
         for part in batch.split(PLAIN_ROWS):
             (plain_loss(plain, part, tiny) * len(part) / len(batch)).backward()
         norms.append(float(nn.utils.clip_grad_norm_(plain.parameters(), tiny.max_grad_norm)))
@@ -162,10 +157,9 @@ def plain_copy(model: Decoder) -> Decoder:
 def _plain_block(x: Tensor, block: Block, tiny: TrainingConfig) -> Tensor:
     attention, mlp = block.self_attn, block.mlp
     normed = _plain_norm(x, block.input_layernorm.weight, tiny)
-    q, k, v = (
-        (normed @ _rounded(layer.weight, tiny).T).unflatten(-1, (-1, tiny.head_width)).transpose(1, 2)
-        for layer in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
+    layers = (attention.q_proj, attention.k_proj, attention.v_proj)
+    projected = (normed @ _rounded(layer.weight, tiny).T for layer in layers)
+    q, k, v = (each.unflatten(-1, (-1, tiny.head_width)).transpose(1, 2) for each in projected)
     if tiny.qk_norm:
         q = _plain_norm(q, attention.q_norm.weight, tiny)  # pyright: ignore[reportArgumentType]
         k = _plain_norm(k, attention.k_norm.weight, tiny)  # pyright: ignore[reportArgumentType]
@@ -218,19 +212,6 @@ def _total(tensors: Iterable[Tensor]) -> float:
     return sum(float(tensor.detach().abs().sum()) for tensor in tensors)
 
 
-def _norm_findings(wanted: list[float], found: list[float], tiny: TrainingConfig) -> list[Finding]:
-    return [
-        Finding(f"the difference of gradient norm {step}", abs(norm / right - 1.0), BOUNDS[tiny.precision].norm)
-        for step, (right, norm) in enumerate(zip(wanted, found, strict=True), start=1)
-    ]
-
-
-def _weight_finding(model: Decoder, masters: dict[str, Tensor]) -> Finding:
-    """How many of the weights that this rank's forward reads are not the rounded masters, which are the same on every rank."""
-    unlike = sum(int((weight.cpu() != masters[name].cpu().to(weight.dtype)).sum()) for name, weight in model.named_parameters())
-    return Finding("the number of weights unlike their masters", float(unlike), 0.5)
-
-
 def _refuse_worst(findings: list[Finding], device: torch.device) -> None:
     """Raises ValueError on every rank when any rank's finding is out of bounds, about the worst on any rank."""
     shares = torch.tensor([found.measured / found.bound for found in findings], dtype=torch.float64)
@@ -238,7 +219,7 @@ def _refuse_worst(findings: list[Finding], device: torch.device) -> None:
     torch.distributed.all_reduce(on_any_rank, torch.distributed.ReduceOp.MAX)
     share, worst = on_any_rank.max(0)
     if share > 1.0:
-        what, bound = findings[int(worst)].what, findings[int(worst)].bound
+        what, _, bound = findings[int(worst)]
         raise ValueError(
             f"DeepSpeed's updates are not those of plain torch: {what} is {float(share) * bound:.3g}, above {bound:g};"
             f" pip install --force-reinstall deepspeed=={DEEPSPEED_VERSION}, or use another torch, driver or GPU"

@@ -1,15 +1,13 @@
 """Stop requests, silent ranks and lost launchers. Knows processes, signals and sockets; of training only the step's number.
 
 Each rank has one watching thread, which runs whatever the main thread does, and a TCP line to rank 0, which tells the others.
-Python's own handler writes each signal into a pipe to that thread. What follows on Ctrl-C, call by call:
+Python's own handler writes each signal into a pipe to that thread. What follows a Ctrl-C:
 
-Before training: in the main thread `_interrupt_main_thread` ends compilers and raises SystemExit; `before_training` leaves with
-    status 75. In the watching thread `_read_signals`, `_note_signal`, `_request` and `_send_state` tell the other ranks, where
-    `_read_messages`, `_apply_message` and `_request` send SIGUSR1 to the main thread. A main thread that does not end within
-    LEAVE_SECONDS is ended by `_check_limits`, with status 75 too. A second Ctrl-C changes nothing.
-While training: `_interrupt_main_thread` returns at once. In the watching thread all is as above, but `_request` only sets
-    `reason`. The loop reads it after each step; all ranks save and leave with status 75.
-A second Ctrl-C while training: `_note_signal` calls `_leave_at_once`, and all ranks end with status 1, without a save.
+Before training: `_interrupt_main_thread` ends compilers and raises SystemExit; `before_training` leaves with status 75. The
+    watching thread tells the other ranks, where `_request` sends SIGUSR1 to the main thread. `_check_limits` ends a main thread
+    that takes longer than LEAVE_SECONDS, with status 75 too. A second Ctrl-C changes nothing.
+While training: `_request` sets `reason` on every rank. The loop reads it after each step; all ranks save and leave with status
+    75. A second Ctrl-C ends all ranks with status 1, without a save.
 """
 
 import atexit
@@ -67,8 +65,8 @@ class _Link:
 class Watch:
     """This rank's watch over stop requests, over the other ranks, and over the `num_launchers` processes that launched it.
 
-    `reason` says why the run should stop; it is None as long as nothing asks for that. The training loop sets `step` and reads
-    `reason`. When a rank is gone, or silent for `silent_seconds`, every rank ends with status 1.
+    The training loop sets `step`, and reads in `reason` why the run should stop; None while nothing asks for that. When a rank
+    is gone, or silent for `silent_seconds`, every rank ends with status 1.
     """
 
     def __init__(self, rank: int, local_rank: int, num_launchers: int, silent_seconds: float) -> None:
@@ -76,18 +74,21 @@ class Watch:
         self.step = 0
         self._rank, self._local_rank, self._silent_seconds = rank, local_rank, silent_seconds
         self._training = self._closing = self._leaving = self._at_once = self._raised = False
-        self._verdict: str | None = None
-        self._token, self._links, self._listener = 0, [], None
+        self._token, self._links, self._listener, self._interrupted_at = 0, [], None, math.inf
         self._asked_at = self._looked_at = time.monotonic()
-        self._interrupted_at = math.inf
-        self._num_launchers, self._launchers = num_launchers, [] if _is_orphan(num_launchers) else _ancestors(num_launchers)
+        self._launchers = _ancestors(num_launchers)
+        if num_launchers == 2 and self._launchers[1] == 1 and b"deepspeed" not in Path("/proc/1/cmdline").read_bytes():
+            self._launchers[1] = 0  # the `deepspeed` command above launch.py was gone before this watch began
         self._selector = selectors.DefaultSelector()
         self._waker, self._wakened = socket.socketpair()
         for end in (self._waker, self._wakened):
             end.setblocking(False)
         self._selector.register(self._wakened, selectors.EVENT_READ, self._read_signals)
-        self._wakeup_before = -1
-        self._handlers = self._take_signals() if threading.current_thread() is threading.main_thread() else None
+        self._wakeup_before, self._handlers = -1, {}
+        if threading.current_thread() is threading.main_thread():
+            self._wakeup_before = signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+            taken = [each for each in STOP_SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
+            self._handlers = {number: signal.signal(number, self._interrupt_main_thread) for number in taken}
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
         self._thread.start()
 
@@ -103,15 +104,11 @@ class Watch:
         """Every other rank calls rank 0, which listens on `host`; OSError when nobody answers there."""
         self._token = token
         self._add_link(socket.create_connection((host, port), config.CONNECT_SECONDS))
-        self._wake()
+        self._waker.send(b"\0")
 
     @contextmanager
     def before_training(self) -> Iterator[None]:
-        """Around everything before step one. A stop request ends it with status 75, whatever it interrupts.
-
-        Raises:
-            SystemExit: 75, when the run was asked to stop.
-        """
+        """Around everything before step one. A stop request ends it with SystemExit(75), whatever it interrupts."""
         try:
             yield
         except BaseException as fault:
@@ -125,37 +122,35 @@ class Watch:
 
     @contextmanager
     def during_training(self) -> Iterator[None]:
-        """Around the loop, where a request waits for the end of the step.
-
-        When a rank dies, a collective here may fail before the watch knows why: it gets VERDICT_SECONDS to name that rank.
+        """Around the loop, where a request waits for the end of the step. A collective may fail before the watch knows that a
+        rank has died: it gets VERDICT_SECONDS to name that rank.
         """
+        clean = True
         try:
             yield
-        except SystemExit:
-            self.close(clean=True)
-            raise
-        except BaseException:
-            if self._links:
+        except BaseException as fault:
+            clean = isinstance(fault, SystemExit)
+            if self._links and not clean:
                 self._thread.join(config.VERDICT_SECONDS)
-            self.close(clean=False)
             raise
-        self.close(clean=True)
+        finally:
+            self.close(clean)
 
     def close(self, clean: bool) -> None:
         """Ends the watch and gives the signals back; `clean` tells the other ranks that this one may leave."""
         self._leaving, self._closing = clean, True
-        self._wake()
+        self._waker.send(b"\0")
         self._thread.join()
-        if self._handlers is not None:
+        if self._handlers:
             signal.set_wakeup_fd(self._wakeup_before)
             for number, handler in self._handlers.items():
                 signal.signal(number, handler or signal.SIG_DFL)
         if clean:
             self._send_state()
             self._finish_lines()
-        for each in (*(link.line for link in self._links), self._listener, self._waker, self._wakened, self._selector):
-            if each is not None:
-                each.close()
+        for each in filter(None, (*(link.line for link in self._links), self._listener, self._waker, self._wakened)):
+            each.close()
+        self._selector.close()
 
     def _finish_lines(self) -> None:
         """Waits until the last state has arrived: closing a line with something unread in it would take that back."""
@@ -169,12 +164,6 @@ class Watch:
             except OSError:
                 continue
 
-    def _take_signals(self) -> dict:
-        """Takes over the stop signals, and returns the handlers before; a hang-up that is ignored (nohup) stays ignored."""
-        self._wakeup_before = signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
-        taken = [each for each in STOP_SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
-        return {number: signal.signal(number, self._interrupt_main_thread) for number in taken}
-
     def _interrupt_main_thread(self, number: int, frame) -> None:
         """Python runs this in the main thread. Before training it ends whatever that does; later the loop reads `reason`."""
         if self._training or self._closing or self._raised:
@@ -184,48 +173,37 @@ class Watch:
         _end_descendants()
         raise SystemExit(STOPPED)
 
-    def _wake(self) -> None:
-        self._waker.send(b"\0")
-
     def _watch(self) -> None:
         while not self._closing:
             ready = self._selector.select(config.WATCH_BEAT_SECONDS)
-            self._excuse_own_pause()
+            now = time.monotonic()
+            pause, self._looked_at = now - self._looked_at, now
+            if pause > self._silent_seconds / 2:  # itself stopped or starved, it has heard nobody: the others were not silent
+                for link in self._links:
+                    link.heard_at += pause
             for key, _ in ready:
                 key.data(key.fileobj)
-            if self._launchers != _ancestors(self._num_launchers):
+            if self._launchers != _ancestors(len(self._launchers)):
                 self._request("a lost launcher")
             self._send_state()
             self._check_limits()
 
-    def _excuse_own_pause(self) -> None:
-        """A process that was itself stopped or starved has heard nobody in that time: the others were not silent."""
-        now = time.monotonic()
-        pause, self._looked_at = now - self._looked_at, now
-        if pause > self._silent_seconds / 2:
-            for link in self._links:
-                link.heard_at += pause
-
     def _read_signals(self, wakened: socket.socket) -> None:
-        for number in wakened.recv(READ_BYTES):
-            if number in STOP_SIGNALS:
-                self._note_signal(signal.Signals(number).name)
-
-    def _note_signal(self, name: str) -> None:
         """A first signal is a request; a second Ctrl-C while training ends all ranks at once. Time tells which it is: launch.py
         adds a SIGTERM to the first Ctrl-C at once, and torchrun makes a SIGTERM of the second.
         """
-        waited = time.monotonic() - self._interrupted_at
-        if self._training and waited > config.SECOND_SIGNAL_AFTER_SECONDS.get(name, math.inf):
-            self._leave_at_once()
-        if name == "SIGINT":
-            self._interrupted_at = min(self._interrupted_at, time.monotonic())
-        self._request(name)
+        for name in [signal.Signals(number).name for number in wakened.recv(READ_BYTES) if number in STOP_SIGNALS]:
+            waited = time.monotonic() - self._interrupted_at
+            if self._training and waited > config.SECOND_SIGNAL_AFTER_SECONDS.get(name, math.inf):
+                self._leave_at_once()
+            if name == "SIGINT":
+                self._interrupted_at = min(self._interrupted_at, time.monotonic())
+            self._request(name)
 
     def _request(self, reason: str) -> None:
         if self.reason is None:
             self.reason, self._asked_at = reason, time.monotonic()
-            if not self._training and self._handlers is not None:
+            if not self._training and self._handlers:
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 
     def _accept(self, listener: socket.socket) -> None:
@@ -250,37 +228,29 @@ class Watch:
             received = b""
         *lines, link.incoming = (link.incoming + received).split(b"\n")
         states = [_parse(line) for line in lines]
-        for state in states:
-            if state.get("token") == self._token:
-                self._apply_message(link, state)
-        if not received or any(state.get("token") != self._token for state in states):
-            self._drop(link)
+        known = [state for state in states if state.get("token") == self._token]
+        for state in known:
+            link.state, link.heard_at = state, time.monotonic()
+            if state["verdict"] is not None:
+                os._exit(FAILED)
+            if state["at_once"]:
+                self._leave_at_once()
+            if state["reason"] is not None:
+                self._request(state["reason"])
+        if not received or len(known) < len(states):
+            self._links = [other for other in self._links if other is not link]
+            self._selector.unregister(link.line)
+            link.line.close()
             if link.state and not link.state["leaving"]:
                 self._fail(f"rank {link.state['rank']} is gone, at step {link.state['step']}")
 
-    def _apply_message(self, link: _Link, state: dict) -> None:
-        link.state, link.heard_at = state, time.monotonic()
-        if state["verdict"] is not None:
-            self._verdict = state["verdict"]
-            os._exit(FAILED)
-        if state["at_once"]:
-            self._leave_at_once()
-        if state["reason"] is not None:
-            self._request(state["reason"])
-
-    def _drop(self, link: _Link) -> None:
-        self._links = [other for other in self._links if other is not link]
-        self._selector.unregister(link.line)
-        link.line.close()
-
-    def _send_state(self) -> None:
-        """Sends the present state over every line; what a full line cannot take is left for the next beat."""
-        state = {
+    def _send_state(self, verdict: str | None = None) -> None:
+        """Sends the present state over every line; what a full line cannot take waits for the next beat."""
+        message = json.dumps({
             "token": self._token, "rank": self._rank, "process": os.getpid(), "parent": os.getppid(),
             "host": socket.gethostname(), "step": self.step, "reason": self.reason, "at_once": self._at_once,
-            "verdict": self._verdict, "leaving": self._leaving,
-        }  # fmt: skip
-        message = json.dumps(state).encode() + b"\n"
+            "verdict": verdict, "leaving": self._leaving,
+        }).encode() + b"\n"  # fmt: skip
         for link in self._links if self._rank else [link for link in self._links if link.state]:
             link.outgoing = link.outgoing or message
             try:
@@ -303,10 +273,9 @@ class Watch:
             os._exit(STOPPED)
 
     def _fail(self, verdict: str, silent: dict | None = None) -> None:
-        self._verdict = verdict
-        self._send_state()
-        if silent is not None:
-            _kill_sibling(silent)
+        self._send_state(verdict)
+        if silent and silent["host"] == socket.gethostname() and silent["parent"] == os.getppid() == _parent(silent["process"]):
+            _signal(silent["process"], signal.SIGKILL)  # a stopped process of this launcher obeys nothing else
         if self._rank <= 1 or self._local_rank == 0:
             _say_briefly(f"failed: {verdict}; all ranks stop; {SAME_COMMAND}", sys.stderr)
         os._exit(FAILED)
@@ -367,11 +336,10 @@ def _say_briefly(line: str, file: TextIO) -> None:
 
 
 def _parse(line: bytes) -> dict:
-    """The state in a message; empty when a stranger sent it."""
     try:
         state = json.loads(line)
     except ValueError:
-        state = None
+        return {}
     return state if isinstance(state, dict) else {}
 
 
@@ -383,20 +351,9 @@ def _ancestors(count: int) -> list[int]:
     return found[:count]
 
 
-def _is_orphan(count: int) -> bool:
-    """Whether the `deepspeed` command above launch.py was gone before this process began to watch."""
-    return count == 2 and _ancestors(count)[1] == 1 and b"deepspeed" not in Path("/proc/1/cmdline").read_bytes()
-
-
 def _parent(process: int) -> int:
     stat = process_stat(process)
     return 0 if stat is None else stat.parent
-
-
-def _kill_sibling(state: dict) -> None:
-    """Kills the process that sent `state` if this one's launcher started it too: a stopped process obeys SIGKILL alone."""
-    if state.get("host") == socket.gethostname() and state.get("parent") == os.getppid() == _parent(state["process"]):
-        _signal(state["process"], signal.SIGKILL)
 
 
 def _end_descendants() -> None:
@@ -410,7 +367,6 @@ def _end_descendants() -> None:
 
 
 def _signal(process: int, number: signal.Signals) -> None:
-    """Sends a signal to a process that may be gone already."""
     try:
         os.kill(process, number)
     except ProcessLookupError:

@@ -70,16 +70,14 @@ class BlockInputOffload:
         """The input of a block whose backward begins; starts to fetch that of the block before it."""
         if isinstance(kept, Tensor):
             return kept
-        x = self._await_fetched(kept.layer) if kept.x is None else kept.x
+        x = kept.x
+        if x is None:
+            if kept.layer not in self.fetched:
+                self.fetch(kept.layer)
+            x, done = self.fetched.pop(kept.layer)
+            self._wait_for(done)
         if kept.layer:
             self.fetch(kept.layer - 1)
-        return x
-
-    def _await_fetched(self, layer: int) -> Tensor:
-        if layer not in self.fetched:
-            self.fetch(layer)
-        x, done = self.fetched.pop(layer)
-        self._wait_for(done)
         return x
 
     def _copy(self, source: Tensor, target: Tensor) -> torch.cuda.Event | None:

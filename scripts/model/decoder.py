@@ -12,17 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from scripts.config import TrainingConfig
+from scripts.model import operations
 from scripts.model.activation_offload import BlockInputOffload
-from scripts.model.operations import (
-    KeysValues,
-    attend,
-    attend_cached,
-    embed,
-    gated_product,
-    normalise,
-    normed_products,
-    product,
-)
+from scripts.model.operations import KeysValues, attend, attend_cached, normalise, normed_products
 
 Cache = list[KeysValues]
 
@@ -48,7 +40,7 @@ class Attention(nn.Module):
             q, k = normalise(q, self.q_norm), normalise(k, self.k_norm)
         q, k, v = (each.transpose(1, 2) for each in (q, k, v))
         output = attend(q, k, v, rotary) if cache is None else attend_cached(q, k, v, rotary, cache, start=start)
-        return product(output.transpose(1, 2).flatten(2), self.o_proj)
+        return operations.product(output.transpose(1, 2).flatten(2), self.o_proj)
 
 
 class MLP(nn.Module):
@@ -63,7 +55,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, norm: nn.RMSNorm) -> Tensor:
         """The MLP of norm(x)."""
         gate, up = normed_products(x, norm, self.gate_proj, self.up_proj)
-        return gated_product(gate, up, self.down_proj)
+        return operations.gated_product(gate, up, self.down_proj)
 
 
 class Block(nn.Module):
@@ -117,7 +109,7 @@ class Decoder(nn.Module):
 
         With `cache` (see scripts/model/sampling.py) the earlier positions are read from it, and these are written into it.
         """
-        x = embed(ids, self.model.embed_tokens)
+        x = operations.embed(ids, self.model.embed_tokens)
         rotary = rotary_table(self.config, start, start + ids.shape[1], x.device)
         mode = self.config.activation_checkpointing if torch.is_grad_enabled() else "none"
         offload = BlockInputOffload(x.device, self.config.num_layers) if mode == "block_offload" else None
@@ -139,9 +131,8 @@ def empty_model(config: TrainingConfig, device: torch.device) -> Decoder:
 
 @torch.no_grad()
 def initialise(model: Decoder) -> Decoder:
-    """Draws fresh weights in place and returns the model. They depend on `config.seed` and the shapes alone, not on the device.
-
-    One tensor at a time is drawn, on the host. Norms' weights are 1.
+    """Draws fresh weights in place, one at a time on the host, and returns the model; norms' weights are 1. They depend on
+    `config.seed` and the shapes alone.
     """
     generator = torch.Generator().manual_seed(model.config.seed)
     for name, weight in model.named_parameters():
@@ -163,14 +154,12 @@ def _init_std(config: TrainingConfig, name: str) -> float:
 
 
 def parameter_groups(model: Decoder, weight_decay: float) -> list[dict]:
-    """The optimizer's groups, always in this order: embedding, each block, head, and last all norms, which do not decay.
-
-    A group for each block, because DeepSpeed copies a whole group into one flat tensor.
+    """The optimizer's groups, always in this order: embedding, each block, head, and last all norms, which do not decay. Each
+    block has its own, because DeepSpeed copies a whole group into one flat tensor.
     """
     parts = [model.model.embed_tokens, *model.model.layers] + ([] if model.config.tie_embeddings else [model.lm_head])
     groups = [{"params": [p for p in part.parameters() if p.dim() > 1], "weight_decay": weight_decay} for part in parts]
-    norms = [p for p in model.parameters() if p.dim() == 1]
-    return [*groups, {"params": norms, "weight_decay": 0.0}]
+    return [*groups, {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}]
 
 
 def rotary_table(config: TrainingConfig, start: int, stop: int, device: torch.device) -> Tensor:

@@ -33,19 +33,12 @@ CODE_ENDINGS = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", "model.safete
 
 
 class Stored(NamedTuple):
-    """A tensor in a safetensors file: its dtype and shape, and the byte at which it starts."""
+    """A tensor in a safetensors file: the file, the tensor's dtype and shape, and the byte at which it starts."""
 
+    path: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     position: int
-
-
-class StoredWeight(NamedTuple):
-    """A tensor of the model: the file that holds it, its name, and where it lies in the file."""
-
-    path: Path
-    name: str
-    stored: Stored
 
 
 def transformers_config(config: TrainingConfig, end_of_text_id: int) -> dict:
@@ -85,7 +78,7 @@ def architecture_fields(description: dict) -> dict:
         if not isinstance(description.get(name), int):
             raise ValueError(f"config.json names no {name}; the download or copy is not complete")
     rope = description.get("rope_parameters") or description.get("rope_scaling") or {}
-    _refuse_variants(description, rope)
+    scaling = _rope_scaling(description, rope)
     heads = description["num_attention_heads"]
     return {
         "vocab_size": description["vocab_size"],
@@ -98,17 +91,13 @@ def architecture_fields(description: dict) -> dict:
         "qk_norm": kind == "qwen3",
         "tie_embeddings": bool(description.get("tie_word_embeddings", False)),
         "rope_theta": float(description.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-        "rope_scaling": _rope_scaling(rope),
+        "rope_scaling": scaling,
         "norm_eps": float(description.get("rms_norm_eps", 1e-6)),
     }
 
 
 def describe(folder: Path) -> dict:
-    """The config.json of a transformers folder.
-
-    Raises:
-        ValueError: it is not there, or is no JSON object.
-    """
+    """The config.json of a transformers folder. Raises ValueError where it is not there or is no JSON object."""
     try:
         return read_json(folder / "config.json")
     except OSError as fault:
@@ -116,11 +105,7 @@ def describe(folder: Path) -> dict:
 
 
 def architecture(folder: Path, description: dict) -> dict:
-    """`architecture_fields` of what `folder` says of itself.
-
-    Raises:
-        ValueError: as `architecture_fields`, also where a value is of a wrong type.
-    """
+    """`architecture_fields` of the config.json of `folder`. Raises ValueError also where a value is of a wrong type."""
     try:
         return architecture_fields(description)
     except (TypeError, AttributeError, OverflowError, ZeroDivisionError) as fault:
@@ -175,10 +160,15 @@ def load_weights(model: Decoder, folder: Path) -> None:
     Raises:
         ValueError: the folder is no plain Llama or Qwen3 of this shape, or a tensor is missing, extra or misshapen.
     """
-    _refuse_other_architecture(model.config, folder)
+    theirs = architecture(folder, describe(folder))
+    ours = {name: getattr(model.config, name) for name in theirs} | {"head_size": model.config.head_width}
+    names = [name for name in theirs if theirs[name] != ours[name]]
+    if names:
+        listed = ", ".join(f"{name} ({theirs[name]!r} there, {ours[name]!r} here)" for name in names)
+        raise ValueError(f"{folder} holds a model of another shape: {listed}")
     targets = dict(model.named_parameters())
-    for path, name, stored in stored_weights(model.config, folder):
-        read_into(path, stored.position, stored.dtype, targets[name].detach().view(-1))
+    for name, stored in stored_weights(model.config, folder).items():
+        read_into(stored.path, stored.position, stored.dtype, targets[name].detach().view(-1))
 
 
 def tensor_shapes(config: TrainingConfig) -> dict[str, tuple[int, ...]]:
@@ -187,13 +177,13 @@ def tensor_shapes(config: TrainingConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in Decoder(config).named_parameters()}
 
 
-def stored_weights(config: TrainingConfig, folder: Path) -> list[StoredWeight]:
-    """Where each tensor of the model lies in a transformers folder.
+def stored_weights(config: TrainingConfig, folder: Path) -> dict[str, Stored]:
+    """Where each tensor of the model lies in a transformers folder, by name.
 
     Raises:
         ValueError: a file is missing or unreadable, or a tensor is missing, extra or misshapen.
     """
-    wanted, found = tensor_shapes(config), []
+    wanted, found = tensor_shapes(config), {}
     for path in weight_files(folder):
         for name, stored in tensors_in(path).items():
             if name == "lm_head.weight" and config.tie_embeddings:
@@ -201,18 +191,15 @@ def stored_weights(config: TrainingConfig, folder: Path) -> list[StoredWeight]:
             if wanted.get(name) != stored.shape:
                 needed = f"the model needs {wanted[name]}" if name in wanted else "the model has no such tensor"
                 raise ValueError(f"{path}: tensor {_shown(name)} has shape {stored.shape}, {needed}")
-            found.append(StoredWeight(path, name, stored))
-    missing = sorted(set(wanted) - {weight.name for weight in found})
-    if missing:
+            found[name] = stored
+    if missing := sorted(wanted.keys() - found.keys()):
         raise ValueError(f"{folder}: tensor {missing[0]} is missing; the download or copy is not complete")
     return found
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a transformers folder: model.safetensors, or those that its index names.
-
-    Raises:
-        ValueError: the index is not valid, or a file is missing.
+    """The safetensors files of a transformers folder: model.safetensors, or those that its index names. Raises ValueError where
+    the index is not valid or a file is missing.
     """
     index = folder / "model.safetensors.index.json"
     shards = read_json(index).get("weight_map") if index.exists() else {"": "model.safetensors"}
@@ -240,21 +227,17 @@ def tensors_in(path: Path) -> dict[str, Stored]:
     except (SafetensorError, OSError, ValueError) as fault:
         raise ValueError(f"{path} is no readable safetensors file: {one_line(fault)}") from None
     header.pop("__metadata__", None)
+    found = {}
     for name, entry in header.items():
         if entry["dtype"] not in READABLE_DTYPES:
             raise ValueError(f"{path}: tensor {_shown(name)} is of {entry['dtype']}; floating-point weights are needed")
-    return {
-        name: Stored(READABLE_DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + num_bytes + entry["data_offsets"][0])
-        for name, entry in header.items()
-    }
+        position = 8 + num_bytes + entry["data_offsets"][0]
+        found[name] = Stored(path, READABLE_DTYPES[entry["dtype"]], tuple(entry["shape"]), position)
+    return found
 
 
 def read_into(path: Path, position: int, dtype: torch.dtype, target: Tensor) -> None:
-    """Fills the flat `target` (n,) with the file's elements of `dtype` from byte `position` on, by LOAD_THREADS threads.
-
-    Raises:
-        OSError: the file cannot be read or ends early.
-    """
+    """Fills the flat `target` (n,) with the file's elements of `dtype` from byte `position` on; raises as `read_all`."""
     pieces = target.split(LOAD_PIECE_ELEMENTS)
     starts = range(position, position + len(target) * dtype.itemsize, LOAD_PIECE_ELEMENTS * dtype.itemsize)
     with path.open("rb", buffering=0) as file, ThreadPoolExecutor(LOAD_THREADS) as pool:
@@ -262,11 +245,7 @@ def read_into(path: Path, position: int, dtype: torch.dtype, target: Tensor) -> 
 
 
 def read_all(descriptor: int, target: memoryview, position: int) -> None:
-    """Fills `target` with the bytes of an open file from byte `position` on.
-
-    Raises:
-        OSError: the file cannot be read or ends early.
-    """
+    """Fills `target` with an open file's bytes from `position` on. Raises OSError where it cannot be read or ends early."""
     while target:
         num_bytes = os.preadv(descriptor, [target], position)
         if not num_bytes:
@@ -280,22 +259,16 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 def read_json(path: Path) -> dict:
-    """`parse_json` of a file of at most LARGEST_JSON_BYTES.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is larger, or no JSON object.
-    """
+    """`parse_json` of a file. Raises OSError where it cannot be read, ValueError where it is too large or no JSON object."""
     if path.stat().st_size > LARGEST_JSON_BYTES:
         raise ValueError(f"{path} is larger than {LARGEST_JSON_BYTES} bytes")
     return parse_json(path.read_bytes(), str(path))
 
 
 def parse_json(content: bytes, source: str) -> dict:
-    """A JSON object in which no name stands twice. NaN and Infinity are read, as Python writes them: a loss may be one.
+    """A JSON object in which no name stands twice, else a ValueError that begins with `source`.
 
-    Raises:
-        ValueError: it is none; the message begins with `source`.
+    NaN and Infinity are read, as Python writes them: a loss may be one.
     """
     try:
         value = json.loads(content, object_pairs_hook=_unique)
@@ -310,33 +283,26 @@ def _rope_description(config: TrainingConfig) -> dict:
     if config.rope_scaling is None:
         return {}
     *factors, length = config.rope_scaling
-    named = dict(zip(ROPE_SCALING, (*factors, int(length)), strict=True))
-    return {"rope_scaling": {"rope_type": "llama3", **named}}
+    return {"rope_scaling": {"rope_type": "llama3", **dict(zip(ROPE_SCALING, (*factors, int(length)), strict=True))}}
 
 
-def _refuse_variants(description: dict, rope: dict) -> None:
+def _rope_scaling(description: dict, rope: dict) -> tuple[float, ...] | None:
+    """The values of ROPE_SCALING, None where positions are not scaled. Refuses what this decoder does not compute."""
+    kind = rope.get("rope_type") or rope.get("type") or "default"
     is_whole = rope.get("partial_rotary_factor", 1.0) == 1.0 == description.get("partial_rotary_factor", 1.0)
-    if _rope_type(rope) not in ("default", "llama3") or not is_whole:
-        raise ValueError(
-            f"rotary positions of type {_rope_type(rope)!r:.40}, or partial ones, are not supported; a plain Llama or Qwen3 is"
-        )
+    if kind not in ("default", "llama3") or not is_whole:
+        named = f"{kind!r:.40}"
+        raise ValueError(f"rotary positions of type {named}, or partial ones, are not supported; a plain Llama or Qwen3 is")
     for name in ("attention_bias", "mlp_bias", "use_sliding_window"):
         if description.get(name):
             raise ValueError(f"{name}={description[name]!r} is not supported; use a plain Llama or Qwen3")
     if description.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ValueError(f"hidden_act={description['hidden_act']!r} is not supported; use a plain Llama or Qwen3")
-
-
-def _rope_scaling(rope: dict) -> tuple[float, ...] | None:
-    if _rope_type(rope) == "default":
+    if kind == "default":
         return None
     if not all(isinstance(rope.get(name), int | float) for name in ROPE_SCALING):
         raise ValueError(f"its scaled rotary positions name not all of {', '.join(ROPE_SCALING)}")
     return tuple(float(rope[name]) for name in ROPE_SCALING)
-
-
-def _rope_type(rope: dict) -> str:
-    return rope.get("rope_type") or rope.get("type") or "default"
 
 
 @lru_cache(maxsize=16)
@@ -347,22 +313,12 @@ def _with_shape_of(described: bytes | None, config: TrainingConfig) -> TrainingC
     return replace(config, **alone, **shape, activation_checkpointing="none")
 
 
-def _refuse_other_architecture(config: TrainingConfig, folder: Path) -> None:
-    theirs = architecture(folder, describe(folder))
-    ours = {name: getattr(config, name) for name in theirs} | {"head_size": config.head_width}
-    names = [name for name in theirs if theirs[name] != ours[name]]
-    if names:
-        listed = ", ".join(f"{name} ({theirs[name]!r} there, {ours[name]!r} here)" for name in names)
-        raise ValueError(f"{folder} holds a model of another shape: {listed}")
-
-
 def _read_piece(descriptor: int, position: int, dtype: torch.dtype, piece: Tensor) -> None:
-    if piece.dtype == dtype and piece.device.type == "cpu":
-        read_all(descriptor, bytes_of(piece), position)
-        return
-    landing = torch.empty(len(piece), dtype=dtype)
+    is_direct = piece.dtype == dtype and piece.device.type == "cpu"
+    landing = piece if is_direct else torch.empty(len(piece), dtype=dtype)
     read_all(descriptor, bytes_of(landing), position)
-    piece.copy_(landing)
+    if not is_direct:
+        piece.copy_(landing)
 
 
 def _unique(pairs: list) -> dict:
@@ -373,5 +329,4 @@ def _unique(pairs: list) -> dict:
 
 
 def _shown(name: str) -> str:
-    """A name from a file, for a line of text."""
     return name[:100] if name.isprintable() else repr(name[:100])

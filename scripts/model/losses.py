@@ -29,8 +29,7 @@ class LabelledTokens(NamedTuple):
 
 def next_token(engine, windows: Tensor, config: TrainingConfig) -> Tensor:
     """The pre-training objective: windows (B, T + 1) int64 -> mean nats per token, () float32."""
-    hidden = engine(windows[:, :-1])
-    return next_token_loss(hidden, engine.module.head, windows[:, 1:], config.loss_chunk_rows)
+    return next_token_loss(engine(windows[:, :-1]), engine.module.head, windows[:, 1:], config.loss_chunk_rows)
 
 
 def next_token_loss(hidden: Tensor, head: Tensor, targets: Tensor, chunk_rows: int) -> Tensor:
@@ -38,8 +37,7 @@ def next_token_loss(hidden: Tensor, head: Tensor, targets: Tensor, chunk_rows: i
 
     Targets equal to -100 are ignored; if all are, the loss is 0. The backward may run once.
     """
-    flat = targets.flatten()
-    return _chunked_loss(hidden, head, flat, chunk_rows, partial(_text_chunk, targets=flat))
+    return _chunked_loss(hidden, head, targets, chunk_rows, _text_chunk)
 
 
 def distillation_loss(
@@ -53,9 +51,9 @@ def distillation_loss(
     2015): KL(teacher || student) if `divergence` is "forward", KL(student || teacher) if "reverse" (Gu et al. 2023, MiniLLM).
     Of neither model do logits exist whole. The teacher gets no gradient, and the backward keeps nothing of it.
     """
-    flat, settings = targets.flatten(), _Distillation(weight, temperature, divergence)
     teacher = {"teacher_hidden": teacher_hidden.flatten(0, 1), "teacher_head": _for_products(teacher_head)}
-    return _chunked_loss(hidden, head, flat, chunk_rows, partial(_teacher_chunk, targets=flat, **teacher, settings=settings))
+    chunk = partial(_teacher_chunk, **teacher, settings=_Distillation(weight, temperature, divergence))
+    return _chunked_loss(hidden, head, targets, chunk_rows, chunk)
 
 
 def label_loss(
@@ -67,9 +65,8 @@ def label_loss(
     The labels, (B, T, k) and (B, T), must have been made at the same temperature. KL compares k + 1 outcomes: each of the k
     ids, and any other id. "forward" is never above the KL of all ids (data processing inequality, Cover & Thomas 2006, 2.8).
     """
-    flat, settings = targets.flatten(), _Distillation(weight, temperature, divergence)
-    rows = Labels(*(part.flatten(0, 1) for part in labels))
-    return _chunked_loss(hidden, head, flat, chunk_rows, partial(_label_chunk, targets=flat, labels=rows, settings=settings))
+    rows, settings = Labels(*(part.flatten(0, 1) for part in labels)), _Distillation(weight, temperature, divergence)
+    return _chunked_loss(hidden, head, targets, chunk_rows, partial(_label_chunk, labels=rows, settings=settings))
 
 
 @torch.no_grad()
@@ -113,14 +110,14 @@ class _Distillation(NamedTuple):
 
 
 class _Costs(NamedTuple):
-    """The loss of each row, (C,) float32 nats, and its gradient with respect to the logits, (C, V) float32."""
+    """Each row's nats (C,) float32, and their gradient with respect to the logits (C, V) float32, empty where not wanted."""
 
     nats: Tensor
     gradient: Tensor
 
 
 class _Tail(NamedTuple):
-    """The ids of a row that are not among its k likeliest: a softmax over them, (C, V), and the log of their sum, (C, 1)."""
+    """The softmax over all ids but some, `shares` (C, V), and the logarithm of their summed probability, `log_sum` (C, 1)."""
 
     shares: Tensor
     log_sum: Tensor
@@ -129,8 +126,8 @@ class _Tail(NamedTuple):
 class _ChunkedLoss(torch.autograd.Function):
     """The forward computes the gradients too, chunk by chunk; the backward only scales them (as Liger-kernel does, 2024).
 
-    `loss_function(inputs, head, rows, wants_gradient)` gets the hidden states (C, D) of the slice `rows` and the head (V, D),
-    and returns `_Costs`, zero where ignored. Where no gradient is wanted it may return None for it.
+    `loss_function(inputs, head, targets, rows, wants_gradient)` gets hidden states (C, D), the head (V, D), targets (C,) and
+    `rows`, the slice that they are. It returns _Costs, zero where ignored.
     """
 
     @staticmethod
@@ -142,14 +139,15 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_head = torch.zeros_like(head, dtype=torch.float32) if needed[1] and is_split else None
         for rows in row_slices(len(hidden), chunk_rows):
             inputs = hidden[rows].to(matrix.dtype)
-            nats, gradient = loss_function(inputs, matrix, rows, any(needed))
+            nats, gradient = loss_function(inputs, matrix, targets[rows], rows, any(needed))
             total += nats.sum()
             if any(needed):
                 gradient = gradient.to(inputs.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = gradient @ matrix
             if grad_head is not None:
-                _add_product_(grad_head, gradient, inputs)
+                for part in row_slices(len(head), max(1, gradient.numel() // inputs.shape[1])):  # no larger than `gradient`
+                    grad_head[part] += gradient[:, part].T @ inputs
             elif needed[1]:
                 grad_head = gradient.T @ inputs
             del gradient
@@ -170,43 +168,36 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _chunked_loss(hidden: Tensor, head: Tensor, targets: Tensor, chunk_rows: int, loss_function: Callable) -> Tensor:
-    return _ChunkedLoss.apply(hidden.flatten(0, 1), head, targets, chunk_rows, loss_function)  # pyright: ignore[reportReturnType]
+    return _ChunkedLoss.apply(hidden.flatten(0, 1), head, targets.flatten(), chunk_rows, loss_function)  # pyright: ignore
 
 
 def _for_products(head: Tensor) -> Tensor:
     return head.to(product_dtype(head.dtype, head.device))
 
 
-def _add_product_(total: Tensor, gradient: Tensor, inputs: Tensor) -> None:
-    """total += gradient.T @ inputs, in parts no larger than `gradient`: (V, D) float32, (C, V), (C, D)."""
-    for part in row_slices(len(total), max(1, gradient.numel() // inputs.shape[1])):
-        total[part] += gradient[:, part].T @ inputs
-
-
-def _text_chunk(inputs: Tensor, head: Tensor, rows: slice, wants_gradient: bool, *, targets: Tensor) -> _Costs:
+def _text_chunk(inputs: Tensor, head: Tensor, targets: Tensor, _: slice, wants_gradient: bool) -> _Costs:
     """The next-token loss of a chunk; one (C, V) float32 is alive at a time."""
-    wanted = targets[rows]
     if not wants_gradient:
-        return _Costs(_nats(inputs, head, wanted), None)  # pyright: ignore[reportArgumentType]
-    nats, gradient = _cross_entropy_(functional.linear(inputs, head).float(), wanted)
-    ignored = wanted == IGNORED
+        return _Costs(_nats(inputs, head, targets), inputs.new_empty(0))
+    nats, gradient = _cross_entropy_(functional.linear(inputs, head).float(), targets)
+    ignored = targets == IGNORED
     return _Costs(nats.masked_fill_(ignored, 0.0), gradient.masked_fill_(ignored.unsqueeze(1), 0.0))
 
 
 def _teacher_chunk(
-    inputs: Tensor, head: Tensor, rows: slice, _: bool, *, targets: Tensor, teacher_hidden: Tensor, teacher_head: Tensor,
+    inputs: Tensor, head: Tensor, targets: Tensor, rows: slice, _: bool, *, teacher_hidden: Tensor, teacher_head: Tensor,
     settings: _Distillation,
 ) -> _Costs:  # fmt: skip
     """The distillation loss of a chunk; at most three (C, V) float32 are alive at a time."""
     logs = _log_probabilities(inputs, head, settings.temperature)
     teacher_logs = _log_probabilities(teacher_hidden[rows].to(teacher_head.dtype), teacher_head, settings.temperature)
-    divergence = _divergence_(logs, teacher_logs, settings.divergence)
+    nats, gradient = _divergence_(logs, teacher_logs, settings.divergence)
     del teacher_logs
-    return _with_text_(logs, targets[rows], divergence, settings)
+    return _with_text_(logs, targets, nats, gradient, settings)
 
 
 def _label_chunk(
-    inputs: Tensor, head: Tensor, rows: slice, _: bool, *, targets: Tensor, labels: Labels[Tensor], settings: _Distillation
+    inputs: Tensor, head: Tensor, targets: Tensor, rows: slice, _: bool, *, labels: Labels[Tensor], settings: _Distillation
 ) -> _Costs:
     """The label loss of a chunk; at most two (C, V) float32 are alive at a time.
 
@@ -219,7 +210,7 @@ def _label_chunk(
     outcomes = _log_outcomes(labels.logs[rows], labels.tail[rows])
     nats, by_outcome = _divergence_(torch.cat((likely, log_tail), dim=1), outcomes, settings.divergence)
     gradient.mul_(by_outcome[:, -1:]).scatter_(1, ids, by_outcome[:, :-1])
-    return _with_text_(logs, targets[rows], _Costs(nats, gradient), settings)
+    return _with_text_(logs, targets, nats, gradient, settings)
 
 
 def _log_probabilities(inputs: Tensor, head: Tensor, temperature: float) -> Tensor:
@@ -240,9 +231,9 @@ def _log_outcomes(logs: Tensor, tail: Tensor) -> Tensor:
 
 
 def _tail_of_(logs: Tensor, ids: Tensor) -> _Tail:
-    """The tail beside the ids (C, k) of log-probabilities (C, V), in which those of the ids become -inf.
+    """The tail beside the ids (C, k) of log-probabilities (C, V).
 
-    The tail's largest share gives the log-sum: exact also where 1 minus the sum over the ids would be rounding noise.
+    Those of the ids become -inf. The largest share gives the log: exact also where 1 - the ids' sum would be rounding noise.
     """
     logs.scatter_(1, ids, -torch.inf)
     largest, best = logs.max(dim=-1, keepdim=True)
@@ -263,23 +254,22 @@ def _divergence_(student: Tensor, teacher: Tensor, divergence: str) -> _Costs:
     return _Costs(nats, difference.addcmul_(shares, nats.unsqueeze(1), value=-1.0))
 
 
-def _with_text_(logs: Tensor, targets: Tensor, divergence: _Costs, settings: _Distillation) -> _Costs:
-    """The weighted sum of divergence and next-token loss, zero where ignored; `logs` (C, V), the student's log-probabilities at
-    the temperature, are overwritten by the gradient.
-    """
+def _with_text_(
+    logs: Tensor, targets: Tensor, divergence: Tensor, divergence_gradient: Tensor, settings: _Distillation
+) -> _Costs:
+    """The weighted sum of divergence and next-token loss. Its gradient overwrites the student's `logs` at the temperature."""
     kept, soft = (targets != IGNORED).float(), settings.weight * settings.temperature
     if settings.temperature != 1.0:
         logs.mul_(settings.temperature)
     nats, gradient = _cross_entropy_(logs, targets)
-    total, by_row = (1.0 - settings.weight) * nats + soft * settings.temperature * divergence.nats, kept.unsqueeze(1)
-    gradient.mul_((1.0 - settings.weight) * by_row).addcmul_(divergence.gradient, soft * by_row)
+    total, by_row = (1.0 - settings.weight) * nats + soft * settings.temperature * divergence, kept.unsqueeze(1)
+    gradient.mul_((1.0 - settings.weight) * by_row).addcmul_(divergence_gradient, soft * by_row)
     return _Costs(total * kept, gradient)
 
 
 def _nats(inputs: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of each row, zero where ignored: (C, D), (V, D), (C,) -> (C,) float32."""
-    logs = _log_probabilities(inputs, head, 1.0)
-    return -_at(logs, targets).masked_fill_(targets == IGNORED, 0.0)
+    return -_at(_log_probabilities(inputs, head, 1.0), targets).masked_fill_(targets == IGNORED, 0.0)
 
 
 def _cross_entropy_(logits: Tensor, targets: Tensor) -> _Costs:

@@ -27,6 +27,13 @@ class Normed(NamedTuple):
     scale: Tensor
 
 
+class NormGradients(NamedTuple):
+    """The gradients of a norm's input, (..., K), and of its gain, (K,)."""
+
+    x: Tensor
+    gain: Tensor
+
+
 def embed(ids: Tensor, table: nn.Embedding) -> Tensor:
     """Rows of the table: (B, T) int64 -> (B, T, D)."""
     return _HostEmbedding.apply(ids, table.weight) if on_host(table.weight) else table(ids)  # pyright: ignore
@@ -65,16 +72,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rotary: Tensor) -> Tensor:
     if on_host(q):
         return _HostAttention.apply(q, k, v, rotary)  # pyright: ignore[reportReturnType]
     q, k = rotate(q, rotary), rotate(k, rotary)
-    if not _has_flash_attention(q):
+    # Flash attention reads shared kv heads. The kernel that takes its place needs a copy of them for each query head; without
+    # that copy torch takes a kernel whose memory grows with T squared.
+    if q.device.type == "cuda" and (q.dtype == torch.float32 or torch.cuda.get_device_capability(q.device) < (8, 0)):
         k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], 1) for each in (k, v))
     return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
 
 
 def attend_cached(q: Tensor, k: Tensor, v: Tensor, rotary: Tensor, cache: KeysValues, *, start: int) -> Tensor:
-    """As `attend`, for positions from `start` on; they see the cached positions before `start` too.
-
-    Writes rotated k, and v, into the cache at `start`.
-    """
+    """`attend` for positions from `start` on, over the cached ones before it too; writes rotated k, and v, into the cache."""
     stop, rotated = start + q.shape[2], rotate(k, rotary)
     cache.keys[:, :, start:stop], cache.values[:, :, start:stop] = rotated, v
     if start == 0:
@@ -100,36 +106,23 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Normed:
         return Normed(*torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], gain, eps))
     normed = Normed(torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
     flat, outputs, scales = x.flatten(0, -2), normed.rows.flatten(0, -2), normed.scale.flatten(0, -2)
-    for rows in _host_slices(flat):
+    for rows in row_slices(len(flat), HOST_CHUNK_ROWS):
         unit, scales[rows] = _unit_rows(flat[rows].float(), eps)
         outputs[rows] = unit * gain.float()
     return normed
 
 
-def rms_norm_gradients(gradient: Tensor, x: Tensor, gain: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+def rms_norm_gradients(gradient: Tensor, x: Tensor, gain: Tensor, scale: Tensor) -> NormGradients:
     """The gradients of x and of gain, from the gradient (..., K) of `rms_norm`'s rows and from their scales."""
     if x.device.type == "cuda":
-        return torch.ops.aten._fused_rms_norm_backward(gradient, x, [x.shape[-1]], scale, gain, [True, True])
+        return NormGradients(*torch.ops.aten._fused_rms_norm_backward(gradient, x, [x.shape[-1]], scale, gain, [True, True]))
     grad_x, grad_gain = torch.empty_like(x), torch.zeros_like(gain, dtype=torch.float32)
     flat, gradients, scales, outputs = (each.flatten(0, -2) for each in (x, gradient, scale, grad_x))
-    for rows in _host_slices(flat):
+    for rows in row_slices(len(flat), HOST_CHUNK_ROWS):
         unit, inner = flat[rows].float() * scales[rows], gradients[rows].to(torch.float32, copy=True)
         grad_gain += torch.linalg.vecdot(inner, unit, dim=0)
         outputs[rows] = _input_gradient_(inner.mul_(gain), unit, scales[rows])
-    return grad_x, grad_gain.to(gain.dtype)
-
-
-def _has_flash_attention(x: Tensor) -> bool:
-    """Flash attention reads shared kv heads. The kernel that takes its place needs a copy of them for each query head; without
-    that copy torch takes a kernel whose memory grows with T squared.
-    """
-    if x.device.type != "cuda":
-        return True
-    return x.dtype != torch.float32 and torch.cuda.get_device_capability(x.device) >= (8, 0)
-
-
-def _host_slices(x: Tensor) -> list[slice]:
-    return row_slices(len(x), HOST_CHUNK_ROWS)
+    return NormGradients(grad_x, grad_gain.to(gain.dtype))
 
 
 class _HostEmbedding(torch.autograd.Function):
@@ -148,8 +141,6 @@ class _HostEmbedding(torch.autograd.Function):
 
 
 class _Norm(torch.autograd.Function):
-    """RMSNorm (Zhang & Sennrich 2019)."""
-
     @staticmethod
     def forward(ctx, x: Tensor, gain: Tensor, eps: float) -> Tensor:
         normed, scale = rms_norm(x, gain, eps)
@@ -184,8 +175,6 @@ class _NormedProducts(torch.autograd.Function):
 
 
 class _HostNormedProducts(torch.autograd.Function):
-    """`_NormedProducts` on a CPU."""
-
     @staticmethod
     def forward(ctx, x: Tensor, gain: Tensor, eps: float, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, gain, *weights)
@@ -193,7 +182,7 @@ class _HostNormedProducts(torch.autograd.Function):
         dtype = product_dtype(x.dtype, x.device)
         flat, matrices = x.flatten(0, -2), [weight.to(dtype) for weight in weights]
         outputs = [x.new_empty(len(flat), len(weight)) for weight in weights]
-        for rows in _host_slices(flat):
+        for rows in row_slices(len(flat), HOST_CHUNK_ROWS):
             normed = (_unit_rows(flat[rows].float(), eps).rows * gain.float()).to(dtype)
             for output, matrix in zip(outputs, matrices, strict=True):
                 output[rows] = functional.linear(normed, matrix)
@@ -205,7 +194,7 @@ class _HostNormedProducts(torch.autograd.Function):
         dtype = product_dtype(x.dtype, x.device)
         flat, grad_x, matrices = x.flatten(0, -2), torch.empty_like(x), [weight.to(dtype) for weight in weights]
         grad_gain, *grads = (torch.zeros_like(weight, dtype=torch.float32) for weight in (gain, *weights))
-        for rows in _host_slices(flat):
+        for rows in row_slices(len(flat), HOST_CHUNK_ROWS):
             unit, scale = _unit_rows(flat[rows].float(), ctx.eps)
             normed, inner = (unit * gain.float()).to(dtype), torch.zeros_like(unit)
             for gradient, matrix, grad in zip(gradients, matrices, grads, strict=True):
@@ -239,15 +228,13 @@ class _GatedProduct(torch.autograd.Function):
 
 
 class _HostGatedProduct(torch.autograd.Function):
-    """`_GatedProduct` on a CPU."""
-
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
         dtype = product_dtype(gate.dtype, gate.device)
         gates, ups, matrix = gate.flatten(0, -2), up.flatten(0, -2), weight.to(dtype)
         output = gate.new_empty(len(gates), len(weight))
-        for rows in _host_slices(gates):
+        for rows in row_slices(len(gates), HOST_CHUNK_ROWS):
             output[rows] = functional.linear(functional.silu(gates[rows].float()).mul_(ups[rows]).to(dtype), matrix)
         return output.view(*gate.shape[:-1], -1)
 
@@ -257,7 +244,7 @@ class _HostGatedProduct(torch.autograd.Function):
         dtype = product_dtype(gate.dtype, gate.device)
         grad, grad_gate, grad_up = torch.zeros_like(weight, dtype=torch.float32), torch.empty_like(gate), torch.empty_like(up)
         gates, ups, matrix = gate.flatten(0, -2), up.flatten(0, -2), weight.to(dtype)
-        for rows in _host_slices(gates):
+        for rows in row_slices(len(gates), HOST_CHUNK_ROWS):
             wide_gate, wide_up, piece = gates[rows].float(), ups[rows].float(), gradient.flatten(0, -2)[rows].to(dtype)
             active, inner = functional.silu(wide_gate), (piece @ matrix).float()
             grad += piece.T @ (active * wide_up).to(dtype)
@@ -284,8 +271,6 @@ class _HostProduct(torch.autograd.Function):
 
 
 class _Rotation(torch.autograd.Function):
-    """A rotation of pairs; the gradient is rotated back."""
-
     @staticmethod
     def forward(ctx, x: Tensor, rotary: Tensor) -> Tensor:
         ctx.save_for_backward(rotary)

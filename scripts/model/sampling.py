@@ -23,12 +23,9 @@ def new_cache(model: Decoder, rows: int, length: int) -> Cache:
 def continue_ids(model: Decoder, ids: Tensor, num_tokens: int, *, temperature: float, top_k: int, seed: int) -> Iterator[int]:
     """Samples up to `num_tokens` ids after the prompt `ids` (T,) int64; one seed gives one continuation.
 
-    Each id is drawn from the softmax of the `top_k` largest logits / temperature; below a temperature of 1e-6 the best id
-    is taken. The prompt is cut to its last `context_length` ids; whenever the context is full its older half is dropped.
-    Sampling ends early where a logit is not finite.
-
-    Raises:
-        ValueError: `temperature` is negative or `top_k` below 1.
+    Each id is drawn from the softmax of the `top_k` largest logits / temperature; below a temperature of 1e-6 the best id is
+    taken. The prompt is cut to its last `context_length` ids; whenever the context is full its older half is dropped. Sampling
+    ends early where a logit is not finite. Raises ValueError where `temperature` is negative or `top_k` below 1.
     """
     if temperature < 0 or top_k < 1:
         raise ValueError(f"temperature={temperature} and top_k={top_k}: at least 0 and 1 work")

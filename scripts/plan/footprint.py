@@ -10,20 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from scripts.config import (
-    ALLOCATOR_SLACK_SHARE,
-    CUBLAS_WORKSPACE_BYTES,
-    CUDA_CONTEXT_BYTES,
-    CUDA_LIBRARIES_BYTES,
-    DATA_BYTES,
-    FILE_PIECES_BYTES,
-    HOST_CHUNK_ROWS,
-    NUM_MULTIPROCESSORS,
-    PRECISIONS,
-    PROGRAM_BYTES,
-    TrainingConfig,
-    product_dtype,
-)
+from scripts import config as settings
+from scripts.config import PRECISIONS, TrainingConfig, product_dtype
 from scripts.model.huggingface import teacher_config
 from scripts.plan.machine import pinned_bytes
 
@@ -55,9 +43,8 @@ class Moment(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The largest moment of each phase for one rank, on the `device` and beside it on the `host`; bytes on the `disk`.
-
-    With `device_type` "cpu" the device's bytes lie in host memory too.
+    """The largest moment of each phase for one rank, on the `device` (for "cpu" in host memory too), on the `host` beside it,
+    and bytes on the `disk`.
     """
 
     device_type: str
@@ -86,17 +73,16 @@ def plan(config: TrainingConfig, world_size: int, device_type: str | None = None
 
 
 def device_moments(config: TrainingConfig, world_size: int, device_type: str, phase: str) -> Iterator[Moment]:
-    """What one rank holds on the device at each moment of a phase that can be its largest. Kinds of zero bytes are left out.
+    """What one rank holds on the device at each moment of a phase that can be its largest, without kinds of zero bytes.
 
-    On a GPU, what CUDA and torch's allocator take for themselves is counted; cuBLAS has a workspace for each of two threads,
-    the main one and autograd's.
+    On a GPU, CUDA's own memory and the allocator's count, and cuBLAS's workspaces for the main thread and autograd's.
     """
-    for at in _moments(_model(config, device_type), world_size, phase):
+    for at in _moments(_Model(config, device_type), world_size, phase):
         parts = {kind: num_bytes for kind, num_bytes in at.parts.items() if num_bytes}
         if device_type == "cuda":
-            parts["cuBLAS's workspaces"] = CUBLAS_WORKSPACE_BYTES
-            parts["allocator's slack"] = int(ALLOCATOR_SLACK_SHARE * sum(parts.values()))
-            parts["CUDA and its libraries"] = CUDA_CONTEXT_BYTES + CUDA_LIBRARIES_BYTES
+            parts["cuBLAS's workspaces"] = settings.CUBLAS_WORKSPACE_BYTES
+            parts["allocator's slack"] = int(settings.ALLOCATOR_SLACK_SHARE * sum(parts.values()))
+            parts["CUDA and its libraries"] = settings.CUDA_CONTEXT_BYTES + settings.CUDA_LIBRARIES_BYTES
         yield Moment(at.name, parts)
 
 
@@ -105,69 +91,36 @@ def checkpoint_bytes(config: TrainingConfig) -> int:
     return config.num_parameters * (config.dtype.itemsize + OPTIMIZER_BYTES)
 
 
-class _Model(NamedTuple):
+class _Model:
     """A model and its micro-batch on one kind of device.
 
-    `storage` and `products` are bytes of an element in weights and in matrix products. The rest are counts: `tokens` M, `chunk`
-    C, `queries` H * K, `keys` G * K; `rows` are the tokens that operations without a GPU take at a time.
+    `storage` and `products` are bytes of an element in weights and in matrix products, `cast` those of one that is copied for
+    products (0 where they read it as stored). The others are counts: `tokens` M, `chunk` C, `queries` H * K, `keys` G * K;
+    `rows` are the tokens that operations without a GPU take at a time.
     """
 
-    config: TrainingConfig
-    device_type: str
-    storage: int
-    products: int
-    tokens: int
-    rows: int
-    chunk: int
-    width: int
-    queries: int
-    keys: int
-    mlp: int
-    vocabulary: int
-
-    @property
-    def cast(self) -> int:
-        """Bytes of an element that is copied for matrix products; 0 where they read it as it is stored."""
-        return self.products * (self.products != self.storage)
-
-    @property
-    def hidden_bytes(self) -> int:
-        """Hidden states (M, D)."""
-        return self.storage * self.tokens * self.width
-
-    @property
-    def made_logits_bytes(self) -> int:
-        """A chunk's logits (C, V) in float32, and in the dtype of the product that they are cast from."""
-        return self.chunk * self.vocabulary * (4 + self.products * (self.products < 4))
+    def __init__(self, config: TrainingConfig, device_type: str) -> None:
+        self.config, self.device_type, self.storage = config, device_type, config.dtype.itemsize
+        self.products = product_dtype(config.dtype, torch.device(device_type)).itemsize
+        self.cast = self.products * (self.products != self.storage)
+        self.tokens = config.micro_batch_rows * config.context_length
+        self.rows = min(self.tokens, settings.HOST_CHUNK_ROWS)
+        self.chunk = min(self.tokens, config.loss_chunk_rows)
+        self.width, self.mlp, self.vocabulary = config.hidden_size, config.mlp_size, config.vocab_size
+        self.queries, self.keys = config.num_heads * config.head_width, config.num_kv_heads * config.head_width
+        self.hidden_bytes = self.storage * self.tokens * self.width
+        logit_bytes = 4 + self.products * (self.products < 4)  # in float32, and in the product's dtype that they are cast from
+        self.made_logits_bytes = self.chunk * self.vocabulary * logit_bytes
 
     def cast_bytes(self, num_rows: int) -> int:
         """A copy of (num_rows, D) elements for matrix products."""
         return self.cast * num_rows * self.width
 
 
-class _Work(NamedTuple):
-    """Bytes that a part of a block's backward takes: activations that it makes, gradients of its weights, a kernel's own."""
-
-    made: int
-    gradients: int
-    kernel: int
-
-
-def _model(config: TrainingConfig, device_type: str) -> _Model:
-    tokens = config.micro_batch_rows * config.context_length
-    return _Model(
-        config=config, device_type=device_type, storage=config.dtype.itemsize,
-        products=product_dtype(config.dtype, torch.device(device_type)).itemsize, tokens=tokens,
-        rows=min(tokens, HOST_CHUNK_ROWS), chunk=min(tokens, config.loss_chunk_rows), width=config.hidden_size,
-        queries=config.num_heads * config.head_width, keys=config.num_kv_heads * config.head_width, mlp=config.mlp_size,
-        vocabulary=config.vocab_size,
-    )  # fmt: skip
-
-
 def _teacher_beside(student: _Model) -> _Model | None:
     """The teacher that is on the device together with the student; with `teacher_top_k` it never is."""
     teacher = teacher_config(student.config) if student.config.teacher_top_k is None else None
-    return None if teacher is None else _model(teacher, student.device_type)
+    return None if teacher is None else _Model(teacher, student.device_type)
 
 
 def _moments(student: _Model, world_size: int, phase: str) -> Iterator[Moment]:
@@ -191,7 +144,6 @@ def _moments(student: _Model, world_size: int, phase: str) -> Iterator[Moment]:
 
 
 def _held(student: _Model, world_size: int) -> dict[str, int]:
-    """What lies on the device between micro-batches."""
     config, teacher = student.config, _teacher_beside(student)
     own, sums = -(-config.num_parameters // world_size), PRECISIONS[config.accumulation_precision].itemsize
     return {
@@ -215,10 +167,8 @@ def _largest_matrix(config: TrainingConfig) -> int:
 
 
 def _inputs(config: TrainingConfig) -> dict[str, int]:
-    """What a micro-batch reads, and the rotary table of its positions."""
-    rotary = 4 * config.context_length * config.head_width
-    ids = 8 * config.micro_batch_rows * (config.context_length + 1)
-    return {"ids and rotary table": ids + rotary, "labels": _label_bytes(config)}
+    ids, rotary = config.micro_batch_rows * (config.context_length + 1), config.context_length * config.head_width
+    return {"ids and rotary table": 8 * ids + 4 * rotary, "labels": _label_bytes(config)}
 
 
 def _label_bytes(config: TrainingConfig) -> int:
@@ -228,13 +178,11 @@ def _label_bytes(config: TrainingConfig) -> int:
 
 
 def _teacher_before_student(student: _Model) -> Iterator[Moment]:
-    """A teacher while nothing of the student is there: its forward, then its held-out loss, or with `teacher_top_k` its labels
-    and a float32 a token of what they leave out.
-    """
+    """A teacher alone: its forward, its held-out loss, or with `teacher_top_k` labels and a float32 a token of the rest."""
     described, top_k = teacher_config(student.config), student.config.teacher_top_k
     if described is None:
         return
-    teacher = _model(described, student.device_type)
+    teacher = _Model(described, student.device_type)
     held = {"teacher": described.num_parameters * teacher.storage} | _inputs(described)
     yield Moment("the teacher's forward", held | {"teacher's forward": _forward_bytes(teacher)})
     name, labels, chunk = "the teacher's held-out loss", 0, teacher.made_logits_bytes + teacher.cast_bytes(teacher.chunk)
@@ -246,11 +194,9 @@ def _teacher_before_student(student: _Model) -> Iterator[Moment]:
 
 
 def _micro_batch(student: _Model, world_size: int) -> Iterator[Moment]:
-    """What a micro-batch takes beside what is held: its forward, its loss, the backward of two blocks and of the embedding.
-
-    The last block's backward comes first and has most activations. In the next one, gradients of the last block are copied
-    down too; scripts/engine/offload.py limits how many. On several ranks DeepSpeed reduces gradients in a bucket, and a matrix
-    larger than the bucket in two copies of its gradient.
+    """What a micro-batch takes beside what is held. The last block's backward comes first and has most activations; in the next
+    one its gradients are copied down too, as many as scripts/engine/offload.py allows. On several ranks DeepSpeed reduces
+    gradients in a bucket, and a matrix larger than the bucket in two copies of its gradient.
     """
     config, always, block = student.config, _inputs(student.config), _kept_block_bytes(student)
     bucket, several = config.bucket_elements * student.storage, world_size > 1
@@ -276,9 +222,9 @@ def _forwards_with_teacher(student: _Model, activations: dict[str, int]) -> Iter
         return
     yield Moment("the teacher's forward", _inputs(teacher.config) | {"teacher's forward": _forward_bytes(teacher)})
     hidden = {"teacher's hidden states": teacher.hidden_bytes} | activations
-    last_product = student.storage * student.tokens * (student.mlp + student.width)
-    is_kept = student.config.activation_checkpointing == "none"
-    block = last_product if is_kept else _forward_bytes(student) - student.hidden_bytes
+    block = _forward_bytes(student) - student.hidden_bytes
+    if student.config.activation_checkpointing == "none":
+        block = student.storage * student.tokens * (student.mlp + student.width)
     yield Moment("the forward", _inputs(student.config) | hidden | {"one block's forward": block})
 
 
@@ -313,9 +259,8 @@ def _normed_rows(model: _Model, widest: int) -> int:
 
 
 def _kept_block_bytes(model: _Model) -> int:
-    """Bytes that a block keeps for its backward: its input, its hidden states between attention and MLP, q, k, v, attention's
-    output, gate and up, what qk_norm reads, float32 sums. Without flash attention, which float32 and cards older than Ampere
-    lack, k and v are kept for every head.
+    """A block's input, its hidden states between attention and MLP, q, k, v, attention's output, gate and up, what qk_norm
+    reads, float32 sums. Without flash attention (float32, cards older than Ampere) k and v are kept for every head.
     """
     config, q, k = model.config, model.queries, model.keys
     elements = 2 * (model.width + q + k + model.mlp)
@@ -325,28 +270,26 @@ def _kept_block_bytes(model: _Model) -> int:
 
 
 def _loss(student: _Model) -> Iterator[Moment]:
-    """The loss, at the chunk in which logits or their gradient take most, and its backward, with what the last norm keeps."""
+    """The loss, at the chunk in which logits or their gradient take most, and its backward, with what the last norm keeps.
+
+    While a chunk's gradient of logits is made, there are three float32 (C, V) with a teacher, two with labels, else one.
+    """
     teacher, is_split = _teacher_beside(student), student.chunk < student.tokens
     s, w, head = student.storage, student.products, student.vocabulary * student.width
     last = {"last norm's activations": student.hidden_bytes + 4 * student.tokens}
     hidden, logits = 2 * student.hidden_bytes + 16 * student.tokens, student.chunk * student.vocabulary
     multiplying = w * (logits + max(student.chunk * student.width, min(head, logits) if is_split else head))
-    working = max(_logits_bytes(student, teacher), multiplying)
-    chunk = hidden + student.cast_bytes(student.chunk) + student.cast_bytes(student.vocabulary) + working
-    parts = last | {"gradients in flight": 4 * head * is_split, "loss chunk": chunk}
+    chunk = hidden + student.cast_bytes(student.chunk) + student.cast_bytes(student.vocabulary)
+    made, top_k, beside = student.made_logits_bytes, student.config.teacher_top_k, {}
+    if top_k is not None:
+        made = 8 * logits + LABEL_CHUNK_BYTES * student.chunk * top_k
     if teacher is not None:
-        parts |= {"teacher's hidden states": teacher.hidden_bytes, "loss chunk": chunk + teacher.cast_bytes(teacher.vocabulary)}
-    yield Moment("the loss", parts)
+        made = 4 * logits + max(8 * logits, teacher.made_logits_bytes + teacher.cast_bytes(teacher.chunk))
+        chunk, beside = chunk + teacher.cast_bytes(teacher.vocabulary), {"teacher's hidden states": teacher.hidden_bytes}
+    parts = {"gradients in flight": 4 * head * is_split, "loss chunk": chunk + max(made, multiplying)}
+    yield Moment("the loss", last | parts | beside)
     gradients = head * ((4 if is_split else w) + s * (is_split and s < 4 or w != s))
     yield Moment("the loss's backward", last | {"loss chunk": hidden // 2, "gradients in flight": gradients})
-
-
-def _logits_bytes(student: _Model, teacher: _Model | None) -> int:
-    """What is there while a chunk's gradient of logits is made: with labels 2, with a teacher 3 float32 (C, V), else one."""
-    logits, top_k = 4 * student.chunk * student.vocabulary, student.config.teacher_top_k
-    if teacher is not None:
-        return max(3 * logits, logits + teacher.made_logits_bytes + teacher.cast_bytes(teacher.chunk))
-    return student.made_logits_bytes if top_k is None else 2 * logits + LABEL_CHUNK_BYTES * student.chunk * top_k
 
 
 def _block_backward(student: _Model, block: int, num_above: int) -> Iterator[Moment]:
@@ -361,24 +304,25 @@ def _block_backward(student: _Model, block: int, num_above: int) -> Iterator[Mom
         else:
             inputs = min(num_left, 2) if mode == "block_offload" else num_left
             saved = {"saved activations": inputs * hidden, "one block's recomputation": kept - hidden}
-        made = {"one block's backward": work.made, "kernels' own work": work.kernel}
-        yield Moment(f"the backward of {part}", saved | made | {"gradients in flight": work.gradients + tied})
+        flying = {"gradients in flight": work.get("gradients in flight", 0) + tied}
+        yield Moment(f"the backward of {part}", saved | work | flying)
 
 
-def _work_on_gpu(model: _Model) -> Iterator[_Work]:
+def _work_on_gpu(model: _Model) -> Iterator[dict[str, int]]:
     """All rows in one product, in the storage dtype. Flash attention's deterministic backward adds up a float32 gradient of q
     for each share of the processors, and one of k and v for every head (Dao 2023; its code in torch).
     """
     s, m, d, f, q = model.storage, model.tokens, model.width, model.mlp, model.queries
     gradient, gates, heads = s * m * d, 2 * s * m * f, model.config.num_heads
-    yield _Work(gradient + gates, s * d * f, 0)
-    yield _Work(3 * gradient + gates, 2 * s * d * f, 0)
-    shares = -(-NUM_MULTIPROCESSORS // (model.config.micro_batch_rows * heads))
+    yield {"one block's backward": gradient + gates, "gradients in flight": s * d * f}
+    yield {"one block's backward": 3 * gradient + gates, "gradients in flight": 2 * s * d * f}
+    shares = -(-settings.NUM_MULTIPROCESSORS // (model.config.micro_batch_rows * heads))
     kernel = shares * 4 * m * q + 2 * s * m * q * (model.keys < q) + 4 * m * heads
-    yield _Work(gradient + 2 * s * m * (q + model.keys), s * d * q, kernel)
+    made = gradient + 2 * s * m * (q + model.keys)
+    yield {"one block's backward": made, "kernels' own work": kernel, "gradients in flight": s * d * q}
 
 
-def _work_on_host(model: _Model) -> Iterator[_Work]:
+def _work_on_host(model: _Model) -> Iterator[dict[str, int]]:
     """Some rows at a time: those before are kept until the next have been made. Weights and gradients are cast where products
     are wider than storage; `narrow` is a product that is cast to float32. Sums of weights' gradients are float32.
     """
@@ -387,16 +331,14 @@ def _work_on_host(model: _Model) -> Iterator[_Work]:
     gradient, gates, narrow = s * m * d, 2 * s * m * f, w * r * f * (w < 4)
     read, made = r * (2 * copied * f + cast * d), r * 8 * f
     piece = max(read * (1 + last) + made * last, read + made * (1 + last) + narrow, read + made + 4 * r * f + w * matrix)
-    yield _Work(gradient + gates + cast * matrix + piece, 4 * matrix, 0)
+    yield {"one block's backward": gradient + gates + cast * matrix + piece, "gradients in flight": 4 * matrix}
     rows, gates_cast = 4 * r * d, r * cast * f
-    piece = max(
-        rows * (3 + 3 * last) + gates_cast * last,
-        rows * 4 + gates_cast * (1 + last) + w * matrix,
-        rows * 3 + gates_cast + copied * matrix,
-    )
-    yield _Work(2 * gradient + gates + 2 * cast * matrix + piece, 8 * matrix, 0)
+    casting = rows * 4 + gates_cast * (1 + last) + w * matrix
+    piece = max(rows * (3 + 3 * last) + gates_cast * last, casting, rows * 3 + gates_cast + copied * matrix)
+    yield {"one block's backward": 2 * gradient + gates + 2 * cast * matrix + piece, "gradients in flight": 8 * matrix}
     output = 4 * m * model.queries
-    yield _Work(gradient + s * m * model.queries + 5 * output + max(3 * (s < 4) * output, 8 * m * model.keys), 0, 0)
+    widest = max(3 * (s < 4) * output, 8 * m * model.keys)
+    yield {"one block's backward": gradient + s * m * model.queries + 5 * output + widest}
 
 
 def _embedding_backward(model: _Model) -> dict[str, int]:
@@ -405,19 +347,17 @@ def _embedding_backward(model: _Model) -> dict[str, int]:
     """
     s, table, hidden = model.storage, model.vocabulary * model.width, model.tokens * model.width
     tied = s * table * model.config.tie_embeddings
+    gradients, kernel = 4 * table + max(4 * hidden, s * table) * (s < 4), 0
     if model.device_type == "cuda":
         gradients, kernel = s * table, 4 * model.width * (model.tokens // 10 + min(model.tokens, model.vocabulary))
-    else:
-        gradients, kernel = 4 * table + max(4 * hidden, s * table) * (s < 4), 0
-    flying = {"gradients in flight": max(gradients + tied, 3 * tied), "kernels' own work": kernel}
-    return flying | {"one block's backward": model.hidden_bytes}
+    flying = max(gradients + tied, 3 * tied)
+    return {"gradients in flight": flying, "kernels' own work": kernel, "one block's backward": model.hidden_bytes}
 
 
 def _host_moment(config: TrainingConfig, world_size: int, device_type: str, phase: str) -> Moment:
-    """What one rank holds of host memory beside the device's share."""
     own, size = -(-config.num_parameters // world_size), config.dtype.itemsize
     staging = pinned_bytes(2 * size * -(-max(_group_elements(config)) // world_size), device_type)
-    parts = {"the program": PROGRAM_BYTES[device_type], "the data": DATA_BYTES}
+    parts = {"the program": settings.PROGRAM_BYTES[device_type], "the data": settings.DATA_BYTES}
     if phase in (TEACHER_ALONE, "training step"):
         parts["labels under way"] = LABEL_COPIES * _label_bytes(config)
     if phase == TEACHER_ALONE:
@@ -427,7 +367,7 @@ def _host_moment(config: TrainingConfig, world_size: int, device_type: str, phas
         first = {"DeepSpeed's staging, until it is replaced": size * (own + _largest_matrix(config)) + staging}
         parts |= first if phase == "initialisation" else {"Adam's moments": 8 * own, "staging": staging}
     if phase in (TEACHER_ALONE, "save and load"):
-        parts["pieces of files"] = FILE_PIECES_BYTES
+        parts["pieces of files"] = settings.FILE_PIECES_BYTES
     if phase == "training step" and config.activation_checkpointing == "block_offload":
         one_input = size * config.micro_batch_rows * config.context_length * config.hidden_size
         parts["offloaded activations"] = (config.num_layers - 1) * pinned_bytes(one_input, device_type)

@@ -10,15 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from scripts.config import (
-    CUDA_CONTEXT_BYTES,
-    PRODUCT_EFFICIENCY_SHARE,
-    RATE_COPIED_BYTES,
-    RATE_MOST_ROWS,
-    RATE_SECONDS,
-    TrainingConfig,
-    product_dtype,
-)
+from scripts import config as settings
+from scripts.config import TrainingConfig, product_dtype
 from scripts.model.huggingface import teacher_config
 
 LARGEST_LIMIT = 2**60
@@ -62,7 +55,7 @@ def room_free(config: TrainingConfig, device: torch.device) -> Room:
 
     What this process holds of the host already, and the context that a look at the GPU makes, count as free: plans have them.
     """
-    gpu = torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT_BYTES if device.type == "cuda" else None
+    gpu = torch.cuda.mem_get_info(device)[0] + settings.CUDA_CONTEXT_BYTES if device.type == "cuda" else None
     left = [group.limit_bytes - group.used_bytes for group in _group_limits()]
     free = max(0, min([proc_bytes("/proc/meminfo")["MemAvailable"], *left]))
     return Room(gpu, free + proc_bytes("/proc/self/status").get("RssAnon", 0), _disk_usage(config).free, "free")
@@ -100,13 +93,13 @@ def flops_per_token(config: TrainingConfig) -> int:
 def tokens_per_second(config: TrainingConfig, world_size: int, local_size: int, device_type: str, rates: Rates) -> float:
     """What to expect of training steps on all ranks: products, gradients that go down beside the backward, then Adam.
 
-    Products reach PRODUCT_EFFICIENCY_SHARE of their measured rate. A micro-batch's gradients go down in the training dtype and
-    are added in float32. Adam reads masters, gradients and moments and writes masters, moments and weights: ADAM_BYTES a
-    parameter. Evaluation, sampling and saving are not counted.
+    Products reach PRODUCT_EFFICIENCY_SHARE of their measured rate. Gradients go down in the training dtype and are added in
+    float32. Adam moves ADAM_BYTES a parameter: it reads masters, gradients and moments and writes masters, moments and weights.
+    Evaluation, sampling and saving are not counted.
     """
     own, size = config.num_parameters / world_size, config.dtype.itemsize
     on_gpu, host = device_type == "cuda", rates.host_bytes / local_size
-    micro_batches, flops = config.accumulation_steps(world_size), PRODUCT_EFFICIENCY_SHARE * rates.flops
+    micro_batches, flops = config.accumulation_steps(world_size), settings.PRODUCT_EFFICIENCY_SHARE * rates.flops
     products = config.micro_batch_rows * config.context_length * flops_per_token(config) / flops
     trips = micro_batches if config.accumulate_on == "cpu" else 1
     down = max(own * size / rates.link_bytes if on_gpu else 0.0, own * (size + 8) / host)
@@ -122,7 +115,7 @@ def teacher_seconds(config: TrainingConfig, world_size: int, rates: Rates) -> fl
     if config.teacher_top_k is None:
         return 0.0
     own_tokens = config.num_steps * config.tokens_per_step / world_size
-    return own_tokens * _teacher_flops(config) / (PRODUCT_EFFICIENCY_SHARE * rates.flops)
+    return own_tokens * _teacher_flops(config) / (settings.PRODUCT_EFFICIENCY_SHARE * rates.flops)
 
 
 def hours(config: TrainingConfig, tokens_per_second: float, teacher_seconds: float) -> float:
@@ -132,23 +125,24 @@ def hours(config: TrainingConfig, tokens_per_second: float, teacher_seconds: flo
 
 def measure_rates(config: TrainingConfig, device: torch.device) -> Rates:
     """Measures this machine in a fraction of a second: a product of the MLP's shape, copies in host memory and to the GPU."""
-    rows = min(config.micro_batch_rows * config.context_length, RATE_MOST_ROWS[device.type])
+    rows = min(config.micro_batch_rows * config.context_length, settings.RATE_MOST_ROWS[device.type])
     dtype, shape = product_dtype(config.dtype, device), (config.hidden_size, config.mlp_size)
     left, right = torch.ones(rows, shape[0], dtype=dtype, device=device), torch.ones(*shape, dtype=dtype, device=device)
     flops = 2 * rows * shape[0] * shape[1] / _fastest_seconds(lambda: left @ right, device)
-    here, there = np.ones((2, RATE_COPIED_BYTES), dtype=np.uint8)
-    host_bytes = 2 * RATE_COPIED_BYTES / _fastest_seconds(lambda: np.copyto(there, here), torch.device("cpu"))
+    copied = settings.RATE_COPIED_BYTES
+    here, there = np.ones((2, copied), dtype=np.uint8)
+    host_bytes = 2 * copied / _fastest_seconds(lambda: np.copyto(there, here), torch.device("cpu"))
     if device.type == "cpu":
         return Rates(flops, host_bytes, host_bytes)
-    pinned = torch.empty(RATE_COPIED_BYTES, dtype=torch.uint8, pin_memory=True)
+    pinned = torch.empty(copied, dtype=torch.uint8, pin_memory=True)
     away = torch.empty_like(pinned, device=device)
-    return Rates(flops, host_bytes, RATE_COPIED_BYTES / _fastest_seconds(lambda: away.copy_(pinned, non_blocking=True), device))
+    return Rates(flops, host_bytes, copied / _fastest_seconds(lambda: away.copy_(pinned, non_blocking=True), device))
 
 
 def _forward_flops(config: TrainingConfig) -> int:
     """FLOP of one token in the forward of all blocks."""
     attention = config.context_length * config.num_heads * config.head_width
-    return config.num_layers * (2 * config.block_parameters + 2 * attention)
+    return 2 * config.num_layers * (config.block_parameters + attention)
 
 
 def _teacher_flops(config: TrainingConfig) -> int:
@@ -169,7 +163,7 @@ def proc_bytes(path: str) -> dict[str, int]:
 
 
 def _group_limits() -> Iterator[GroupLimit]:
-    """Those of each memory control group around this process, of version 1 and 2."""
+    """Those of this process's memory control groups, of version 1 and 2."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         number, names, place = line.split(":", 2)
         if "memory" in names.split(","):
@@ -179,21 +173,15 @@ def _group_limits() -> Iterator[GroupLimit]:
 
 
 def limits_above(root: str, place: str, limit_file: str, used_file: str) -> Iterator[GroupLimit]:
-    """The limits of the control group at `place` below the folder `root`, and of all groups above it, where there is one.
-
-    The root itself counts: a container sees its own group there.
-    """
+    """Limits of the control group at `place` below the folder `root`, and of all above it: a container's own is the root."""
     inner = Path(place.lstrip("/"))
     for folder in {Path(root, inner), *(Path(root, above) for above in inner.parents)}:
-        limit, used, table = (_read_text(folder / name) for name in (limit_file, used_file, "memory.stat"))
+        paths = [folder / name for name in (limit_file, used_file, "memory.stat")]
+        limit, used, table = (path.read_text().strip() if path.is_file() else "" for path in paths)
         if limit.isdecimal() and used.isdecimal() and int(limit) < LARGEST_LIMIT:
             counts = dict(line.split() for line in table.splitlines())
             pages = int(counts.get("total_inactive_file", counts.get("inactive_file", "0")))
             yield GroupLimit(int(limit), int(used) - pages)
-
-
-def _read_text(path: Path) -> str:
-    return path.read_text().strip() if path.is_file() else ""
 
 
 def _fastest_seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -208,6 +196,6 @@ def _fastest_seconds(work: Callable[[], object], device: torch.device) -> float:
 
     once()
     began, taken = time.perf_counter(), [once()]
-    while time.perf_counter() - began < RATE_SECONDS:
+    while time.perf_counter() - began < settings.RATE_SECONDS:
         taken.append(once())
     return min(taken)

@@ -1,9 +1,8 @@
 """Checkpoints: save, verify, resume. A checkpoint is a folder that transformers opens.
 
-Every checkpoint is written to a temporary folder, fsynced, listed in training/manifest.json with the sha256 of each block of
-HASH_BYTES, and renamed. Then it is read back from the disk while training goes on, and until it has been, the checkpoints
-before it are left alone. Weights and optimizer state are safetensors; every rank writes and reads its own slices of the state
-and none ever holds the whole.
+A checkpoint is written to a temporary folder, fsynced, listed in training/manifest.json with the sha256 of each block of
+HASH_BYTES, and renamed. Training goes on while it is read back from the disk; until then older checkpoints are left alone.
+Weights and optimizer state are safetensors; every rank writes and reads its own slices of the state, none holds the whole.
 """
 
 import errno
@@ -22,21 +21,13 @@ from torch import Tensor
 from ds.shards import sync_folder
 from scripts.config import GIB, VERIFY_THREADS, TrainingConfig
 from scripts.engine import offload
-from scripts.engine.distributed import gather, together
+from scripts.engine.distributed import gather, gather_numbers, together
 from scripts.model.decoder import Decoder
 from scripts.model.huggingface import CODE_ENDINGS, read_into, read_json, tensors_in, tokenizer_config, transformers_config
 from scripts.plan.footprint import checkpoint_bytes
 from scripts.run.metrics import read_metrics, sync_metrics
 from scripts.run.run_dir import FOLDERS, checkpoint_folders, checkpoints_dir, config_record, metrics_path
-from scripts.run.storage import (
-    DIGEST_BYTES,
-    HASH_BYTES,
-    FileRecord,
-    find_changed,
-    forget_pages,
-    write_safetensors,
-    write_text,
-)
+from scripts.run.storage import DIGEST_BYTES, HASH_BYTES, FileRecord, find_changed, forget_pages, write_safetensors, write_text
 
 FORMAT = 2
 TEXTS_BYTES = 2**20
@@ -60,9 +51,7 @@ class Newest(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """The folder that `save` wrote, or why it could not in `fault`; `proof` is the reading back of this rank's files, which
-    goes on in a thread.
-    """
+    """The folder that `save` wrote, or in `fault` why it could not; in `proof` a thread reads this rank's files back."""
 
     folder: Path
     fault: str | None
@@ -70,9 +59,7 @@ class Saved(NamedTuple):
 
 
 class Verified(NamedTuple):
-    """Whether a checkpoint read back as it was written, `good`; `words` say what is wrong with it, or with an older one that
-    could not be deleted.
-    """
+    """Whether a checkpoint reads back as written, and what is wrong with it, or with an older one that cannot be deleted."""
 
     good: bool
     words: str | None
@@ -81,11 +68,9 @@ class Verified(NamedTuple):
 def save(engine, config: TrainingConfig, tokenizer_json: str, end_of_text_id: int, progress: dict) -> Saved:
     """Writes the checkpoint after `progress["step"]` steps and begins to read it back. Every rank must call this.
 
-    When a disk is full or fails on any rank, every rank gets the words in `fault`, and the older checkpoints stay. Memory
-    beside the engine's: a few blocks of HASH_BYTES, on the GPU as on the host, for any size of tensor.
-
-    Args:
-        progress: what state.json remembers beside the optimizer: at least `step`, and the fingerprint of the data.
+    `progress` is what state.json holds beside the optimizer: at least `step`, and the fingerprint of the data. When a disk is
+    full or fails on any rank, every rank gets the words in `fault`, and the older checkpoints stay. Memory beside the
+    engine's: a few blocks of HASH_BYTES, on the GPU as on the host, for any size of tensor.
     """
     rank = torch.distributed.get_rank()
     folder = checkpoints_dir(config) / f"step-{progress['step']:08d}"
@@ -130,8 +115,7 @@ def verify_saved(config: TrainingConfig, saved: Saved) -> Verified:
 def newest_verified(config: TrainingConfig) -> Newest:
     """The newest checkpoint whose every byte matches its manifest.
 
-    Raises:
-        ValueError: there are checkpoints and none of them verifies, or metrics.jsonl tells of one and none is left.
+    Raises ValueError when there are checkpoints and none verifies, or metrics.jsonl tells of one and none is left.
     """
     faults = []
     for _, folder in sorted(checkpoint_folders(config).items(), reverse=True):
@@ -141,18 +125,27 @@ def newest_verified(config: TrainingConfig) -> Newest:
         faults.append(f"checkpoint {folder} does not verify: {fault}")
     if faults:
         raise ValueError(f"{faults[0]}; no checkpoint in it verifies: restore that file, or choose another run_dir")
-    _refuse_lost_checkpoints(config)
+    saved = [record["step"] for record in read_metrics(config) if record.get("event") == "saved"]
+    if saved:
+        raise ValueError(
+            f"{checkpoints_dir(config)} holds no checkpoint, and {metrics_path(config)} says that one was saved at step"
+            f" {max(saved)}: put the checkpoints back, or choose another run_dir"
+        )
     return Newest(None, [])
 
 
 def find_fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, naming the file; None when every file matches the manifest.
 
-    Reads with VERIFY_THREADS threads; each holds one block of HASH_BYTES in memory.
+    A file that was not saved is a fault where other programs would load it as weights: it may hold code. VERIFY_THREADS
+    threads read the files; each holds one block of HASH_BYTES in memory.
     """
     try:
         records = read_manifest(folder)
-        fault = _find_added(folder, records) or find_changed(folder, records, VERIFY_THREADS)
+        present = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")))
+        added = (name for name in present if name not in records and name.lower().endswith(CODE_ENDINGS))
+        fault = next((f"{name} was added after it was saved" for name in added), None)
+        fault = fault or find_changed(folder, records, VERIFY_THREADS)
         if fault is None:
             num_ranks = read_state(folder)["optimizer"]["world_size"]
             names = (state_file(rank, num_ranks) for rank in range(num_ranks))
@@ -165,10 +158,8 @@ def find_fault(folder: Path) -> str | None:
 def load_state(engine, checkpoint: Checkpoint) -> None:
     """Restores the optimizer from files of any number of ranks; the weights come by `load_weights`.
 
-    Memory beside the optimizer's: none on the host; OPTIMIZER_CHUNK_ELEMENTS float32 for an optimizer on the GPU.
-
-    Raises:
-        ValueError: the saved groups are not this model's, or a file of them is not what a rank writes.
+    Extra memory: none on the host; OPTIMIZER_CHUNK_ELEMENTS float32 for an optimizer on the GPU. Raises ValueError when the
+    saved groups are not this model's, or a file of them is not what a rank writes.
     """
     saved = checkpoint.state["optimizer"]
     sizes = [part.num_elements for part in offload.partitions(engine)]
@@ -241,58 +232,38 @@ def state_file(rank: int, world_size: int) -> str:
 
 
 def slice_reader(folder: Path, world_size: int, partitions: list[int]) -> offload.ReadSlice:
-    """A function that reads any slice of a whole optimizer tensor from the files of the ranks that saved it.
-
-    Args:
-        world_size: ranks that saved; `partitions`: elements of each group that a rank of them owns.
-    """
+    """Reads slices of whole optimizer tensors, of which each of `world_size` ranks has saved `partitions[group]` elements."""
     tensors_of = cache(lambda rank: tensors_in(folder / state_file(rank, world_size)))
 
     def read(name: str, start: int, target: Tensor) -> None:
         partition = max(1, partitions[int(name.split(".")[1])])
         stop = start + len(target)
         for rank in range(start // partition, min(world_size, -(-stop // partition))):
-            path, stored = folder / state_file(rank, world_size), tensors_of(rank).get(name)
-            low, high = max(start, rank * partition), min(stop, (rank + 1) * partition)
-            if (
-                stored is None
-                or stored.dtype != torch.float32
-                or len(stored.shape) != 1
-                or stored.shape[0] < high - rank * partition
-            ):
+            path, stored, first = folder / state_file(rank, world_size), tensors_of(rank).get(name), rank * partition
+            low, high = max(start, first), min(stop, first + partition)
+            if stored is None or stored.dtype != torch.float32 or len(stored.shape) != 1 or stored.shape[0] < high - first:
                 raise ValueError(f"{path}: tensor {name} is not the float32 slice that rank {rank} saved")
-            position = stored.position + 4 * (low - rank * partition)
-            read_into(path, position, torch.float32, target[low - start : high - start])
+            read_into(path, stored.position + 4 * (low - first), torch.float32, target[low - start : high - start])
 
     return read
 
 
 def read_manifest(folder: Path) -> dict[str, FileRecord]:
-    """What a checkpoint's manifest says of each file, by name.
-
-    Raises:
-        ValueError: the manifest is missing, of another format, or not as it was saved.
-    """
+    """A checkpoint's files as its manifest lists them; ValueError when it is missing, of another format or changed."""
     try:
         manifest = read_json(folder / MANIFEST)
     except (OSError, ValueError):
         raise ValueError(f"{MANIFEST} is missing or unreadable") from None
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{MANIFEST} is of format {manifest.get('format')!r:.40}, and format {FORMAT} is read")
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not {"model.safetensors", "config.json", STATE} <= files.keys():
-        raise ValueError(f"{MANIFEST} was changed after it was saved")
-    if not all(_is_record(name, value) for name, value in files.items()):
+    files, needed = manifest.get("files"), {"model.safetensors", "config.json", STATE}
+    if not (isinstance(files, dict) and needed <= files.keys() and all(_is_record(*entry) for entry in files.items())):
         raise ValueError(f"{MANIFEST} was changed after it was saved")
     return {name: FileRecord(value["bytes"], value["sha256"]) for name, value in files.items()}
 
 
 def read_state(folder: Path) -> dict:
-    """The contents of training/state.json.
-
-    Raises:
-        ValueError: it does not hold what `load_state` needs.
-    """
+    """The contents of training/state.json; ValueError when it does not hold what `load_state` needs."""
     state = read_json(folder / STATE)
     step, saved = state.get("step"), state.get("optimizer")
     if not _is_count(step) or step > LARGEST_STEP or not isinstance(state.get("data_fingerprint"), str):
@@ -303,7 +274,6 @@ def read_state(folder: Path) -> dict:
 
 
 def _begin_draft(draft: Path, num_bytes: int) -> None:
-    """Makes the draft folder where there is room for the checkpoint."""
     draft.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(draft, ignore_errors=True)
     if shutil.disk_usage(draft.parent).free < num_bytes:
@@ -316,10 +286,19 @@ def _write_files(draft: Path, engine, config: TrainingConfig, texts: dict[str, s
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     own = state_file(rank, world_size)
     records = {own: write_safetensors(draft / own, offload.optimizer_tensors(engine))}
-    if rank == 0:
-        records |= write_model(draft, engine.module, texts)
-        records |= _write_state(draft, engine, config, progress)
-    return records
+    if rank != 0:
+        return records
+    parts = offload.partitions(engine)
+    optimizer = {
+        "world_size": world_size,
+        "group_elements": [part.num_elements for part in parts],
+        "group_partitions": [part.stop - part.start for part in parts],
+        "adam_steps": offload.adam_steps(engine),
+        "loss_scaler": offload.loss_scaler_state(engine),
+    }
+    state = {**progress, "format": FORMAT, "config": config_record(config), "optimizer": optimizer}
+    records |= write_model(draft, engine.module, texts)
+    return records | {STATE: write_text(draft / STATE, json.dumps(state, indent=2) + "\n")}
 
 
 def read_back(folder: Path, records: dict[str, FileRecord]) -> None:
@@ -341,42 +320,21 @@ def _give_up(config: TrainingConfig, folder: Path, draft: Path, num_bytes: int, 
 
 
 def _still_good(config: TrainingConfig, folder: Path) -> str:
-    older = sorted((pair for pair in checkpoint_folders(config).items() if pair[0] < int(folder.name[-8:])), reverse=True)
-    good = next((path for _, path in older if find_fault(path) is None), None)
+    older = sorted(checkpoint_folders(config).items(), reverse=True)
+    good = next((path for step, path in older if step < int(folder.name[-8:]) and find_fault(path) is None), None)
     return f"{good} is still good" if good else "there is no checkpoint before it"
-
-
-def _write_state(draft: Path, engine, config: TrainingConfig, progress: dict) -> dict[str, FileRecord]:
-    parts = offload.partitions(engine)
-    state = {
-        **progress,
-        "format": FORMAT,
-        "config": config_record(config),
-        "optimizer": {
-            "world_size": torch.distributed.get_world_size(),
-            "group_elements": [part.num_elements for part in parts],
-            "group_partitions": [part.stop - part.start for part in parts],
-            "adam_steps": offload.adam_steps(engine),
-            "loss_scaler": offload.loss_scaler_state(engine),
-        },
-    }
-    return {STATE: write_text(draft / STATE, json.dumps(state, indent=2) + "\n")}
 
 
 def _gather_records(records: dict[str, FileRecord]) -> dict[str, FileRecord]:
     """`records` and every rank's of its optimizer file, as tensors: lengths first, then digests padded to the most blocks."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    own = records[state_file(rank, world_size)]
-    lengths = gather(torch.tensor([own.num_bytes]))
-    num_blocks = [-(-int(length) // HASH_BYTES) for length in lengths]
-    padded = torch.zeros(max(num_blocks) * DIGEST_BYTES, dtype=torch.uint8)
-    digests = torch.frombuffer(bytearray.fromhex("".join(own.digests)), dtype=torch.uint8)
-    padded[: len(digests)] = digests
-    gathered = dict(records)
-    for other, (length, row) in enumerate(zip(lengths, gather(padded), strict=True)):
-        whole = bytes(row.tolist()).hex()
-        digests = [whole[block * 2 * DIGEST_BYTES : (block + 1) * 2 * DIGEST_BYTES] for block in range(num_blocks[other])]
-        gathered[state_file(other, world_size)] = FileRecord(int(length), digests)
+    own, gathered = records[state_file(rank, world_size)], dict(records)
+    lengths = gather_numbers(own.num_bytes)
+    digests = torch.zeros(-(-max(lengths) // HASH_BYTES), DIGEST_BYTES, dtype=torch.uint8)
+    digests[: len(own.digests)] = torch.tensor([list(bytes.fromhex(digest)) for digest in own.digests], dtype=torch.uint8)
+    for other, (length, rows) in enumerate(zip(lengths, gather(digests), strict=True)):
+        words = [bytes(row).hex() for row in rows[: -(-length // HASH_BYTES)].tolist()]
+        gathered[state_file(other, world_size)] = FileRecord(length, words)
     return gathered
 
 
@@ -390,51 +348,23 @@ def delete(folder: Path) -> None:
 
 
 def _is_record(name: str, value) -> bool:
-    inside = not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts and "\0" not in name
-    if (
-        not inside
-        or not isinstance(value, dict)
-        or not _is_count(value.get("bytes"))
-        or not isinstance(value.get("sha256"), list)
-    ):
+    path, entry = PurePosixPath(name), value if isinstance(value, dict) else {}
+    num_bytes, digests = entry.get("bytes"), entry.get("sha256")
+    if path.is_absolute() or ".." in path.parts or "\0" in name or not _is_count(num_bytes) or not isinstance(digests, list):
         return False
-    return len(value["sha256"]) == -(-value["bytes"] // HASH_BYTES) and all(isinstance(word, str) for word in value["sha256"])
+    return len(digests) == -(-num_bytes // HASH_BYTES) and all(isinstance(digest, str) for digest in digests)
 
 
 def _is_count(value) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _find_added(folder: Path, records: dict[str, FileRecord]) -> str | None:
-    """Names a file that other programs would load as weights, and that may hold code, although it was not saved."""
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if name not in records and name.lower().endswith(CODE_ENDINGS):
-            return f"{name} was added after it was saved"
-    return None
-
-
 def _is_optimizer(saved: dict) -> bool:
     elements, partitions, scaler = (saved.get(name) for name in ("group_elements", "group_partitions", "loss_scaler"))
-    return (
-        _is_count(saved.get("world_size"))
-        and saved["world_size"] > 0
-        and _is_count(saved.get("adam_steps"))
-        and isinstance(elements, list)
-        and isinstance(partitions, list)
-        and len(elements) == len(partitions)
-        and all(_is_count(size) for size in elements + partitions)
-        and isinstance(scaler, dict)
-        and scaler.keys() <= set(offload.SCALER_FIELDS)
-        and all(isinstance(number, int | float) and math.isfinite(number) for number in scaler.values())
-    )
-
-
-def _refuse_lost_checkpoints(config: TrainingConfig) -> None:
-    """Without any checkpoint a run begins anew, but not when its log says that one was saved."""
-    saved = [record["step"] for record in read_metrics(config) if record.get("event") == "saved"]
-    if saved:
-        raise ValueError(
-            f"{checkpoints_dir(config)} holds no checkpoint, and {metrics_path(config)} says that one was saved at step"
-            f" {max(saved)}: put the checkpoints back, or choose another run_dir"
-        )
+    if not (isinstance(elements, list) and isinstance(partitions, list) and isinstance(scaler, dict)):
+        return False
+    counts = [saved.get("world_size"), saved.get("adam_steps"), *elements, *partitions]
+    if not all(map(_is_count, counts)) or saved["world_size"] == 0 or len(elements) != len(partitions):
+        return False
+    is_known = scaler.keys() <= set(offload.SCALER_FIELDS)
+    return is_known and all(isinstance(number, int | float) and math.isfinite(number) for number in scaler.values())

@@ -24,13 +24,6 @@ class HeldOut(NamedTuple):
     bits_per_byte: float
 
 
-class Placed(NamedTuple):
-    """`windows` (B, T + 1) int64 and where each starts in the stream, `starts` (B,) int64."""
-
-    windows: Tensor
-    starts: np.ndarray
-
-
 @torch.no_grad()
 def evaluate(model, batches: Iterable[Tensor], token_num_bytes: Tensor, chunk_rows: int) -> HeldOut:
     """Means over all ranks' `batches` of windows (B, T + 1) int64. Every rank must call this.
@@ -57,14 +50,9 @@ def held_out_loss(config: TrainingConfig, ranks: Ranks, data, model) -> HeldOut:
 
 def held_out_windows(config: TrainingConfig, ranks: Ranks, data, num_tokens: int) -> Iterator[Tensor]:
     """This rank's batches of held-out windows, (B, T + 1) int64 on its device; all ranks' together have `num_tokens`."""
-    batches = held_out_batches(
-        data.validation,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        micro_batch_rows=config.micro_batch_rows,
-        context_length=config.context_length,
-        num_windows=num_tokens // config.context_length,
-    )
+    length, rows = config.context_length, config.micro_batch_rows
+    shape = {"micro_batch_rows": rows, "context_length": length, "num_windows": num_tokens // length}
+    batches = held_out_batches(data.validation, rank=ranks.rank, world_size=ranks.world_size, **shape)
     return (torch.from_numpy(windows).to(device_of(ranks)) for windows in batches)
 
 
@@ -81,16 +69,11 @@ def evaluation_record(run: Run, steps_done: int) -> dict:
 
 def sample_record(run: Run, steps_done: int) -> dict:
     """The event of a continuation of `sample_prompt`. Only rank 0 samples; no other rank waits for it."""
-    config, text = run.config, None
+    config, model, text = run.config, run.engine.module, None
     if run.ranks.rank == 0:
-        prompt = torch.tensor(run.data.encode(config.sample_prompt))
+        prompt, seed = torch.tensor(run.data.encode(config.sample_prompt)), config.seed + steps_done
         ids = continue_ids(
-            run.engine.module,
-            prompt,
-            config.sample_tokens,
-            temperature=config.sample_temperature,
-            top_k=config.sample_top_k,
-            seed=config.seed + steps_done,
+            model, prompt, config.sample_tokens, temperature=config.sample_temperature, top_k=config.sample_top_k, seed=seed
         )
         text = config.sample_prompt + run.data.decode(list(ids))
     return {"kind": "event", "step": steps_done, "event": "sample", "text": text}
@@ -108,33 +91,13 @@ def is_spike(loss: float, losses_before: tuple[float, ...], config: TrainingConf
 
 
 def bad_step_records(run: Run, step: int, taken: Step, before: Progress) -> Iterator[dict]:
-    """Events for a skipped step and for a spike, with the documents to blame; `before` is the progress before the step.
-
-    Every rank must call this.
-    """
+    """Events for a skipped step and for a spike, with the documents to blame. Every rank must call this."""
     event = {"kind": "event", "step": step + 1, "loss": finite(taken.loss)}
     if taken.is_skipped:
         documents = _documents_of(run, step, ~np.isfinite(taken.losses))
         yield event | {"event": "skipped", "skipped_steps": before.skipped_steps + 1, "documents": documents}
     elif is_spike(taken.loss, before.recent_losses, run.config):
         yield event | {"event": "spike", "documents": _hardest_documents(run, step, taken.loss)}
-
-
-@torch.no_grad()
-def hardest_pieces(
-    model, batches: Iterable[Placed], *, end_of_text_id: int, mean_nats: float, chunk_rows: int, count: int
-) -> Tensor:
-    """The pieces of documents that are hardest for the model: (count, 3) float64, hardest first.
-
-    The hardest piece has the largest sum, over its tokens, of nats above `mean_nats`. A row holds that sum, the piece's nats
-    per token, and the position in the stream of its first predicted token. Rows without a piece hold -inf.
-    """
-    hardest = torch.full((count, 3), -math.inf, dtype=torch.float64)
-    for windows, starts in batches:
-        nats = token_nats(model(windows[:, :-1]), model.head, windows[:, 1:], chunk_rows).double().cpu()
-        hardest = torch.cat((hardest, _pieces(nats, windows.cpu(), torch.as_tensor(starts), end_of_text_id, mean_nats)))
-        hardest = hardest[hardest[:, 0].argsort(descending=True, stable=True)[:count]]
-    return hardest
 
 
 def _documents_of(run: Run, step: int, suspects: np.ndarray) -> list[dict]:
@@ -152,22 +115,19 @@ def _documents_of(run: Run, step: int, suspects: np.ndarray) -> list[dict]:
     return [{"document": number, "beginning": _beginning(run, found[number])} for number in sorted(found)]
 
 
+@torch.no_grad()
 def _hardest_documents(run: Run, step: int, mean_nats: float) -> list[dict]:
     """The documents that weigh most on a step's loss, in nats above its mean, hardest first. Every rank must call this."""
-    config, data = run.config, run.data
-    batches = (Placed(ids_on_device(run, each), each.windows * config.context_length) for each in step_batches(run, step))
-    own = hardest_pieces(
-        run.engine.module,
-        batches,
-        end_of_text_id=data.end_of_text_id,
-        mean_nats=mean_nats,
-        chunk_rows=config.loss_chunk_rows,
-        count=NUM_NAMED_DOCUMENTS,
-    )
-    gathered = gather(own)
+    config, data, model = run.config, run.data, run.engine.module
+    own = torch.full((NUM_NAMED_DOCUMENTS, 3), -math.inf, dtype=torch.float64)  # -inf where there is no piece
+    for batch in step_batches(run, step):
+        windows, starts = ids_on_device(run, batch), torch.as_tensor(batch.windows * config.context_length)
+        nats = token_nats(model(windows[:, :-1]), model.head, windows[:, 1:], config.loss_chunk_rows).double().cpu()
+        own = torch.cat((own, _pieces(nats, windows.cpu(), starts, data.end_of_text_id, mean_nats)))
+        own = own[own[:, 0].argsort(descending=True, stable=True)[:NUM_NAMED_DOCUMENTS]]
+    pieces, found = torch.cat(gather(own)), {}
     if run.ranks.rank != 0:
         return []
-    pieces, found = torch.cat(gathered), {}
     pieces = pieces[pieces[:, 0].isfinite()]
     for _, nats_per_token, token in pieces[pieces[:, 0].argsort(descending=True)].tolist():
         (document,) = documents_between(data.train, int(token), int(token) + 1, data.end_of_text_id)
@@ -182,13 +142,14 @@ def _beginning(run: Run, document) -> str:
 
 
 def _pieces(nats: Tensor, windows: Tensor, starts: Tensor, end_of_text_id: int, mean_nats: float) -> Tensor:
-    """Every document's piece of every window: (B, T) nats, (B, T + 1) ids, (B,) starts -> (pieces, 3), as above."""
+    """Every document's piece of every window: (B, T) nats, (B, T + 1) ids, (B,) starts in the stream -> (pieces, 3) float64:
+    the sum over its tokens of nats above `mean_nats`, its nats per token, and where in the stream its first predicted token is.
+    """
     rows, length = nats.shape
     piece = (windows[:, :-1] == end_of_text_id).cumsum(1) + torch.arange(rows)[:, None] * (length + 1)
     used, where = piece.flatten().unique(return_inverse=True)
-    counts, sums = torch.zeros(2, len(used), dtype=torch.float64)
-    counts.index_add_(0, where, torch.ones_like(where, dtype=torch.float64))
-    sums.index_add_(0, where, nats.flatten())
+    sums = torch.zeros(len(used), dtype=torch.float64).index_add_(0, where, nats.flatten())
+    counts = where.bincount().double()
     positions = (starts[:, None] + 1 + torch.arange(length)).flatten()
     firsts = torch.full((len(used),), positions.max().item()).scatter_reduce_(0, where, positions, "amin")
     return torch.stack((sums - mean_nats * counts, sums / counts, firsts.double()), 1)

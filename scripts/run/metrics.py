@@ -4,7 +4,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -29,11 +29,10 @@ Report = Callable[[dict], None]
 def append_metrics(config: TrainingConfig, records: list[dict]) -> bool:
     """Adds a line for each record to metrics.jsonl; False when the disk took none of them, for the caller to try again."""
     path = run_dir.metrics_path(config)
-    lines = "".join(json.dumps(record) + "\n" for record in records)
     num_bytes = path.stat().st_size if path.exists() else 0
     try:
         with path.open("ab", buffering=0) as file:
-            write_all(file.fileno(), memoryview(lines.encode()))
+            write_all(file.fileno(), memoryview(_lines(records).encode()))
     except OSError:
         if path.exists():
             os.truncate(path, num_bytes)
@@ -42,11 +41,7 @@ def append_metrics(config: TrainingConfig, records: list[dict]) -> bool:
 
 
 def read_metrics(config: TrainingConfig) -> list[dict]:
-    """Every whole line of metrics.jsonl.
-
-    Raises:
-        ValueError: a whole line is no record of a step.
-    """
+    """Every whole line of metrics.jsonl; ValueError when one is no record of a step."""
     path = run_dir.metrics_path(config)
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [_parse_record(line, f"{path}: line {number}") for number, line in enumerate(lines, 1) if line.endswith("\n")]
@@ -55,20 +50,14 @@ def read_metrics(config: TrainingConfig) -> list[dict]:
 def rewind_metrics(config: TrainingConfig, steps_done: int, is_evaluated: bool) -> None:
     """Drops the lines of steps after `steps_done`, and a half-written last line: a resumed run logs each step once.
 
-    Where the evaluation and the sample of `steps_done` are to be made again (not `is_evaluated`), theirs go too. A run that
-    begins at step 0 keeps nothing.
+    Unless `is_evaluated`, the evaluation and the sample of `steps_done` go too. A run that begins at step 0 keeps nothing.
     """
 
     def is_kept(record: dict) -> bool:
         is_repeated = not is_evaluated and (record["kind"] == "eval" or record.get("event") == "sample")
         return record["step"] < steps_done or (record["step"] == steps_done > 0 and not is_repeated)
 
-    write_metrics(config, [record for record in read_metrics(config) if is_kept(record)])
-
-
-def write_metrics(config: TrainingConfig, records: list[dict]) -> None:
-    """Replaces metrics.jsonl, whole or not at all."""
-    write_text(run_dir.metrics_path(config), "".join(json.dumps(record) + "\n" for record in records))
+    write_text(run_dir.metrics_path(config), _lines(filter(is_kept, read_metrics(config))))
 
 
 def sync_metrics(config: TrainingConfig) -> None:
@@ -122,14 +111,10 @@ def finite(number: float) -> float | None:
 
 def summary(config: TrainingConfig) -> str:
     """What a person wants to know at the end, from the run's own files."""
-    alone = run_dir.same_without_teacher(config) if config.teacher_dir is not None else None
-    return report.summary(
-        config,
-        read_metrics(config),
-        picture=run_dir.picture_path(config),
-        saved=run_dir.newest_folder(config),
-        alone=None if alone is None else report.Alone(alone.run_dir, read_metrics(alone)),
-    )
+    same = run_dir.same_without_teacher(config) if config.teacher_dir is not None else None
+    alone = None if same is None else report.Alone(same.run_dir, read_metrics(same))
+    picture, saved = run_dir.picture_path(config), run_dir.newest_folder(config)
+    return report.summary(config, read_metrics(config), picture=picture, saved=saved, alone=alone)
 
 
 @contextmanager
@@ -139,8 +124,7 @@ def reporting(run: Run) -> Iterator[Report]:
         yield lambda record: None
         return
     config, unwritten = run.config, []
-    is_silent = not sys.stderr.isatty()
-    bar = tqdm(total=config.num_steps, initial=run.first_step, unit="step", dynamic_ncols=True, disable=is_silent)
+    bar = tqdm(total=config.num_steps, initial=run.first_step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
     with bar, _tensorboard(run) as plot:
 
         def take(record: dict) -> None:
@@ -157,6 +141,10 @@ def reporting(run: Run) -> Iterator[Report]:
 
         yield take
     _draw(config)
+
+
+def _lines(records: Iterable[dict]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
 
 
 def _parse_record(line: str, source: str) -> dict:
@@ -188,21 +176,17 @@ def _tensorboard(run: Run) -> Iterator[Report]:
             say(run.ranks, f"tensorboard/ is not written any more: {fault}")
 
     def plot(record: dict) -> None:
-        for board in boards:
-            attempt(partial(_plot_scalars, board, record))
+        if record["kind"] not in ("train", "eval"):
+            return
+        for name in [name for name, value in record.items() if isinstance(value, float)]:
+            for board in boards:
+                attempt(partial(board.add_scalar, f"{record['kind']}/{name}", record[name], record["step"]))
 
     folder = str(run_dir.tensorboard_dir(run.config))
     attempt(lambda: boards.append(SummaryWriter(folder, purge_step=run.first_step + 1)))
     yield plot
     for board in list(boards):
         attempt(board.close)
-
-
-def _plot_scalars(board: SummaryWriter, record: dict) -> None:
-    if record["kind"] in ("train", "eval"):
-        for name, value in record.items():
-            if name not in ("kind", "step") and isinstance(value, float):
-                board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
 
 def _draw(config: TrainingConfig) -> None:

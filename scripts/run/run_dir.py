@@ -13,15 +13,8 @@ from scripts.config import RUN_DIR_POLL_SECONDS, TrainingConfig
 from scripts.model.huggingface import read_json
 from scripts.run.storage import write_text
 
-MOVABLE_FIELDS = (
-    "run_dir",
-    "data_dir",
-    "micro_batch_rows",
-    "accumulate_on",
-    "accumulation_precision",
-    "activation_checkpointing",
-    "loss_chunk_rows",
-)
+MEMORY_FIELDS = ("micro_batch_rows", "accumulate_on", "accumulation_precision", "activation_checkpointing", "loss_chunk_rows")
+MOVABLE_FIELDS = ("run_dir", "data_dir", *MEMORY_FIELDS)
 DISTILL_FIELDS = ("distill_weight", "distill_temperature", "distill_divergence")
 FOLDERS = "step-" + "[0-9]" * 8
 NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -33,12 +26,9 @@ def config_record(config: TrainingConfig) -> dict:
 
 
 def refuse_other_run(config: TrainingConfig) -> None:
-    """Refuses a run_dir that holds a run of another configuration; MOVABLE_FIELDS may differ.
+    """Raises ValueError when run_dir holds a run of another configuration; MOVABLE_FIELDS may differ.
 
     A field that the stored configuration does not name is newer than the run. It counts as TrainingConfig's default.
-
-    Raises:
-        ValueError: names the fields that differ.
     """
     path = Path(config.run_dir) / "config.json"
     if not path.exists():
@@ -55,10 +45,8 @@ def refuse_other_run(config: TrainingConfig) -> None:
 def hold_run(config: TrainingConfig, wait_seconds: float) -> int | None:
     """Locks run_dir for this process and returns the descriptor of the lock; None when run_dir is not there.
 
-    The lock ends when the descriptor is closed, or with the process. A file system without locks is not locked.
-
-    Raises:
-        ValueError: another launch still holds it after `wait_seconds`.
+    The lock ends when the descriptor is closed, or with the process. A file system without locks is not locked. Raises
+    ValueError when another launch still holds run_dir after `wait_seconds`.
     """
     if not Path(config.run_dir).is_dir():
         return None
@@ -72,22 +60,20 @@ def hold_run(config: TrainingConfig, wait_seconds: float) -> int | None:
 
 
 def claim_run(config: TrainingConfig, step: int) -> None:
-    """Creates run_dir and its config.json, and cleans up what earlier launches left in it.
+    """Creates run_dir and its config.json, and deletes half-written and replaced checkpoints of earlier launches.
 
-    Half-written and replaced checkpoints are deleted. Checkpoints newer than `step`, from which the run continues, did not
-    verify: they are renamed to step-XXXXXXXX.faulty.
+    Checkpoints after `step`, from which the run continues, did not verify: they are renamed to step-XXXXXXXX.faulty.
     """
-    folder = Path(config.run_dir)
-    checkpoints_dir(config).mkdir(parents=True, exist_ok=True)
-    kept = checkpoint_folders(config).values()
-    for leftover in [*checkpoints_dir(config).glob(".step-*.draft"), *checkpoints_dir(config).glob(".step-*.replaced")]:
-        if leftover not in kept:
-            shutil.rmtree(leftover)
-    for at, newer in checkpoint_folders(config).items():
-        if at > step:
-            shutil.rmtree(aside := faulty_folder(newer), ignore_errors=True)
-            newer.rename(aside)
-    write_text(folder / "config.json", json.dumps(config_record(config), indent=2) + "\n")
+    folder = checkpoints_dir(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = checkpoint_folders(config)
+    for leftover in {*folder.glob(".step-*.draft"), *folder.glob(".step-*.replaced")} - {*found.values()}:
+        shutil.rmtree(leftover)
+    for newer in [at for at in found if at > step]:
+        aside = folder / f"step-{newer:08d}.faulty"
+        shutil.rmtree(aside, ignore_errors=True)
+        found[newer].rename(aside)
+    write_text(folder.parent / "config.json", json.dumps(config_record(config), indent=2) + "\n")
 
 
 def metrics_path(config: TrainingConfig) -> Path:
@@ -111,20 +97,16 @@ def newest_folder(config: TrainingConfig) -> Path | None:
 
 
 def same_without_teacher(config: TrainingConfig) -> TrainingConfig | None:
-    """The configuration of a run in a folder beside run_dir that is the same but has no teacher; None if there is none.
-
-    MOVABLE_FIELDS may differ.
-    """
+    """The configuration of a run beside run_dir that is the same without a teacher, or None; MOVABLE_FIELDS may differ."""
     alone, run_dir = replace(config, teacher_dir=None, teacher_top_k=None), Path(config.run_dir)
+    compared = config_record(alone).keys() - {*MOVABLE_FIELDS, *DISTILL_FIELDS}
     ours, defaults = config_record(alone), config_record(TrainingConfig())
-    for name in {*MOVABLE_FIELDS, *DISTILL_FIELDS}:
-        del ours[name]
     for path in sorted(run_dir.absolute().parent.glob("*/config.json")):
         try:
             theirs = defaults | read_json(path)
         except (OSError, ValueError):
             continue
-        if all(theirs[name] == value for name, value in ours.items()):
+        if all(theirs[name] == ours[name] for name in compared):
             return replace(alone, run_dir=str(run_dir.parent / path.parent.name))
     return None
 
@@ -136,15 +118,8 @@ def checkpoints_dir(config: TrainingConfig) -> Path:
 
 def checkpoint_folders(config: TrainingConfig) -> dict[int, Path]:
     """Every checkpoint's folder by its step. One that is being replaced counts until the new one is there."""
-    found = {}
-    for folder in [*checkpoints_dir(config).glob(f".{FOLDERS}.replaced"), *checkpoints_dir(config).glob(FOLDERS)]:
-        found[int(folder.name.split("-")[1].removesuffix(".replaced"))] = folder
-    return found
-
-
-def faulty_folder(folder: Path) -> Path:
-    """The name that a checkpoint gets when it does not verify and is set aside."""
-    return folder.with_name(f"{folder.name.lstrip('.').removesuffix('.replaced')}.faulty")
+    folders = [*checkpoints_dir(config).glob(f".{FOLDERS}.replaced"), *checkpoints_dir(config).glob(FOLDERS)]
+    return {int(folder.name.removesuffix(".replaced")[-8:]): folder for folder in folders}
 
 
 def _lock(descriptor: int) -> bool:

@@ -13,19 +13,8 @@ from typing import Any, NamedTuple
 
 from scripts import memory
 from scripts.config import RUN_DIR_WAIT_SECONDS, TrainingConfig, refuse_on_this_machine
-from scripts.engine import offload, toolchain, truth_check, watch
-from scripts.engine.distributed import (
-    Ranks,
-    connect,
-    device_of,
-    gather_numbers,
-    in_turn,
-    join,
-    ranks_from_launcher,
-    say,
-    set_up_cuda,
-    together,
-)
+from scripts.engine import distributed, offload, toolchain, truth_check, watch
+from scripts.engine.distributed import Ranks, device_of, in_turn, say, together
 from scripts.model.decoder import Decoder, empty_model, initialise
 from scripts.model.huggingface import load_weights
 from scripts.plan.machine import peak_bytes, room_free, room_in_all
@@ -37,9 +26,8 @@ from scripts.run.teacher import LabelWindows, Teacher, find_teacher, open_teachi
 
 
 class Given(NamedTuple):
-    """What setup does not do itself: `prepare(config)` makes or opens the data; `label(model, windows, config)` asks a teacher
-    for labels, None without labels; `initialize(config, ranks, model)` makes DeepSpeed's engine; `train_tiny` is the truth
-    check's, and takes the ranks first.
+    """What setup does not do itself: make or open the data, ask a teacher for labels (None: there are none), make DeepSpeed's
+    engine, and train the truth check's tiny model, which takes the ranks first.
     """
 
     prepare: Callable[[TrainingConfig], Any]
@@ -65,14 +53,14 @@ def set_up(config: TrainingConfig, given: Given) -> Run | None:
         ValueError: the configuration does not fit the machine, the ranks, the data, the teacher or what run_dir holds.
         SystemExit: 75 when a stop was requested meanwhile; 1 when there is no memory left.
     """
-    ranks = ranks_from_launcher()
+    ranks = distributed.ranks_from_launcher()
     watching = watch.Watch(ranks.rank, ranks.local_rank, ranks.num_launchers, config.silent_rank_seconds)
     with ending_out_of_memory(config, ranks), watching.before_training(), ExitStack() as on_failure:
         teacher = _refuse_before_ranks_meet(config, ranks)
         say(ranks, "Starting DeepSpeed. Its first start on a machine compiles the CPU Adam, which takes a minute or two.")
         with _compiling(config, ranks):
-            join(config, ranks)
-        connect(ranks, watching)
+            distributed.join(config, ranks)
+        distributed.connect(ranks, watching)
         lock = together(lambda: run_dir.hold_run(config, RUN_DIR_WAIT_SECONDS) if ranks.rank == 0 else None)
         on_failure.callback(release_lock, lock)
         run = _continue_or_begin(Start(config, ranks, watching, teacher, lock), given)
@@ -107,7 +95,7 @@ def ending_out_of_memory(config: TrainingConfig, ranks: Ranks) -> Iterator[None]
 
 def _refuse_before_ranks_meet(config: TrainingConfig, ranks: Ranks) -> Teacher | None:
     """All that a rank can refuse alone, without loading anything. The teacher, if there is one."""
-    set_up_cuda()
+    distributed.set_up_cuda()
     offload.refuse_other_versions()
     refuse_on_this_machine(config, ranks.world_size)
     toolchain.refuse_missing_compilers(config)
@@ -126,7 +114,7 @@ def _continue_or_begin(start: Start, given: Given) -> Run | None:
     config, ranks = start.config, start.ranks
     found = together(lambda: _newest_checkpoint(config, ranks))
     steps_done = 0 if found is None else found.state["step"]
-    if len(set(gather_numbers(steps_done))) > 1:
+    if len(set(distributed.gather_numbers(steps_done))) > 1:
         raise ValueError(f"run_dir={config.run_dir!r} does not hold the same on every machine; put it on a shared path")
     if steps_done == config.num_steps:
         say(ranks, f"This run is finished: {config.num_steps} steps. {summary(config)}")
@@ -175,14 +163,13 @@ def _claim(start: Start, steps_done: int, progress: Progress) -> int | None:
         run_dir.claim_run(config, steps_done)
         lock = run_dir.hold_run(config, 0) if start.lock is None else start.lock
         rewind_metrics(config, steps_done, progress.is_evaluated)
+        return lock
     except OSError as fault:
         raise ValueError(f"run_dir={config.run_dir!r} cannot be written: {fault.strerror}; make room in it") from None
-    return lock
 
 
 @contextmanager
 def _compiling(config: TrainingConfig, ranks: Ranks) -> Iterator[None]:
-    """Around whatever may compile DeepSpeed's extensions."""
     with toolchain.compiling(config, ranks.local_rank) as lines:
         for line in lines:
             watch.say(line, sys.stdout)
@@ -190,10 +177,8 @@ def _compiling(config: TrainingConfig, ranks: Ranks) -> Iterator[None]:
 
 
 def model_to_train(config: TrainingConfig, ranks: Ranks, data, found: Checkpoint | None) -> Decoder:
-    """The model on this rank's device, with the weights of the checkpoint, of `init_from`, or fresh ones.
-
-    Raises:
-        ValueError: the data is not what the checkpoint was trained on, or the tokenizer is not that of `init_from`.
+    """The model on this rank's device, with the weights of the checkpoint, of `init_from`, or fresh ones. Raises ValueError
+    where the data is not what the checkpoint was trained on, or the tokenizer is not that of `init_from`.
     """
     if found is not None and found.state["data_fingerprint"] != data.fingerprint:
         raise ValueError(f"data_dir={config.data_dir!r} is not the data that {found.folder} was trained on; put that data back")

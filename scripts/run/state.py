@@ -111,14 +111,8 @@ def is_due(steps_done: int, every_steps: int | None, config: TrainingConfig) -> 
 
 def step_order(run: Run, step: int) -> dict[str, int]:
     """What decides, beside the rank, which windows a step reads: keyword arguments of ds.loader's functions."""
-    config = run.config
-    return {
-        "step": step,
-        "world_size": run.ranks.world_size,
-        "micro_batch_rows": config.micro_batch_rows,
-        "rows_per_step": config.rows_per_step,
-        "seed": config.seed,
-    }
+    rows = {"micro_batch_rows": run.config.micro_batch_rows, "rows_per_step": run.config.rows_per_step}
+    return rows | {"step": step, "world_size": run.ranks.world_size, "seed": run.config.seed}
 
 
 def step_batches(run: Run, step: int) -> Iterator[MicroBatch]:

@@ -7,9 +7,10 @@ import hashlib
 import json
 import os
 import struct
-from collections import deque
+from collections import ChainMap, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -30,14 +31,6 @@ class FileRecord(NamedTuple):
     digests: list[str]
 
 
-class Fault(NamedTuple):
-    """A block that is not as it was saved: where it starts in which file, and what is wrong, in words."""
-
-    name: str
-    start: int
-    words: str
-
-
 class Block(NamedTuple):
     """Bytes start..stop of the file `name`, and the sha256 in hex that they had when they were saved."""
 
@@ -51,7 +44,7 @@ def write_text(path: Path, text: str) -> FileRecord:
     """Writes a text file and returns its digests. The file appears whole or, when it raises OSError, not at all."""
     draft = path.with_name(f".{path.name}.draft")
     try:
-        record = write_blocks(draft, iter((memoryview(text.encode()),)))
+        record = write_blocks(draft, iter([memoryview(text.encode())]))
         draft.rename(path)
     except OSError:
         draft.unlink(missing_ok=True)
@@ -63,20 +56,16 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> FileRecord:
     """Writes a safetensors file in a stream and returns its digests. The library's own writer copies all tensors first."""
     header, offset = {}, 0
     for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        dtype = SAFETENSORS_DTYPES[tensor.dtype]
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
-        offset += size
+        dtype, stop = SAFETENSORS_DTYPES[tensor.dtype], offset + tensor.nbytes
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, stop]}
+        offset = stop
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     text += b" " * (-len(text) % 8)
     return write_blocks(path, _pieces(struct.pack("<Q", len(text)) + text, tensors))
 
 
 def write_blocks(path: Path, pieces: Iterator[memoryview]) -> FileRecord:
-    """Writes the pieces one after another, fsyncs, and returns the digests, which HASH_THREADS threads make meanwhile.
-
-    The kernel is told to write every WRITE_BACK_BYTES, so that the fsync at the end finds little left to do.
-    """
+    """Writes the pieces one after another, fsyncs, and returns the digests, which HASH_THREADS threads make meanwhile."""
     digests, waiting, num_bytes, started = [], deque(), 0, 0
     with ThreadPoolExecutor(HASH_THREADS) as pool, path.open("wb", buffering=0) as file:
         for block in _blocks(pieces):
@@ -84,7 +73,7 @@ def write_blocks(path: Path, pieces: Iterator[memoryview]) -> FileRecord:
             for piece in block:
                 write_all(file.fileno(), piece)
                 num_bytes += len(piece)
-            if num_bytes - started >= WRITE_BACK_BYTES:
+            if num_bytes - started >= WRITE_BACK_BYTES:  # Writing back begins now, which leaves the fsync little to do.
                 os.posix_fadvise(file.fileno(), started, num_bytes - started, os.POSIX_FADV_DONTNEED)
                 started = num_bytes
             if len(waiting) > 2 * HASH_THREADS:
@@ -101,10 +90,7 @@ def write_all(descriptor: int, data: memoryview) -> None:
 
 
 def find_changed(folder: Path, records: dict[str, FileRecord], num_threads: int) -> str | None:
-    """What is wrong with the first file, in the order of names, that is missing or changed; None when all are as recorded.
-
-    Reads the blocks of all files with `num_threads` threads; each holds one block in memory.
-    """
+    """What is wrong with the first file by name that is missing or changed, or None; each thread holds one block in memory."""
     blocks = []
     for name, record in sorted(records.items()):
         if not (folder / name).is_file():
@@ -112,14 +98,12 @@ def find_changed(folder: Path, records: dict[str, FileRecord], num_threads: int)
         num_bytes = (folder / name).stat().st_size
         if num_bytes != record.num_bytes:
             return f"{name} was changed after it was saved: it has {num_bytes} bytes and had {record.num_bytes}"
-        starts = range(0, num_bytes, HASH_BYTES)
-        blocks += [
-            Block(name, at, min(at + HASH_BYTES, num_bytes), word) for at, word in zip(starts, record.digests, strict=True)
-        ]
+        for start, digest in zip(range(0, num_bytes, HASH_BYTES), record.digests, strict=True):
+            blocks.append(Block(name, start, min(start + HASH_BYTES, num_bytes), digest))
     with ThreadPoolExecutor(num_threads) as pool:
         shares = (blocks[thread::num_threads] for thread in range(num_threads))
-        found = [fault for faults in pool.map(lambda share: _changed_blocks(folder, share), shares) for fault in faults]
-    return min(found).words if found else None
+        faults = dict(ChainMap(*pool.map(partial(_faults_of_blocks, folder), shares)))
+    return faults[min(faults)] if faults else None
 
 
 def block_at(path: Path, position: int) -> memoryview:
@@ -144,19 +128,18 @@ def forget_pages(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _changed_blocks(folder: Path, blocks: list[Block]) -> list[Fault]:
-    buffer, faults = memoryview(bytearray(min(HASH_BYTES, max((b.stop - b.start for b in blocks), default=0)))), []
-    for name, of_file in groupby(blocks, lambda block: block.name):
+def _faults_of_blocks(folder: Path, blocks: list[Block]) -> dict[Block, str]:
+    buffer, faults = memoryview(bytearray(HASH_BYTES)), {}
+    for name, blocks_of_file in groupby(blocks, lambda block: block.name):
         with (folder / name).open("rb", buffering=0) as file:
-            for block in of_file:
+            for block in blocks_of_file:
+                data = buffer[: block.stop - block.start]
                 try:
-                    read_all(file.fileno(), buffer[: block.stop - block.start], block.start)
+                    read_all(file.fileno(), data, block.start)
+                    if sha256([data]) != block.digest:
+                        faults[block] = f"{name} was changed after it was saved, in the block at byte {block.start}"
                 except OSError as fault:
-                    faults.append(Fault(name, block.start, f"{name} cannot be read at byte {block.start}: {fault.strerror}"))
-                    continue
-                if hashlib.sha256(buffer[: block.stop - block.start]).hexdigest() != block.digest:
-                    words = f"{name} was changed after it was saved, in the block at byte {block.start}"
-                    faults.append(Fault(name, block.start, words))
+                    faults[block] = f"{name} cannot be read at byte {block.start}: {fault.strerror}"
     return faults
 
 

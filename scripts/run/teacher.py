@@ -37,9 +37,7 @@ class Teacher(NamedTuple):
 
 
 class Asking(NamedTuple):
-    """One labelling: the run's configuration, ranks and data, the labels on the disk that it fills, the teacher, and the
-    function that asks it: label(model, windows, config).
-    """
+    """One labelling: a run's own, the `labels` on the disk that it fills, the teacher `model` and `label`, which asks it."""
 
     config: TrainingConfig
     ranks: Ranks
@@ -49,32 +47,19 @@ class Asking(NamedTuple):
     label: LabelWindows
 
 
-class Groups(NamedTuple):
-    """Blocks of labels that a run reads, `blocks` (groups, blocks of a group), and the numbers of the groups that are not
-    complete on the disk, `incomplete` (N,). The teacher is asked for one group at a time, the same for any number of ranks; the
-    last group repeats its last block.
-    """
-
-    blocks: np.ndarray
-    incomplete: np.ndarray
-
-
 def find_teacher(config: TrainingConfig) -> Teacher | None:
-    """What `teacher_dir` names: a transformers folder, or a run, of which the newest checkpoint that verifies is taken.
-
-    Looks at headers and sizes; reads no weights. None without a teacher_dir.
+    """What `teacher_dir` names: a transformers folder, or a run, of which the newest checkpoint that verifies is taken. None
+    without a teacher_dir. Looks at headers and sizes; reads no weights.
 
     Raises:
-        ValueError: there is no plain Llama or Qwen3 with complete safetensors weights, or its context is shorter than
-            context_length.
+        ValueError: it is no plain Llama or Qwen3 with complete safetensors weights, or its context is below context_length.
     """
     if config.teacher_dir is None:
         return None
-    folder = Path(config.teacher_dir)
     try:
-        folder = _newest_of(folder) if _is_run(folder) else folder
+        folder = _transformers_folder(config.teacher_dir)
         described = described_config(folder)
-        list(stored_weights(described, folder))
+        stored_weights(described, folder)
     except (OSError, ValueError) as fault:
         raise ValueError(f"teacher_dir={config.teacher_dir!r}: {fault}") from None
     if described.context_length < config.context_length:
@@ -87,18 +72,15 @@ def find_teacher(config: TrainingConfig) -> Teacher | None:
 
 def load_teacher(teacher: Teacher, config: TrainingConfig, device: torch.device) -> Decoder:
     """The teacher's model on `device` in the training dtype, without gradients. Memory beside it: as `load_weights`."""
-    same = {"context_length": config.context_length, "precision": config.precision}
-    batch = {"micro_batch_rows": 1, "tokens_per_step": config.context_length, "eval_tokens": config.context_length}
-    model = empty_model(replace(teacher.config, **same, **batch), device)
+    batch = dict.fromkeys(("context_length", "tokens_per_step", "eval_tokens"), config.context_length)
+    model = empty_model(replace(teacher.config, precision=config.precision, micro_batch_rows=1, **batch), device)
     load_weights(model, teacher.folder)
     return model.requires_grad_(False).eval()
 
 
 def fingerprint_of(teacher: Teacher) -> str:
-    """sha256 (hex) of all that decides a teacher's logits: its shape, and the sha256 of each block of its weights files.
-
-    Raises:
-        ValueError: a file cannot be read.
+    """sha256 (hex) of all that decides a teacher's logits: its shape, and the sha256 of each block of its weights files. Raises
+    ValueError where a file cannot be read.
     """
     shape = {name: getattr(teacher.config, name) for name in architecture(teacher.folder, describe(teacher.folder))}
     blocks = [(path, at) for path in weight_files(teacher.folder) for at in range(0, path.stat().st_size, HASH_BYTES)]
@@ -135,25 +117,20 @@ def open_teaching(
         return Teaching(fingerprint, model, _teacher_record(teacher, config, ranks, data, model) if found is None else None)
     identity = labels_identity(config, fingerprint)
     labels = in_turn(lambda: data.labels(config.teacher_top_k, config.context_length, config.vocab_size, identity))
-    groups = _groups_of_run(config, ranks, labels)
-    if found is not None and not len(groups.incomplete):
+    groups = _incomplete_groups(config, ranks, labels)
+    if found is not None and not len(groups):
         return Teaching(fingerprint, labels, None)
     model, record = together(lambda: load_teacher(teacher, config, device_of(ranks))), None
     if found is None:
         record = _teacher_record(teacher, config, ranks, data, model) | _label_error(config, ranks, data, model, label)
-    asking = Asking(config, ranks, data, labels, model, label)
-    seconds = _write_labels(asking, groups)
-    del model, asking
+    seconds = _write_labels(Asking(config, ranks, data, labels, model, label), groups)
+    del model
     release_memory()
     return Teaching(fingerprint, labels, record and record | {"label_seconds": seconds})
 
 
 def check_teacher(config: TrainingConfig, teacher: Teacher, data, found: Checkpoint | None) -> str:
-    """The teacher's fingerprint.
-
-    Raises:
-        ValueError: its ids are not those of the data, or it is not the teacher of the checkpoint `found`.
-    """
+    """The teacher's fingerprint. Raises ValueError where its ids are not the data's or it is not the teacher of `found`."""
     named = f"teacher_dir={config.teacher_dir!r}"
     data.refuse_other_tokenizer(teacher.folder, named)
     if teacher.config.vocab_size != config.vocab_size:
@@ -167,12 +144,11 @@ def check_teacher(config: TrainingConfig, teacher: Teacher, data, found: Checkpo
     return fingerprint
 
 
-def _is_run(folder: Path) -> bool:
-    return checkpoints_dir(TrainingConfig(run_dir=str(folder))).is_dir()
-
-
-def _newest_of(run: Path) -> Path:
-    found, _ = newest_verified(TrainingConfig(run_dir=str(run)))
+def _transformers_folder(teacher_dir: str) -> Path:
+    run = TrainingConfig(run_dir=str(Path(teacher_dir)))
+    if not checkpoints_dir(run).is_dir():
+        return Path(teacher_dir)
+    found, _ = newest_verified(run)
     if found is None:
         raise ValueError(f"this run has no checkpoint yet; {MAKE_TEACHER}")
     return found.folder
@@ -202,8 +178,11 @@ def _label_error(config: TrainingConfig, ranks: Ranks, data, model: Decoder, lab
     return {"tail_mass": tail / count, "left_out_nats": left_out / count}
 
 
-def _groups_of_run(config: TrainingConfig, ranks: Ranks, labels) -> Groups:
-    """What is to be asked; each rank looks at its share of the labels on the disk. Every rank must call this."""
+def _incomplete_groups(config: TrainingConfig, ranks: Ranks, labels) -> np.ndarray:
+    """The blocks of labels that the run reads, (groups, blocks of a group), where a block of the group is not on the disk. The
+    teacher is asked for one group at a time, the same for any number of ranks; the last group repeats its last block. Each rank
+    looks at its share of the labels. Every rank must call this.
+    """
     num_windows = labels.num_positions // config.context_length
     at_once = max(1, config.micro_batch_rows * config.context_length // labels.block_tokens)
     windows = windows_of_run(config.num_steps, config.rows_per_step, num_windows, config.seed)
@@ -213,34 +192,34 @@ def _groups_of_run(config: TrainingConfig, ranks: Ranks, labels) -> Groups:
     is_faulty[ranks.rank :: ranks.world_size] = torch.from_numpy(np.isin(own, labels.faulty(np.unique(own))).any(1)).int()
     of_all = is_faulty.to(device_of(ranks))
     torch.distributed.all_reduce(of_all)
-    return Groups(blocks, np.flatnonzero(of_all.cpu().numpy()))
+    return blocks[of_all.cpu().numpy() != 0]
 
 
-def _write_labels(asking: Asking, groups: Groups) -> float:
-    """Labels the incomplete groups, each rank its share of them; the seconds that it took. Every rank must call this."""
+def _write_labels(asking: Asking, groups: np.ndarray) -> float:
+    """Labels `groups` (groups, blocks of a group), each rank its share; the seconds that it took. Every rank must call this."""
     ranks, started = asking.ranks, time.perf_counter()
-    if len(groups.incomplete):
-        num_tokens = len(groups.incomplete) * groups.blocks.shape[1] * asking.labels.block_tokens
+    if len(groups):
+        num_tokens = groups.size * asking.labels.block_tokens
         say(ranks, f"The teacher alone labels {num_tokens:,} tokens; the same command goes on where it stopped")
 
     def write() -> None:
         try:
-            for group in _with_progress(groups.incomplete[ranks.rank :: ranks.world_size], ranks):
-                label_blocks(asking, np.unique(groups.blocks[group]))
+            for group in _with_progress(groups[ranks.rank :: ranks.world_size], ranks):
+                label_blocks(asking, np.unique(group))
             asking.labels.sync()
         except OSError as fault:
-            folder = asking.config.data_dir
-            raise ValueError(f"data_dir={folder!r}: a label cannot be written: {fault.strerror}; make room") from None
+            words = f"a label cannot be written: {fault.strerror}; make room"
+            raise ValueError(f"data_dir={asking.config.data_dir!r}: {words}") from None
 
     together(write)
     return time.perf_counter() - started
 
 
-def _with_progress(groups: np.ndarray, ranks: Ranks) -> Iterator[int]:
+def _with_progress(groups: np.ndarray, ranks: Ranks) -> Iterator[np.ndarray]:
     """The groups, with a bar on a terminal and else a line every LABEL_PROGRESS_SECONDS."""
     said_at, is_terminal = time.perf_counter(), ranks.rank == 0 and sys.stderr.isatty()
     for number, group in enumerate(tqdm(groups, unit="batch", desc="labels", dynamic_ncols=True, disable=not is_terminal)):
-        yield int(group)
+        yield group
         if not is_terminal and time.perf_counter() - said_at > LABEL_PROGRESS_SECONDS:
             said_at = time.perf_counter()
             say(ranks, f"labels: {(number + 1) / len(groups):.0%}")
