@@ -96,8 +96,8 @@ class TokenStream:
 
 
 class Labels(NamedTuple, Generic[Array]):
-    """What a model says of the next token at each position, as numpy arrays or as torch tensors: `ids` (..., k) integers, most
-    likely first; `logs` (..., k) float16, their log-probabilities in nats; `tail` (...) float32, all other ids' probability.
+    """A model's prediction of the next token at each position, as numpy arrays or as torch tensors: `ids` (..., k) integers,
+    most likely first; `logs` (..., k) float16, their log-probabilities in nats; `tail` (...) float32, all others' probability.
     """
 
     ids: Array
@@ -196,7 +196,7 @@ class LabelStream:
         """Looks at the header and the size of each file; hashes no label. Raises ValueError if one is absent, not a label file,
         of another version or length, damaged in its header, or made for something else: names the first value that differs.
         """
-        remedy = f"delete the folder {self.folder} and the teacher is asked again"
+        remedy = f"delete the folder {self.folder} and the labels are made again"
         for path, header, *_, num_bytes in self.files:
             start = _read_start(path, LABEL_HEADER_BYTES, LABEL_MAGIC, "label file", remedy)
             _, version, *found = LABEL_HEADER.unpack_from(start)

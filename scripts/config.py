@@ -169,13 +169,14 @@ class TrainingConfig:
     distill_temperature: float = 1.0
     distill_divergence: str = "forward"
 
-    def __new__(cls, **values: object) -> "TrainingConfig":
+    def __new__(cls, *unnamed: object, **values: object) -> "TrainingConfig":
         names = [field.name for field in fields(cls)]
         with _refusing_presets():
-            for name in values:
-                if name not in names:
-                    nearest = get_close_matches(name, names, n=1, cutoff=0.0)[0]
-                    raise ValueError(f"{name} is no field of TrainingConfig; nearest is {nearest}")
+            if unnamed:
+                raise ValueError(f"TrainingConfig({unnamed[0]!r}) names no field; write field=value")
+            for name in values.keys() - names:
+                nearest = get_close_matches(name, names, n=1, cutoff=0.0)[0]
+                raise ValueError(f"{name} is no field of TrainingConfig; nearest is {nearest}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -336,13 +337,16 @@ def refuse_arguments(arguments: list[str]) -> None:
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """Turns a ValueError into one line for each machine and exit status 2."""
+    """Ends the process in one line for each machine: with status 2 at a ValueError, with 130 at a Ctrl-C."""
     try:
         yield
     except ValueError as refusal:
         if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
             print(f"refused: {refusal}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("Stopped; the same command begins again", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
 
 
 def _refusing_presets() -> AbstractContextManager[None]:
@@ -421,7 +425,7 @@ def _check_model(config: TrainingConfig) -> None:
         raise ValueError(f"{num_kv_heads=} does not divide {num_heads=}; nearest is {nearest}")
     width = config.head_width
     if width % 2:
-        raise ValueError(f"head width {width} is odd and rotary positions turn pairs; set head_size={width + 1}")
+        raise ValueError(f"head width {width} is odd and rotary embeddings rotate pairs; set head_size={width + 1}")
 
 
 def _check_rope_scaling(config: TrainingConfig) -> None:

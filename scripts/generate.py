@@ -66,14 +66,14 @@ def main() -> None:
         if found is None:
             raise ValueError(f"run_dir={PRETRAIN.run_dir!r} holds no checkpoint; run: deepspeed scripts/train_pretrain.py")
         loaded = open_model(str(found.folder))
-    print(f"{found.folder}: type a prompt and press Enter; Ctrl-D ends", file=sys.stderr)
-    write, (temperature, top_k) = sys.stdout.buffer.write, (PRETRAIN.sample_temperature, PRETRAIN.sample_top_k)
-    for prompt in (line.rstrip(b"\n") for line in sys.stdin.buffer):
-        write(prompt)
-        pieces = stream(loaded, prompt, PRETRAIN.sample_tokens, temperature=temperature, top_k=top_k, seed=PRETRAIN.seed)
-        for piece in chain(pieces, [b"\n\n"]):
-            write(piece)
-            sys.stdout.flush()
+        print(f"{found.folder}: type a prompt and press Enter; Ctrl-D ends", file=sys.stderr)
+        write, (temperature, top_k) = sys.stdout.buffer.write, (PRETRAIN.sample_temperature, PRETRAIN.sample_top_k)
+        for prompt in (line.rstrip(b"\n") for line in sys.stdin.buffer):
+            write(prompt)
+            pieces = stream(loaded, prompt, PRETRAIN.sample_tokens, temperature=temperature, top_k=top_k, seed=PRETRAIN.seed)
+            for piece in chain(pieces, [b"\n\n"]):
+                write(piece)
+                sys.stdout.flush()
 
 
 if __name__ == "__main__":

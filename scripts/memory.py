@@ -180,6 +180,7 @@ def time_words(config: TrainingConfig, world_size: int, local_size: int, device_
 
 
 def main() -> None:
+    """Prints the plans of PRETRAIN and DISTILL for this machine; of DISTILL what is wrong, where its teacher is not there."""
     with settings.refusing():
         settings.refuse_arguments(sys.argv[1:])
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -187,7 +188,12 @@ def main() -> None:
             ranks = max(1, torch.cuda.device_count())
             while config.rows_per_step % (config.micro_batch_rows * ranks):
                 ranks -= 1
-            print(table(name, config, ranks, device))
+            try:
+                print(table(name, config, ranks, device))
+            except ValueError as refusal:
+                if config is settings.PRETRAIN:
+                    raise
+                print(f"{name}: {refusal}")
 
 
 def _room_of(kind: str, room: Room) -> int:

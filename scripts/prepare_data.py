@@ -1,7 +1,7 @@
 """Entry: corpus -> tokenizer -> shards. Owns the names in data_dir and its manifest, which is written last.
 
     data_dir/manifest.json  tokenizer.json  train-00000.bin ...  validation-00000.bin ...
-    data_dir/labels-0123456789abcdef/train-00000.labels ...  what a teacher says of each token
+    data_dir/labels-0123456789abcdef/train-00000.labels ...  a teacher's labels of each token
 
 Knows nothing of windows but how long one is, nor of the model. To change a value, edit scripts/config.py.
 """
@@ -83,7 +83,7 @@ class Data(NamedTuple):
     def labels(self, top_k: int, context_length: int, vocab_size: int, identity: str) -> LabelStream:
         """The files beside the shards that keep a teacher's labels of the training windows; the first call makes them empty.
 
-        `identity` (sha256 hex) says which teacher's they are, and how it was asked. Raises ValueError when the labels there are
+        `identity` (sha256 hex) tells the teacher and the settings that made them. Raises ValueError when the labels there are
         not of these shards or this identity, or when there is no room for them.
         """
         labels = LabelStream(

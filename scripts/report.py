@@ -137,7 +137,7 @@ def _teacher_words(record: dict, top_k: int | None) -> str:
         return words
     return (
         f"{words}; {record['tail_mass']:.1%} of its probability is outside its {top_k} likeliest ids, which leaves out"
-        f" {record['left_out_nats']:.3f} nats per token of the divergence of a student that knows nothing"
+        f" {record['left_out_nats']:.3f} nats per token of the divergence for a student with uniform probabilities"
     )
 
 

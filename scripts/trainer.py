@@ -77,7 +77,8 @@ def train(run: Run | None, objective: Objective) -> None:
                 progress = with_fresh_digests(progress)
             is_stopping = taken.is_stop_requested and not is_last
             if not is_stopping:
-                is_stopping = evaluate_and_sample(run, steps_done, report) and is_stop_requested(run)
+                if evaluate_and_sample(run, steps_done, report):
+                    is_stopping = is_stop_requested(run)
                 progress = progress._replace(is_evaluated=True)
             if is_stopping or is_due(steps_done, config.save_every_steps, config):
                 verify_last_save(run, steps_done, saved, report)
@@ -123,8 +124,10 @@ def reduce_over_ranks(run: Run, losses: Tensor, digests: np.ndarray, is_skipped:
     torch.distributed.all_reduce(together)
     stop, words, of_all = (part.numpy() for part in together.cpu().split([len(part) for part in parts]))
     tokens_digest, windows_digest = words.astype(np.int64).reshape(2, 4)
-    loss = float(of_all.mean())
-    return Step(loss, of_all.reshape(ranks.world_size, -1), tokens_digest, windows_digest, is_skipped, bool(stop[0]))
+    return Step(
+        loss=float(of_all.mean()), losses=of_all.reshape(ranks.world_size, -1), tokens_digest=tokens_digest,
+        windows_digest=windows_digest, is_skipped=is_skipped, is_stop_requested=bool(stop[0]),
+    )  # fmt: skip
 
 
 def set_learning_rate(engine, learning_rate: float) -> None:
@@ -208,7 +211,7 @@ def evaluate_and_sample(run: Run, steps_done: int, report: Report) -> bool:
 
 
 def is_stop_requested(run: Run) -> bool:
-    """Whether any rank was asked to stop. Every rank must call this."""
+    """Whether a stop was requested of any rank. Every rank must call this."""
     return bool(largest(float(run.watch.reason is not None)))
 
 

@@ -419,6 +419,7 @@ COMMANDS = ("memory", "prepare_data", "generate", "train_pretrain", "train_disti
 
 @pytest.mark.parametrize(("pasted", "line"), [
     ("PRETRAIN = replace(PRETRAIN, num_steps=-1)", "refused: num_steps=-1 is below 1; nearest is 1"),
+    ('PRETRAIN = TrainingConfig("runs/books")', "refused: TrainingConfig('runs/books') names no field; write field=value"),
     ("GPU_4GB = replace(GPU_4GB, hiden_size=9)", "refused: hiden_size is no field of TrainingConfig; nearest is hidden_size"),
 ])  # fmt: skip
 def test_a_wrong_preset_ends_every_command_in_one_line_and_status_2(tmp_path, pasted, line):

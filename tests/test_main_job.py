@@ -21,7 +21,9 @@ pytestmark = pytest.mark.slow
 
 def shell(command: str, folder: Path, text: str = "") -> subprocess.CompletedProcess:
     environment = clean_environment() | {"PYTHONPATH": str(folder)}
-    return subprocess.run(command, shell=True, cwd=folder, env=environment, input=text, text=True, capture_output=True)
+    return subprocess.run(
+        command, shell=True, cwd=folder, env=environment, input=text, text=True, capture_output=True, timeout=LIMIT_SECONDS
+    )
 
 
 @pytest.fixture(scope="module")

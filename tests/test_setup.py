@@ -15,6 +15,7 @@ from conftest import (
     REPOSITORY,
     SAVE_EVERY,
     STEPS,
+    TORCHRUN,
     as_if_stopped_after,
     clean_environment,
     expect_success,
@@ -112,6 +113,38 @@ def test_one_rank_alone_that_is_refused_says_why_and_the_deepspeed_launcher_pass
     refusal = [line for line in result.stdout.splitlines() if line.startswith("refused: ")]
     assert result.returncode == 2, result.stdout
     assert refusal == ["refused: rank 1: the disk of this machine holds no shards"], result.stdout
+
+
+ONE_RANK_ALONE = """
+import os
+from scripts.engine import toolchain
+
+def refuse(config):
+    if os.environ["RANK"] == "1":
+        raise ValueError("this machine has no compiler")
+
+toolchain.refuse_missing_compilers = refuse
+"""
+
+
+def test_one_rank_that_is_refused_before_the_ranks_have_met_says_why(tmp_path):
+    code = ONE_RANK_ALONE + ENTRY.format(fields=json.dumps(asdict(tiny_config(tmp_path))))
+    (result,) = launch(tmp_path, code, TORCHRUN[2])
+    refusal = [line for line in result.stdout.splitlines() if line.startswith("refused: ")]
+    assert refusal == ["refused: rank 1: this machine has no compiler"], result.stdout
+
+
+@pytest.mark.parametrize("name", ["prepare_data", "generate"])
+def test_a_ctrl_c_ends_a_command_in_one_line(name, tmp_path):
+    """Interrupted where its work begins. Neither command loads DeepSpeed, which would say a line of its own."""
+    code = f"""
+import os, signal
+from scripts import {name}
+{name}.{"prepare" if name == "prepare_data" else "newest_verified"} = lambda _: os.kill(os.getpid(), signal.SIGINT)
+{name}.main()
+"""
+    (result,) = launch(tmp_path, code, ["python"])
+    assert result.returncode == 130 and result.stdout == "Stopped; the same command begins again\n", result.stdout
 
 
 def test_a_flag_is_refused_with_a_pointer_to_the_configuration(tmp_path):

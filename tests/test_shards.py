@@ -476,7 +476,7 @@ def refusal_of_labels(folder: Path, stream: TokenStream, **changes) -> str:
     with pytest.raises(ValueError) as caught:
         labels_for(folder, stream, **({"num_positions": 30} | changes)).check()
     message = str(caught.value)
-    assert "\n" not in message and message.endswith(f"; delete the folder {folder} and the teacher is asked again")
+    assert "\n" not in message and message.endswith(f"; delete the folder {folder} and the labels are made again")
     assert message.startswith(str(folder / "train-0.labels"))
     return message
 

@@ -216,7 +216,7 @@ def fake_step_peak(config: TrainingConfig) -> Peak:
     """Device-side storages of one micro-batch, as on a GPU of one rank, whatever the size of the model: nothing is computed.
 
     Forward, loss and backward; each gradient is dropped as soon as it is whole, as scripts/engine/offload.py takes it. Weights,
-    a teacher's and, where they are kept on the GPU, the sums of gradients are counted; gradients on their way down are not.
+    a teacher's and, where they are kept on the GPU, the sums of gradients are counted; gradients that are being copied are not.
     """
     shapes, teacher_shapes = empty_model(config, torch.device("meta")), _teacher_shapes(config)
     with FakeTensorMode(), graph_of_gpu():

@@ -9,19 +9,19 @@ import os
 import random
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple, TypeVar
 
-import deepspeed
 import torch
-from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
-from scripts.config import TrainingConfig
+from scripts.config import CONNECT_SECONDS, LOCK_POLL_SECONDS, TrainingConfig
 from scripts.engine import offload, watch
 
 MESSAGE_BYTES = 2048
@@ -66,7 +66,9 @@ def set_up_cuda() -> None:
 
 def join(config: TrainingConfig, ranks: Ranks) -> None:
     """Makes the process deterministic and joins the process group. Every rank must call this."""
-    deepspeed_logger.setLevel("WARNING")
+    import deepspeed  # here alone: what only reads a checkpoint starts without it, two seconds sooner
+
+    deepspeed.utils.logger.setLevel("WARNING")
     offload.start_quickly()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_size))
     torch.use_deterministic_algorithms(True)
@@ -106,6 +108,28 @@ def leaving() -> Iterator[None]:
         traceback.print_exc()
     finally:
         watch.end(status)
+
+
+def together_before_joining(work: Callable[[], Result], config: TrainingConfig, ranks: Ranks) -> Result:
+    """As `together` for what raises ValueError, before there is a process group: the ranks meet at the launcher's store."""
+    try:
+        result, words = work(), ""
+    except ValueError as refusal:
+        result, words = None, str(refusal)
+    store, refusals = None, [words]
+    if ranks.world_size > 1:
+        timeout = timedelta(minutes=config.rank_timeout_minutes)
+        store = next(rendezvous("env://", timeout=timeout))[0]
+        store.set(f"refusal {ranks.rank}", words)
+        refusals = [store.get(f"refusal {rank}").decode() for rank in range(ranks.world_size)]
+    refused = [rank for rank, found in enumerate(refusals) if found]
+    if not refused:
+        return result  # pyright: ignore[reportReturnType]
+    if store is not None and store.add("have read", 1) and ranks.rank == 0:
+        limit = time.monotonic() + CONNECT_SECONDS  # the store is this process's, and goes with it
+        while store.add("have read", 0) < ranks.world_size and time.monotonic() < limit:
+            time.sleep(LOCK_POLL_SECONDS)
+    raise ValueError(f"rank {refused[0]}: {refusals[refused[0]]}" if refused[0] else refusals[0])
 
 
 def together(work: Callable[[], Result]) -> Result:

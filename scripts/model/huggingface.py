@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ds.corpus import one_line
-from scripts.config import LOAD_PIECE_ELEMENTS, LOAD_THREADS, PRETRAIN, TrainingConfig
+from scripts.config import LOAD_PIECE_ELEMENTS, LOAD_THREADS, MAKE_TEACHER, PRETRAIN, TrainingConfig
 from scripts.model.decoder import Decoder
 
 SHAPE_FIELDS = (
@@ -144,6 +144,8 @@ def teacher_config(config: TrainingConfig) -> TrainingConfig | None:
     try:
         is_planned = config.teacher_dir == PRETRAIN.run_dir and not path.exists()
         return _with_shape_of(None if is_planned else path.read_bytes(), config)
+    except FileNotFoundError:
+        raise ValueError(f"teacher_dir={config.teacher_dir!r}: {path} is not there; {MAKE_TEACHER}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as fault:
         raise ValueError(
             f"teacher_dir={config.teacher_dir!r}: {path} describes no model: {fault!r}; name a run or a transformers folder"

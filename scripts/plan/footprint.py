@@ -201,7 +201,7 @@ def _micro_batch(student: _Model, world_size: int) -> Iterator[Moment]:
     config, always, block = student.config, _inputs(student.config), _kept_block_bytes(student)
     bucket, several = config.bucket_elements * student.storage, world_size > 1
     is_copied = student.device_type == "cuda" and not several and not config.keeps_gradient_sums(world_size)
-    down = {"gradients on their way down": bucket * is_copied}
+    down = {"gradients being copied to the host": bucket * is_copied}
     matrix = student.storage * student.vocabulary * student.width
     of_block, of_matrix = ({"gradients being reduced by DeepSpeed": size * several} for size in (bucket, 2 * matrix))
     saved = {"none": config.num_layers * block, "block": config.num_layers * student.hidden_bytes}
@@ -359,7 +359,7 @@ def _host_moment(config: TrainingConfig, world_size: int, device_type: str, phas
     staging = pinned_bytes(2 * size * -(-max(_group_elements(config)) // world_size), device_type)
     parts = {"the program": settings.PROGRAM_BYTES[device_type], "the data": settings.DATA_BYTES}
     if phase in (TEACHER_ALONE, "training step"):
-        parts["labels under way"] = LABEL_COPIES * _label_bytes(config)
+        parts["labels being read"] = LABEL_COPIES * _label_bytes(config)
     if phase == TEACHER_ALONE:
         parts["numbers of windows"] = WINDOW_BYTES * config.num_steps * config.rows_per_step
     elif config.offload_optimizer:

@@ -1,4 +1,4 @@
-"""Judges a model in a run: held-out loss, samples, spikes, and the documents that are to blame for a bad step."""
+"""Evaluates the model of a run: held-out loss, samples, loss spikes, and the documents behind a bad step."""
 
 import math
 from collections.abc import Iterable, Iterator

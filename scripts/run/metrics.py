@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, the picture, the lines on the terminal. Makes the records of a train step."""
+"""The logs of a run: metrics.jsonl, TensorBoard, the picture, the lines on the terminal. Makes the records of a train step."""
 
 import json
 import math
@@ -94,7 +94,7 @@ def train_record(run: Run, steps_done: int, taken: Step, progress: Progress, *, 
 
 
 def memory_record(run: Run, steps_done: int) -> dict:
-    """The event at a run's end: what the plan says of memory beside what was measured."""
+    """The event at a run's end: planned memory beside measured memory."""
     planned = memory.plan(run.config, run.ranks.world_size, run.device.type)
     return {"kind": "event", "step": steps_done, "event": "memory"} | memory.comparison(planned, peak_bytes())
 

@@ -56,14 +56,14 @@ def set_up(config: TrainingConfig, given: Given) -> Run | None:
     ranks = distributed.ranks_from_launcher()
     watching = watch.Watch(ranks.rank, ranks.local_rank, ranks.num_launchers, config.silent_rank_seconds)
     with ending_out_of_memory(config, ranks), watching.before_training(), ExitStack() as on_failure:
-        teacher = _refuse_before_ranks_meet(config, ranks)
+        teacher = distributed.together_before_joining(lambda: _refuse_alone(config, ranks), config, ranks)
         say(ranks, "Starting DeepSpeed. Its first start on a machine compiles the CPU Adam, which takes a minute or two.")
         with _compiling(config, ranks):
             distributed.join(config, ranks)
         distributed.connect(ranks, watching)
         lock = together(lambda: run_dir.hold_run(config, RUN_DIR_WAIT_SECONDS) if ranks.rank == 0 else None)
         on_failure.callback(release_lock, lock)
-        run = _continue_or_begin(Start(config, ranks, watching, teacher, lock), given)
+        run = _open_run(Start(config, ranks, watching, teacher, lock), given)
         if run is not None:
             on_failure.pop_all()
     if run is None:
@@ -93,7 +93,7 @@ def ending_out_of_memory(config: TrainingConfig, ranks: Ranks) -> Iterator[None]
     raise SystemExit(watch.FAILED)
 
 
-def _refuse_before_ranks_meet(config: TrainingConfig, ranks: Ranks) -> Teacher | None:
+def _refuse_alone(config: TrainingConfig, ranks: Ranks) -> Teacher | None:
     """All that a rank can refuse alone, without loading anything. The teacher, if there is one."""
     distributed.set_up_cuda()
     offload.refuse_other_versions()
@@ -110,7 +110,7 @@ def _refuse_too_large(config: TrainingConfig, ranks: Ranks, look: Callable) -> N
     memory.refuse_too_large(config, ranks.world_size, ranks.local_size, look(config, device), device.type)
 
 
-def _continue_or_begin(start: Start, given: Given) -> Run | None:
+def _open_run(start: Start, given: Given) -> Run | None:
     config, ranks = start.config, start.ranks
     found = together(lambda: _newest_checkpoint(config, ranks))
     steps_done = 0 if found is None else found.state["step"]
@@ -125,7 +125,7 @@ def _continue_or_begin(start: Start, given: Given) -> Run | None:
     data, teaching = in_turn(lambda: given.prepare(config)), None
     if start.teacher is not None:
         teaching = open_teaching(start.teacher, config, ranks, data, label=given.label, found=found)
-    return _build(start, given, data, found, teaching)
+    return _assemble_run(start, given, data, found, teaching)
 
 
 def _newest_checkpoint(config: TrainingConfig, ranks: Ranks) -> Checkpoint | None:
@@ -138,7 +138,7 @@ def _newest_checkpoint(config: TrainingConfig, ranks: Ranks) -> Checkpoint | Non
     return found
 
 
-def _build(start: Start, given: Given, data, found: Checkpoint | None, teaching: Teaching | None) -> Run:
+def _assemble_run(start: Start, given: Given, data, found: Checkpoint | None, teaching: Teaching | None) -> Run:
     """The model and the engine, at the state of the checkpoint `found` or fresh; run_dir is claimed last."""
     config, ranks = start.config, start.ranks
     device, steps_done, progress = device_of(ranks), 0, Progress()
@@ -153,7 +153,10 @@ def _build(start: Start, given: Given, data, found: Checkpoint | None, teaching:
         together(lambda: load_state(engine, found))
         say(ranks, f"Continuing after step {steps_done} from {found.folder}")
     lock = together(lambda: _claim(start, steps_done, progress) if ranks.rank == 0 else None)
-    return Run(config, ranks, device, engine, data, steps_done, progress, start.watch, lock, teaching)
+    return Run(
+        config=config, ranks=ranks, device=device, engine=engine, data=data, first_step=steps_done, progress=progress,
+        watch=start.watch, lock=lock, teaching=teaching,
+    )  # fmt: skip
 
 
 def _claim(start: Start, steps_done: int, progress: Progress) -> int | None:
@@ -165,7 +168,9 @@ def _claim(start: Start, steps_done: int, progress: Progress) -> int | None:
         rewind_metrics(config, steps_done, progress.is_evaluated)
         return lock
     except OSError as fault:
-        raise ValueError(f"run_dir={config.run_dir!r} cannot be written: {fault.strerror}; make room in it") from None
+        raise ValueError(
+            f"run_dir={config.run_dir!r} cannot be written: {fault.strerror}; make room in it, or name another folder"
+        ) from None
 
 
 @contextmanager

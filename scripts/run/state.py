@@ -34,7 +34,7 @@ class Step(NamedTuple):
 
     The mean `loss` in nats; `losses` (ranks, micro-batches) in nats; `tokens_digest` and `windows_digest` (4,) int64 of the
     rows that were read; `is_skipped`: whether DeepSpeed left the update out because a gradient was not finite;
-    `is_stop_requested`: whether any rank was asked to stop.
+    `is_stop_requested`: whether a stop was requested of any rank.
     """
 
     loss: float

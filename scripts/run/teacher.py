@@ -1,4 +1,4 @@
-"""The teacher of a run: found, checked, loaded, and with `teacher_top_k` asked for its labels before the student is there."""
+"""The teacher of a run: found, checked, loaded, and with `teacher_top_k` run for its labels before the student is there."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ class Teacher(NamedTuple):
     config: TrainingConfig
 
 
-class Asking(NamedTuple):
+class Labelling(NamedTuple):
     """One labelling: a run's own, the `labels` on the disk that it fills, the teacher `model` and `label`, which asks it."""
 
     config: TrainingConfig
@@ -93,9 +93,9 @@ def fingerprint_of(teacher: Teacher) -> str:
 
 
 def labels_identity(config: TrainingConfig, fingerprint: str) -> str:
-    """sha256 (hex) of all that decides a window's labels: the teacher's fingerprint, and the fields that it is asked with."""
-    asked = [fingerprint, config.teacher_top_k, config.distill_temperature, config.context_length, config.precision]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    """sha256 (hex) of all that decides a window's labels: the teacher's fingerprint, and the fields of its settings."""
+    inputs = [fingerprint, config.teacher_top_k, config.distill_temperature, config.context_length, config.precision]
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
 
 def open_teaching(
@@ -123,7 +123,7 @@ def open_teaching(
     model, record = together(lambda: load_teacher(teacher, config, device_of(ranks))), None
     if found is None:
         record = _teacher_record(teacher, config, ranks, data, model) | _label_error(config, ranks, data, model, label)
-    seconds = _write_labels(Asking(config, ranks, data, labels, model, label), groups)
+    seconds = _write_labels(Labelling(config, ranks, data, labels, model, label), groups)
     del model
     release_memory()
     return Teaching(fingerprint, labels, record and record | {"label_seconds": seconds})
@@ -180,7 +180,7 @@ def _label_error(config: TrainingConfig, ranks: Ranks, data, model: Decoder, lab
 
 def _incomplete_groups(config: TrainingConfig, ranks: Ranks, labels) -> np.ndarray:
     """The blocks of labels that the run reads, (groups, blocks of a group), where a block of the group is not on the disk. The
-    teacher is asked for one group at a time, the same for any number of ranks; the last group repeats its last block. Each rank
+    teacher labels one group at a time, the same for any number of ranks; the last group repeats its last block. Each rank
     looks at its share of the labels. Every rank must call this.
     """
     num_windows = labels.num_positions // config.context_length
@@ -195,21 +195,21 @@ def _incomplete_groups(config: TrainingConfig, ranks: Ranks, labels) -> np.ndarr
     return blocks[of_all.cpu().numpy() != 0]
 
 
-def _write_labels(asking: Asking, groups: np.ndarray) -> float:
+def _write_labels(labelling: Labelling, groups: np.ndarray) -> float:
     """Labels `groups` (groups, blocks of a group), each rank its share; the seconds that it took. Every rank must call this."""
-    ranks, started = asking.ranks, time.perf_counter()
+    ranks, started = labelling.ranks, time.perf_counter()
     if len(groups):
-        num_tokens = groups.size * asking.labels.block_tokens
+        num_tokens = groups.size * labelling.labels.block_tokens
         say(ranks, f"The teacher alone labels {num_tokens:,} tokens; the same command goes on where it stopped")
 
     def write() -> None:
         try:
             for group in _with_progress(groups[ranks.rank :: ranks.world_size], ranks):
-                label_blocks(asking, np.unique(group))
-            asking.labels.sync()
+                label_blocks(labelling, np.unique(group))
+            labelling.labels.sync()
         except OSError as fault:
             words = f"a label cannot be written: {fault.strerror}; make room"
-            raise ValueError(f"data_dir={asking.config.data_dir!r}: {words}") from None
+            raise ValueError(f"data_dir={labelling.config.data_dir!r}: {words}") from None
 
     together(write)
     return time.perf_counter() - started
@@ -225,15 +225,15 @@ def _with_progress(groups: np.ndarray, ranks: Ranks) -> Iterator[np.ndarray]:
             say(ranks, f"labels: {(number + 1) / len(groups):.0%}")
 
 
-def label_blocks(asking: Asking, blocks: np.ndarray) -> None:
-    """Asks the teacher for the windows of `blocks` (N,) int64, `micro_batch_rows` at a time, and writes its labels."""
-    config, labels = asking.config, asking.labels
+def label_blocks(labelling: Labelling, blocks: np.ndarray) -> None:
+    """Runs the teacher on the windows of `blocks` (N,) int64, `micro_batch_rows` at a time, and writes its labels."""
+    config, labels = labelling.config, labelling.labels
     length, rows, per_block = config.context_length, config.micro_batch_rows, labels.block_tokens // config.context_length
     windows = (blocks[:, None] * per_block + np.arange(per_block)).flatten()
     windows, answers = windows[windows < labels.num_positions // length], []
     for piece in np.split(windows, range(rows, len(windows), rows)):
-        ids = torch.from_numpy(read_windows(asking.data.train, piece, length)).to(device_of(asking.ranks))
-        answers.append([part.flatten(0, 1).cpu().numpy() for part in asking.label(asking.model, ids, config).labels])
+        ids = torch.from_numpy(read_windows(labelling.data.train, piece, length)).to(device_of(labelling.ranks))
+        answers.append([part.flatten(0, 1).cpu().numpy() for part in labelling.label(labelling.model, ids, config).labels])
     parts = [np.concatenate(pieces) for pieces in zip(*answers, strict=True)]
     for number, block in enumerate(blocks.tolist()):
         own = slice(number * labels.block_tokens, (number + 1) * labels.block_tokens)

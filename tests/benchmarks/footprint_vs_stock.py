@@ -103,7 +103,7 @@ def rows_of(shape: Model) -> Iterator[dict]:
     """A row for each way to train one model, ours first; over its peak `our_ratio` has ours in the goal's mode, as the plan has
     it where that is more than what is tracked, and `weights_ratio` the bytes of the weights alone, which all of them hold.
 
-    The plan counts too what storages do not show: gradients on their way down, kernels' own work, cuBLAS's workspace.
+    The plan counts too what storages do not show: gradients being copied to the host, kernels' own work, cuBLAS's workspace.
     """
     peaks = {f"tightfit, {mode}": ours(shape, mode) for mode in ACTIVATION_CHECKPOINTING}
     peaks |= {peer.name: stock(shape, peer) for peer in PEERS}
