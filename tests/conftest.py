@@ -254,9 +254,9 @@ def finished_runs(tmp_path_factory) -> dict[tuple[int, str], TrainingConfig]:
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "finished"
     folder.mkdir(exist_ok=True)
-    configs = {(ranks, name): config for ranks in (1, 2) for name, config in _configs(folder / f"{ranks}").items()}
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        configs = {(ranks, name): config for ranks in (1, 2) for name, config in _configs(folder / f"{ranks}").items()}
         for ranks in (1, 2):
             _finish([config for (number, _), config in configs.items() if number == ranks], folder / f"{ranks}", ranks)
     return configs

@@ -124,10 +124,14 @@ def test_the_teacher_is_of_pretrains_shape_before_that_run_has_begun_and_none_wi
     assert teacher_config(PRETRAIN) is None
 
 
-@pytest.mark.parametrize("text", [None, "{}", "[]", "7", '{"vocab', *(json.dumps(LLAMA | change) for change in VARIANTS)])
+def test_a_teacher_that_is_not_there_is_refused_with_what_makes_one(tmp_path):
+    with pytest.raises(ValueError, match="^teacher_dir=[^\n]+config.json is not there; deepspeed scripts/train_pretrain.py"):
+        teacher_config(replace(TINY, teacher_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "7", '{"vocab', *(json.dumps(LLAMA | change) for change in VARIANTS)])
 def test_a_teacher_that_is_no_model_is_refused_in_one_line(tmp_path, text):
-    if text is not None:
-        (tmp_path / "config.json").write_text(text)
+    (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match="^teacher_dir=[^\n]+describes no model[^\n]+; name a run or a transformers folder$"):
         teacher_config(replace(TINY, teacher_dir=str(tmp_path)))
 

@@ -14,7 +14,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NamedTuple, TypeVar
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -116,19 +117,10 @@ def together_before_joining(work: Callable[[], Result], config: TrainingConfig, 
         result, words = work(), ""
     except ValueError as refusal:
         result, words = None, str(refusal)
-    store, refusals = None, [words]
-    if ranks.world_size > 1:
-        timeout = timedelta(minutes=config.rank_timeout_minutes)
-        store = next(rendezvous("env://", timeout=timeout))[0]
-        store.set(f"refusal {ranks.rank}", words)
-        refusals = [store.get(f"refusal {rank}").decode() for rank in range(ranks.world_size)]
+    refusals = [words] if ranks.world_size == 1 else _words_of_ranks(words, config, ranks)
     refused = [rank for rank, found in enumerate(refusals) if found]
     if not refused:
         return result  # pyright: ignore[reportReturnType]
-    if store is not None and store.add("have read", 1) and ranks.rank == 0:
-        limit = time.monotonic() + CONNECT_SECONDS  # the store is this process's, and goes with it
-        while store.add("have read", 0) < ranks.world_size and time.monotonic() < limit:
-            time.sleep(LOCK_POLL_SECONDS)
     raise ValueError(f"rank {refused[0]}: {refusals[refused[0]]}" if refused[0] else refusals[0])
 
 
@@ -189,6 +181,25 @@ def say(ranks: Ranks, line: str) -> None:
     if ranks.rank == 0:
         with tqdm.external_write_mode(sys.stdout):
             watch.say(line, sys.stdout)
+
+
+def _words_of_ranks(words: str, config: TrainingConfig, ranks: Ranks) -> list[str]:
+    """Every rank's words. Where there are any, rank 0, which may hold the store, waits until all have read them."""
+    store = _store(config.rank_timeout_minutes)
+    meeting = store.add(f"meetings of {ranks.rank}", 1)
+    store.set(f"words {meeting} {ranks.rank}", words)
+    found = [store.get(f"words {meeting} {rank}").decode() for rank in range(ranks.world_size)]
+    store.add(f"readers {meeting}", 1)
+    limit = time.monotonic() + CONNECT_SECONDS
+    while any(found) and ranks.rank == 0 and store.add(f"readers {meeting}", 0) < ranks.world_size and time.monotonic() < limit:
+        time.sleep(LOCK_POLL_SECONDS)
+    return found
+
+
+@cache
+def _store(timeout_minutes: int) -> Any:
+    """The launcher's store, kept as long as the process: torch's process group meets at the same port."""
+    return next(rendezvous("env://", timeout=timedelta(minutes=timeout_minutes)))[0]
 
 
 def _fault_of_ranks(own: ValueError | OSError | None) -> ValueError | OSError:
