@@ -64,10 +64,16 @@ def line_of(record: dict, num_steps: int, top_k: int | None) -> str:
         "sample": lambda record: f"sample\n{indented(record.get('text'))}",
         "saved": lambda record: f"saved {record.get('checkpoint')}",
         "save_failed": lambda record: f"{record.get('fault')}; training goes on",
-        "skipped": lambda record: f"skipped, its gradients are not finite; {_named_documents(record)}",
+        "skipped": _skipped_words,
         "spike": lambda record: f"the loss jumped to {record.get('loss') or math.nan:.3f}; {_named_documents(record)}",
     }
     return f"step {record['step']}/{num_steps}: {words[record.get('event') or record['kind']](record)}"
+
+
+def _skipped_words(record: dict) -> str:
+    if "cause" in record:
+        return f"skipped, {record['cause']} was too high for gradients in float16; it goes down when this goes on"
+    return f"skipped, its gradients are not finite; {_named_documents(record)}"
 
 
 def train_words(record: dict) -> str:

@@ -213,7 +213,7 @@ NOT_SETTINGS = {
     },
     "ds.loader": {"NUM_ROUNDS", "SCAN_TOKENS", "PERMUTED_ROWS", "REMEMBERED_COUNTS"},
     "scripts.model.huggingface": {"LARGEST_JSON_BYTES"},
-    "scripts.model.losses": {"IGNORED"},
+    "scripts.model.losses": {"IGNORED", "HALF_GRADIENT_SCALE"},
     "scripts.model.sampling": {"LEAST_TEMPERATURE"},
     "scripts.plan.footprint": {"LABEL_CHUNK_BYTES", "LABEL_COPIES", "WINDOW_BYTES", "OPTIMIZER_BYTES"},
     "scripts.plan.machine": {"LARGEST_LIMIT", "BACKWARD_SHARE", "ADAM_BYTES"},

@@ -132,6 +132,22 @@ def test_gradient_of_a_bf16_head_keeps_growing_over_many_chunks():
     assert gradient.tolist() == [[-0.5] * 4, [0.5] * 4]
 
 
+@pytest.mark.parametrize("chunk_rows", [512, 1024])
+def test_probabilities_that_float16_cannot_hold_are_in_the_gradient_all_the_same(chunk_rows):
+    """Half of the ids are about 16 nats less likely than the others: some 1e-9 each. float16 has nothing from 0 to 3e-8."""
+    hidden, head, targets = drawn(1, 1024, 32, 64, 0, seed=3, dtype=torch.float16)
+    with torch.no_grad():
+        head.mul_(0.07)
+        hidden[..., 0], head[:32, 0], head[32:, 0] = 4.0, 2.0, -2.0
+    exact_hidden, exact_head = (tensor.detach().double().requires_grad_() for tensor in (hidden, head))
+    shares = torch.softmax((exact_hidden @ exact_head.T).detach(), -1)
+    assert shares[..., 32:].min() > 1e-11 and shares[..., 32:].max() < 2**-25
+    made = gradients(2.0**16 * next_token_loss(hidden, head, targets % 32, chunk_rows), hidden, head)
+    true = gradients(2.0**16 * plain_loss(exact_hidden, exact_head, targets % 32), exact_hidden, exact_head)
+    for ours, theirs in zip((made[0], made[1][:32], made[1][32:]), (true[0], true[1][:32], true[1][32:]), strict=True):
+        assert 0 < (ours - theirs).norm() < 0.05 * theirs.norm()
+
+
 @pytest.mark.parametrize("wanted", [(True, False), (False, True)])
 def test_gradient_that_nobody_wants_is_not_made(wanted):
     hidden, head, targets = drawn(2, 5, 4, 9, 0, seed=0)

@@ -141,6 +141,10 @@ def test_the_teachers_held_out_loss_is_a_line_across_the_picture(tmp_path, monke
             },
             ("step 2/9: skipped", "0 'x', 1 'x'", f"and {5 - NUM_NAMED_DOCUMENTS} more in metrics.jsonl"),
         ),
+        (
+            {"kind": "event", "step": 2, "event": "skipped", "cause": "the loss scale", "documents": []},
+            ("step 2/9: skipped, the loss scale was too high",),
+        ),
     ],
 )
 def test_a_record_is_told_in_one_line_with_units(record, words):

@@ -18,6 +18,7 @@ from scripts.config import TrainingConfig, product_dtype
 from scripts.model.operations import row_slices
 
 IGNORED = -100
+HALF_GRADIENT_SCALE = 2.0**8
 
 
 class LabelledTokens(NamedTuple):
@@ -128,6 +129,9 @@ class _ChunkedLoss(torch.autograd.Function):
 
     `loss_function(inputs, head, targets, rows, wants_gradient)` gets hidden states (C, D), the head (V, D), targets (C,) and
     `rows`, the slice that they are. It returns _Costs, zero where ignored.
+
+    In float16 probabilities below 3e-8 would vanish from the gradient of the logits, before the loss scale can save them: it is
+    made HALF_GRADIENT_SCALE times as large, which keeps those above 1.2e-10.
     """
 
     @staticmethod
@@ -135,16 +139,17 @@ class _ChunkedLoss(torch.autograd.Function):
         total, needed = hidden.new_zeros((), dtype=torch.float32), ctx.needs_input_grad
         matrix = _for_products(head)
         grad_hidden = torch.empty_like(hidden) if needed[0] else None
-        is_split = len(hidden) > chunk_rows
+        is_split, scale = len(hidden) > chunk_rows, HALF_GRADIENT_SCALE if matrix.dtype == torch.float16 else 1.0
         grad_head = torch.zeros_like(head, dtype=torch.float32) if needed[1] and is_split else None
         for rows in row_slices(len(hidden), chunk_rows):
             inputs = hidden[rows].to(matrix.dtype)
             nats, gradient = loss_function(inputs, matrix, targets[rows], rows, any(needed))
             total += nats.sum()
             if any(needed):
-                gradient = gradient.to(inputs.dtype)
+                gradient = _scaled(gradient, scale, inputs.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = gradient @ matrix
+            inputs = inputs if scale == 1.0 else inputs / scale
             if grad_head is not None:
                 for part in row_slices(len(head), max(1, gradient.numel() // inputs.shape[1])):  # no larger than `gradient`
                     grad_head[part] += gradient[:, part].T @ inputs
@@ -152,7 +157,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 grad_head = gradient.T @ inputs
             del gradient
         count = (targets != IGNORED).sum().clamp_(min=1)
-        ctx.gradients, ctx.count, ctx.dtype = (grad_hidden, grad_head), count, head.dtype
+        ctx.gradients, ctx.count, ctx.scale, ctx.dtype = (grad_hidden, grad_head), count, scale, head.dtype
         return total / count
 
     @staticmethod
@@ -161,7 +166,7 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx.gradients = None
         scale = (gradient / ctx.count).reshape(1)
         if grad_hidden is not None:
-            torch.mul(grad_hidden, scale, out=grad_hidden)
+            torch.mul(grad_hidden, scale / ctx.scale, out=grad_hidden)
         if grad_head is not None:
             grad_head = torch.mul(grad_head, scale, out=grad_head).to(ctx.dtype)
         return grad_hidden, grad_head, None, None, None
@@ -173,6 +178,13 @@ def _chunked_loss(hidden: Tensor, head: Tensor, targets: Tensor, chunk_rows: int
 
 def _for_products(head: Tensor) -> Tensor:
     return head.to(product_dtype(head.dtype, head.device))
+
+
+def _scaled(gradient: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """scale * gradient in `dtype`, rounded once."""
+    if scale == 1.0:
+        return gradient.to(dtype)
+    return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
 
 
 def _text_chunk(inputs: Tensor, head: Tensor, targets: Tensor, _: slice, wants_gradient: bool) -> _Costs:

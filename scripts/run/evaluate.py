@@ -16,6 +16,8 @@ from scripts.model.sampling import continue_ids
 from scripts.run.metrics import finite
 from scripts.run.state import Progress, Run, Step, ids_on_device, step_batches, step_order
 
+LOSS_SCALE = "the loss scale"
+
 
 class HeldOut(NamedTuple):
     """`nats_per_token` over held-out tokens; `bits_per_byte`: the same nats in bits, over the bytes of the text."""
@@ -91,11 +93,17 @@ def is_spike(loss: float, losses_before: tuple[float, ...], config: TrainingConf
 
 
 def bad_step_records(run: Run, step: int, taken: Step, before: Progress) -> Iterator[dict]:
-    """Events for a skipped step and for a spike, with the documents to blame. Every rank must call this."""
+    """Events for a skipped step and for a spike, with the documents to blame. Every rank must call this.
+
+    In fp16 finite losses have no document to blame: the loss scale was too high for their gradients.
+    """
     event = {"kind": "event", "step": step + 1, "loss": finite(taken.loss)}
     if taken.is_skipped:
-        documents = _documents_of(run, step, ~np.isfinite(taken.losses))
-        yield event | {"event": "skipped", "skipped_steps": before.skipped_steps + 1, "documents": documents}
+        event |= {"event": "skipped", "skipped_steps": before.skipped_steps + 1}
+        if run.config.precision == "fp16" and np.isfinite(taken.losses).all():
+            yield event | {"cause": LOSS_SCALE, "documents": []}
+        else:
+            yield event | {"documents": _documents_of(run, step, ~np.isfinite(taken.losses))}
     elif is_spike(taken.loss, before.recent_losses, run.config):
         yield event | {"event": "spike", "documents": _hardest_documents(run, step, taken.loss)}
 
