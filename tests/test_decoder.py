@@ -126,12 +126,13 @@ def test_activation_checkpointing_gives_bitwise_the_same_loss_and_gradients(monk
 
 
 @paths
-@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize(("qk_norm", "head_size"), [(False, 8), (True, 8), (False, 14), (True, 14)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("mode", MODES)
-def test_bytes_kept_for_the_backward_are_those_of_the_formula(monkeypatch, mode, precision, qk_norm, on_host):
+def test_bytes_kept_for_the_backward_are_those_of_the_formula(monkeypatch, mode, precision, qk_norm, head_size, on_host):
     take_path(monkeypatch, on_host)
-    config = replace(TINY, activation_checkpointing=mode, precision=precision, qk_norm=qk_norm, num_layers=3)
+    changes = {"activation_checkpointing": mode, "precision": precision, "qk_norm": qk_norm, "head_size": head_size}
+    config = replace(TINY, num_layers=3, **changes)
     decoder, rows, positions = fresh(config), 3, 24
     own = {weight.untyped_storage().data_ptr() for weight in decoder.parameters()}
     kept = {}
@@ -144,7 +145,8 @@ def test_bytes_kept_for_the_backward_are_those_of_the_formula(monkeypatch, mode,
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         hidden = decoder(some_ids(config, rows, positions))
-    inputs = {"none": config.num_layers * bytes_of_block(config), "block": config.num_layers * bytes_of_input(config)}
+    block = bytes_of_block(config, on_host)
+    inputs = {"none": config.num_layers * block, "block": config.num_layers * bytes_of_input(config)}
     last_norm = bytes_of_input(config) + 4
     rotary, ids = positions * config.head_width * 4, rows * positions * 8
     # The inputs of block_offload have hooks of their own, so that these see nothing of them.
@@ -156,10 +158,13 @@ def bytes_of_input(config: TrainingConfig) -> int:
     return config.hidden_size * config.dtype.itemsize
 
 
-def bytes_of_block(config: TrainingConfig) -> int:
+def bytes_of_block(config: TrainingConfig, on_host: bool) -> int:
     """The formula of `Block`, a token."""
     heads, kv_heads, width = config.num_heads, config.num_kv_heads, config.head_width
-    numbers = 2 * config.hidden_size + (2 * heads + 2 * kv_heads) * width + 2 * config.mlp_size
+    padded = width if on_host else -(-width // 8) * 8
+    read = kv_heads if on_host or config.precision == "bf16" else heads
+    numbers = 2 * config.hidden_size + (2 * heads + 2 * read) * padded + 2 * config.mlp_size
+    numbers += heads * width * (padded > width)
     if config.qk_norm:
         return (numbers + (heads + kv_heads) * width) * config.dtype.itemsize + 4 * (2 * heads + kv_heads)
     return numbers * config.dtype.itemsize + 4 * heads

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from functools import partial
+from itertools import product
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,16 +14,21 @@ from test_decoder import CPU, TINY, fresh, paths, some_ids, take_path
 from test_huggingface import assert_same_logits_and_gradients, written
 from torch import nn
 from torch.nn import functional
+from tracker import fake_mode
 from transformers import AutoModelForCausalLM
 
+from scripts.config import PRECISIONS
 from scripts.model import operations
 from scripts.model.decoder import empty_model, rotary_table
 from scripts.model.losses import next_token_loss
+from scripts.model.operations import flash_attends, padded_width
 
-ROTARY = rotary_table(TINY, 0, 24, CPU)
+ROTARY, ODD_ROTARY = (rotary_table(replace(TINY, head_size=width), 0, 24, CPU) for width in (8, 14))
 TABLE, IDS = nn.Embedding(9, 32), torch.arange(48).view(2, 24) % 7
 NORM, UP, GATE, DOWN = nn.RMSNorm(32, 1e-5), *(nn.Linear(*shape, bias=False) for shape in ((32, 48), (32, 48), (48, 32)))
 HEADS, KV_HEADS, HIDDEN, MLP = (2, 4, 24, 8), (2, 2, 24, 8), (2, 24, 32), (2, 24, 48)
+CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 3), (12, 1))
+HEAD_WIDTHS = (2, 64, 100, 192, 194, 224, 226, 256, 258)
 
 
 class Case(NamedTuple):
@@ -33,15 +40,15 @@ class Case(NamedTuple):
     modules: tuple[nn.Module, ...]
 
 
-def plain_rotate(x: torch.Tensor) -> torch.Tensor:
+def plain_rotate(x: torch.Tensor, rotary: torch.Tensor = ROTARY) -> torch.Tensor:
     first, second = x.chunk(2, -1)
-    rotated = torch.complex(first, second) * torch.complex(*ROTARY)
+    rotated = torch.complex(first, second) * torch.complex(*rotary)
     return torch.cat((rotated.real, rotated.imag), -1)
 
 
-def plain_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    k, v = (each.repeat_interleave(2, 1) for each in (plain_rotate(k), v))
-    scores = plain_rotate(q) @ k.mT / q.shape[-1] ** 0.5
+def plain_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: torch.Tensor = ROTARY) -> torch.Tensor:
+    k, v = (each.repeat_interleave(2, 1) for each in (plain_rotate(k, rotary), v))
+    scores = plain_rotate(q, rotary) @ k.mT / q.shape[-1] ** 0.5
     return scores.masked_fill(torch.ones(24, 24, dtype=torch.bool).triu(1), -torch.inf).softmax(-1) @ v
 
 
@@ -62,7 +69,13 @@ CASES = {
     ),
     "product": Case(lambda x: operations.product(x, UP), UP, (HIDDEN,), (UP,)),
     "rotate": Case(lambda x: operations.rotate(x, ROTARY), plain_rotate, (HEADS,), ()),
-    "attend": Case(lambda q, k, v: operations.attend(q, k, v, ROTARY), plain_attend, (HEADS, KV_HEADS, KV_HEADS), ()),
+    "attend": Case(partial(operations.attend, rotary=ROTARY), plain_attend, (HEADS, KV_HEADS, KV_HEADS), ()),
+    "attend with heads whose width is no multiple of 8": Case(
+        partial(operations.attend, rotary=ODD_ROTARY),
+        partial(plain_attend, rotary=ODD_ROTARY),
+        ((2, 4, 24, 14), (2, 2, 24, 14), (2, 2, 24, 14)),
+        (),
+    ),
 }
 
 
@@ -107,6 +120,52 @@ def test_bf16_gradients_are_near_those_of_fp32(monkeypatch, tied, on_host):
     for (name, weight), exact in zip(narrow.named_parameters(), wide.parameters(), strict=True):
         assert weight.grad is not None and exact.grad is not None and weight.grad.dtype == torch.bfloat16
         assert (weight.grad - exact.grad).norm() < 0.03 * exact.grad.norm(), name
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
+def test_no_head_width_leaves_a_card_to_the_kernel_that_computes_every_score(capability):
+    """On every card that runs the dtype, with gradients and without, one of the other two takes the heads, as the rule says."""
+    dtypes = [dtype for dtype in PRECISIONS.values() if capability >= (8, 0) or dtype != torch.bfloat16]
+    with fake_mode("cuda", capability) as card:
+        for dtype, width, kv_heads, trains in product(dtypes, HEAD_WIDTHS, (2, 4), (False, True)):
+            shapes = (4, 16, width), (kv_heads, 16, width), (kv_heads, 16, width)
+            q, k, v = (torch.empty(1, *shape, dtype=dtype, device=card.device).requires_grad_(trains) for shape in shapes)
+            output = operations.attend(q, k, v, torch.empty(2, 16, width // 2, device=card.device))
+            assert card.kernels.pop() == ("flash" if flash_attends(capability, dtype, width, trains) else "efficient")
+            assert not card.kernels and output.shape == q.shape and output.dtype == dtype and output.device == q.device
+
+
+def test_what_stands_in_for_cudas_fused_norm_makes_tensors_like_the_operations_own():
+    """Else the proofs on cards that are not there would be about another norm."""
+    with fake_mode("cuda", (8, 0)) as card:
+        x, gain = (torch.empty(*shape, 32, dtype=torch.bfloat16, device=card.device) for shape in ((2, 5), ()))
+        stand_in: Any = torch.ops.aten._fused_rms_norm
+        made = [operation(x, [32], gain, 1e-5) for operation in (stand_in, stand_in.operation)]
+        ours, theirs = ([(each.shape, each.stride(), each.dtype, each.device) for each in results] for results in made)
+    assert ours == theirs
+
+
+@given(capability=st.sampled_from(CAPABILITIES), dtype=st.sampled_from(list(PRECISIONS.values())), data=st.data())
+def test_a_card_that_is_not_known_is_the_worst_of_those_that_have_the_dtype(capability, dtype, data):
+    width, trains = data.draw(st.integers(1, 300)), data.draw(st.booleans())
+    if capability >= (8, 0) or dtype != torch.bfloat16:
+        assert flash_attends(None, dtype, width, trains) <= flash_attends(capability, dtype, width, trains)
+    worst = (7, 5) if dtype == torch.float16 else (8, 6)
+    assert flash_attends(None, dtype, width, trains) == flash_attends(worst, dtype, width, trains)
+    assert flash_attends(capability, dtype, padded_width(width), trains) == flash_attends(capability, dtype, width, trains)
+
+
+def test_flash_attention_is_there_from_ampere_on_in_16_bits_up_to_256_and_on_small_cards_not_for_gradients_from_193_to_224():
+    def widths(capability: tuple[int, int], dtype: torch.dtype, trains: bool) -> set[int]:
+        return {width for width in range(1, 400) if flash_attends(capability, dtype, width, trains)}
+
+    refused = set(range(193, 225))
+    for half, trains in product((torch.float16, torch.bfloat16), (False, True)):
+        assert widths((7, 5), half, trains) == set()
+        for capability in CAPABILITIES[1:]:
+            is_small = capability in ((8, 6), (8, 9), (12, 1))
+            assert widths(capability, half, trains) == set(range(1, 257)) - (refused if is_small and trains else set())
+    assert all(widths(capability, torch.float32, False) == set() for capability in CAPABILITIES)
 
 
 @given(num_rows=st.integers(0, 99), rows_at_once=st.integers(1, 40))

@@ -5,18 +5,23 @@ it is known which storages would lie on the host where there is a GPU. A view is
 that makes it to its death. What operations do inside themselves is not seen.
 """
 
+import ctypes
 import gc
 import linecache
+import os
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.nn import functional
+from torch.utils import cpp_extension
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -24,7 +29,6 @@ from ds.shards import Labels
 from scripts import trainer
 from scripts.config import PRECISIONS, TrainingConfig
 from scripts.engine import truth_check
-from scripts.model import losses, operations
 from scripts.model.decoder import Decoder, empty_model
 from scripts.model.huggingface import teacher_config
 from scripts.model.losses import next_token
@@ -37,8 +41,44 @@ from scripts.train_distill import from_labels, from_teacher, label, objective_of
 HOUSE = ("/scripts/", "/deepspeed/", "/transformers/", "/benchmarks/")
 COPYING = (torch.ops.aten.copy_.default, torch.ops.aten.add_.Tensor)
 HOST_FILES = ("/ops/adam/cpu_adam.py", "/scripts/run/checkpoint.py", "/scripts/run/storage.py", "/scripts/model/huggingface.py")
-HOST_FUNCTIONS, DEVICE_FUNCTIONS = ("sum_of_squares",), ("empty_model",)
+HOST_FUNCTIONS, DEVICE_FUNCTIONS = ("sum_of_squares", "host_buffer"), ("empty_model",)
 HOST_LINES = ("temp_buffer_bit16 = torch.full", "temp_grad_buffer_for_cpu_offload = torch.zeros", "torch.randn(", "pin_memory=")
+
+# The last of the eight cards that torch's fake guard has: streams that the house keeps for it are no other test's.
+HOST, CARD = torch.device("cpu"), torch.device("cuda", 7)
+WORST_CARDS = {"bf16": (8, 6), "fp16": (7, 5), "fp32": (7, 5)}
+CUDA_STAND_IN = """
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/impl/FakeGuardImpl.h>
+#include <utility>
+
+// What autograd asks of CUDA, answered without it: is it built, which stream is current.
+struct Hooks final : at::CUDAHooksInterface {
+  bool isBuilt() const override { return true; }
+  bool hasPrimaryContext(c10::DeviceIndex) const override { return false; }
+};
+
+constexpr auto CUDA = c10::DeviceType::CUDA;
+static auto& guard_in_use = c10::impl::device_guard_impl_registry[static_cast<size_t>(CUDA)];
+static const c10::impl::DeviceGuardImplInterface* guard_before;
+static void* hooks_before;
+
+static void*& kind_of(const at::CUDAHooksInterface& hooks) {
+  return *reinterpret_cast<void**>(const_cast<at::CUDAHooksInterface*>(&hooks));
+}
+
+extern "C" void begin() {
+  static const Hooks hooks;
+  static const c10::impl::FakeGuardImpl<CUDA> guard;
+  guard_before = guard_in_use.exchange(&guard);
+  hooks_before = std::exchange(kind_of(at::detail::getCUDAHooks()), kind_of(hooks));
+}
+
+extern "C" void end() {
+  guard_in_use.store(guard_before);
+  kind_of(at::detail::getCUDAHooks()) = hooks_before;
+}
+"""
 
 
 class Peak(NamedTuple):
@@ -50,11 +90,12 @@ class Peak(NamedTuple):
 
 
 class Storage(NamedTuple):
-    """One storage: its size, the place in the sources that made it, and whether that place works on the host."""
+    """One storage: its size, the place in the sources that made it, whether that place works on the host, and its device."""
 
     num_bytes: int
     place: str
     on_host: bool
+    device_type: str
 
 
 class Sides(NamedTuple):
@@ -165,7 +206,7 @@ class Tracker(TorchDispatchMode):
         if known is not None:
             return known[0]
         made, on_host = (place, claimed) if place is not None else _birthplace()
-        self.storages.append(Storage(storage.nbytes(), made, on_host or claimed))
+        self.storages.append(Storage(storage.nbytes(), made, on_host or claimed, tensor.device.type))
         number = len(self.storages)
         self._alive[storage._cdata] = number, weakref.ref(storage, lambda _, key=storage._cdata: self._bury(key))
         self.events.append(number)
@@ -212,35 +253,57 @@ class Alone(NamedTuple):
         return self.module(ids)
 
 
-def fake_step_peak(config: TrainingConfig) -> Peak:
-    """Device-side storages of one micro-batch, as on a GPU of one rank, whatever the size of the model: nothing is computed.
+def fake_step_peak(config: TrainingConfig, device_type: str = "cuda") -> Peak:
+    """Device-side storages of one micro-batch on one rank, whatever the size of the model: nothing is computed."""
+    with fake_mode(device_type, WORST_CARDS[config.precision]) as place:
+        step = fake_step(config, place.device)
+        return peak_of(step.work, step.held)
 
-    Forward, loss and backward; each gradient is dropped as soon as it is whole, as scripts/engine/offload.py takes it. Weights,
-    a teacher's and, where they are kept on the GPU, the sums of gradients are counted; gradients that are being copied are not.
+
+def fake_teacher_peak(config: TrainingConfig, device_type: str = "cuda") -> Peak:
+    """Device-side storages while the teacher alone labels a micro-batch; its labels outlast it."""
+    with fake_mode(device_type, WORST_CARDS[config.precision]) as place:
+        labelling = fake_labelling(config, place.device)
+        return peak_of(labelling.work, labelling.held)
+
+
+class Fake(NamedTuple):
+    """Work on fake tensors, and those that exist before it, as `peak_of` wants them."""
+
+    work: Callable[[], Any]
+    held: list[tuple[str, Tensor]]
+
+
+class FakeDevice(NamedTuple):
+    """A device of fake tensors, and the names of the kernels of attention that it has been asked for."""
+
+    device: torch.device
+    kernels: list[str]
+
+
+def fake_step(config: TrainingConfig, device: torch.device) -> Fake:
+    """One micro-batch in `fake_mode`: forward, loss and backward.
+
+    Each gradient is dropped as soon as it is whole, as scripts/engine/offload.py takes it. Weights, a teacher's and, where they
+    are kept on the GPU, the sums of gradients are held; gradients that are being copied are not.
     """
-    shapes, teacher_shapes = empty_model(config, torch.device("meta")), _teacher_shapes(config)
-    with FakeTensorMode(), graph_of_gpu():
-        decoder, teacher, windows = fill_fake(shapes), fill_fake(teacher_shapes), _fake_windows(config)
-        for weight in decoder.parameters():
-            weight.register_post_accumulate_grad_hook(drop_gradient)
-        held = [*named("weights", decoder.parameters()), *_sums_of_gradients(config, decoder), ("ids", windows)]
-        if config.teacher_dir is None:
-            return peak_of(lambda: next_token(Alone(decoder), windows, config).backward(), held)
-        if config.teacher_top_k is not None:
-            labels = _fake_labels(config, config.teacher_top_k)
-            held += named("labels", labels)
-            return peak_of(lambda: from_labels(Alone(decoder), windows, labels, config).backward(), held)
-        held += named("teacher", teacher.parameters())
-        return peak_of(lambda: from_teacher(Alone(decoder), windows, teacher, config).backward(), held)
+    decoder, teacher = fake_model(config, device), _fake_teacher(config, device)
+    windows, labels = _fake_windows(config, device), _fake_labels(config, device)
+    for weight in decoder.parameters():
+        weight.register_post_accumulate_grad_hook(drop_gradient)
+    held = [*named("weights", decoder.parameters()), *_sums_of_gradients(config, decoder), ("ids", windows)]
+    if config.teacher_dir is None:
+        return Fake(lambda: next_token(Alone(decoder), windows, config).backward(), held)
+    if labels is not None:
+        return Fake(lambda: from_labels(Alone(decoder), windows, labels, config).backward(), [*held, *named("labels", labels)])
+    held += named("teacher", teacher.parameters())
+    return Fake(lambda: from_teacher(Alone(decoder), windows, teacher, config).backward(), held)
 
 
-def fake_teacher_peak(config: TrainingConfig) -> Peak:
-    """Device-side storages while the teacher alone labels a micro-batch, as on a GPU; its labels outlast it."""
-    shapes = _teacher_shapes(config)
-    with FakeTensorMode(), graph_of_gpu():
-        teacher, windows = fill_fake(shapes), _fake_windows(config)
-        held = [*named("teacher", teacher.parameters()), ("ids", windows)]
-        return peak_of(lambda: label(teacher, windows, config), held)
+def fake_labelling(config: TrainingConfig, device: torch.device) -> Fake:
+    """The labelling of one micro-batch by the teacher alone, in `fake_mode`."""
+    teacher, windows = _fake_teacher(config, device), _fake_windows(config, device)
+    return Fake(lambda: label(teacher, windows, config), [*named("teacher", teacher.parameters()), ("ids", windows)])
 
 
 def named(place: str, tensors: Iterable[Tensor]) -> list[tuple[str, Tensor]]:
@@ -248,35 +311,44 @@ def named(place: str, tensors: Iterable[Tensor]) -> list[tuple[str, Tensor]]:
     return [(place, tensor) for tensor in tensors]
 
 
-def _teacher_shapes(config: TrainingConfig) -> nn.Module:
+def fake_model(config: TrainingConfig, device: torch.device) -> Decoder:
+    """A decoder of fake weights; to be called in `fake_mode`."""
+    with unset_fake_temporarily():
+        shapes = empty_model(config, torch.device("meta"))
+    return fill_fake(shapes, device)
+
+
+def _fake_teacher(config: TrainingConfig, device: torch.device) -> Any:
     shape = teacher_config(config)
-    return nn.Module() if shape is None else empty_model(shape, torch.device("meta")).requires_grad_(False)
+    return nn.Module() if shape is None else fake_model(shape, device).requires_grad_(False)
 
 
-def _fake_windows(config: TrainingConfig) -> Tensor:
-    return torch.zeros(config.micro_batch_rows, config.context_length + 1, dtype=torch.int64)
+def _fake_windows(config: TrainingConfig, device: torch.device) -> Tensor:
+    return torch.zeros(config.micro_batch_rows, config.context_length + 1, dtype=torch.int64, device=device)
 
 
-def _fake_labels(config: TrainingConfig, top_k: int) -> Labels[Tensor]:
-    shape = (config.micro_batch_rows, config.context_length)
-    ids, logs = torch.zeros(*shape, top_k, dtype=torch.int32), torch.zeros(*shape, top_k, dtype=torch.float16)
-    return Labels(ids, logs, torch.zeros(shape))
+def _fake_labels(config: TrainingConfig, device: torch.device) -> Labels[Tensor] | None:
+    if config.teacher_top_k is None:
+        return None
+    shape = (config.micro_batch_rows, config.context_length, config.teacher_top_k)
+    ids, logs = (torch.zeros(shape, dtype=dtype, device=device) for dtype in (torch.int32, torch.float16))
+    return Labels(ids, logs, torch.zeros(shape[:2], device=device))
 
 
-def fill_fake(module: nn.Module) -> Any:
-    """The module with its meta tensors made into fake ones of the CPU; to be called in fake mode. Shared ones stay shared."""
+def fill_fake(module: nn.Module, device: torch.device = HOST) -> Any:
+    """The module with its meta tensors made into fake ones; to be called in fake mode. Shared ones stay shared."""
     made: dict[int, Tensor] = {}
     for part in module.modules():
         for kept in cast(tuple[dict[str, Any], ...], (part._parameters, part._buffers)):
             for name, tensor in kept.items():
                 if tensor is not None:
-                    made[id(tensor)] = made[id(tensor)] if id(tensor) in made else _fresh(tensor)
+                    made[id(tensor)] = made[id(tensor)] if id(tensor) in made else _fresh(tensor, device)
                     kept[name] = made[id(tensor)]
     return module
 
 
-def _fresh(tensor: Tensor) -> Tensor:
-    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+def _fresh(tensor: Tensor, device: torch.device) -> Tensor:
+    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
     return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
 
@@ -344,30 +416,105 @@ def drop_gradient(weight: Tensor) -> None:
 
 
 @contextmanager
-def graph_of_gpu() -> Iterator[None]:
-    """Inside it decoder and losses build on the CPU the graph that they build on a GPU, for the sake of its storages alone.
+def fake_mode(device_type: str, capability: tuple[int, ...]) -> Iterator[FakeDevice]:
+    """Inside it tensors hold no numbers, and no operation computes any: on the host, or on a card of this compute capability.
 
-    Products are in the storage dtype; norms make their results and nothing else, as CUDA's fused kernels do, and no numbers.
+    What a torch without CUDA, or without a card, cannot do itself is done in its place. CUDA_STAND_IN lets autograd run;
+    `AttentionOfCard` and `FusedRmsNorm` are kernels; streams and events do nothing, and no memory is page-locked.
     """
-    on_gpu = {
-        (operations, "on_host"): lambda x: False,
-        (operations, "rms_norm"): _fused_norm,
-        (operations, "rms_norm_gradients"): _fused_norm_gradients,
-        (losses, "product_dtype"): lambda storage, device: storage,
-    }
-    with ExitStack() as restored:
-        for place, function in on_gpu.items():
-            restored.callback(setattr, *place, getattr(*place))
-            setattr(*place, function)
-        yield
+    attention = AttentionOfCard(capability)
+    stood_in = {
+        (functional, "scaled_dot_product_attention"): attention,
+        (torch.ops.aten, "_fused_rms_norm"): FusedRmsNorm(torch.ops.aten._fused_rms_norm),
+        (torch.cuda, "get_device_capability"): lambda device=None: capability,
+        (torch.cuda, "Stream"): _Stream, (torch.cuda, "Event"): _Stream, (torch.cuda, "current_stream"): _Stream,
+        (torch.cuda, "stream"): nullcontext,
+    }  # fmt: skip
+    with ExitStack() as left:
+        if device_type == "cuda":
+            for (owner, name), function in stood_in.items():
+                left.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, function)
+            library = _cuda_stand_in()
+            library.begin()
+            left.callback(library.end)
+            left.enter_context(torch.autograd.set_multithreading_enabled(False))
+        left.enter_context(FakeTensorMode())
+        yield FakeDevice(CARD if device_type == "cuda" else HOST, attention.kernels)
 
 
-def _fused_norm(x: Tensor, gain: Tensor, eps: float) -> operations.Normed:
-    return operations.Normed(torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
+class AttentionOfCard:
+    """In the place of torch's attention: calls the kernel that torch takes on a card of this compute capability.
+
+    The choice is that of aten/src/ATen/native/transformers/cuda/sdp_utils.cpp (torch 2.11 to 2.13) in its own order: cuDNN's
+    is out in deterministic mode; then flash, memory-efficient, and what computes every score at once, "math". `kernels` are
+    those taken.
+    """
+
+    def __init__(self, capability: tuple[int, ...]) -> None:
+        self.sm = 10 * capability[0] + capability[1]
+        self.kernels: list[str] = []
+
+    def __call__(self, q, k, v, attn_mask=None, is_causal=False, scale=None, enable_gqa=False) -> Tensor:
+        has_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in (q, k, v))
+        if attn_mask is None and self._has_flash(q.dtype, q.shape[-1], has_gradient):
+            self.kernels.append("flash")
+            q, k, v = (functional.pad(each, (0, -each.shape[-1] % 8)) if each.shape[-1] % 8 else each for each in (q, k, v))
+            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, False, scale=scale)[0]
+        if attn_mask is None and q.shape[1] == k.shape[1] and self._has_efficient(q.dtype, q.shape[-1]):
+            self.kernels.append("efficient")
+            options = (None, has_gradient, 0.0, is_causal)
+            return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, *options, scale=scale)[0]
+        self.kernels.append("math")
+        options = (attn_mask, 0.0, is_causal, None)
+        return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, *options, scale=scale, enable_gqa=enable_gqa)[0]
+
+    def _has_flash(self, dtype: torch.dtype, width: int, has_gradient: bool) -> bool:
+        if width > 256 or not 80 <= self.sm <= 121 or dtype not in (torch.float16, torch.bfloat16):
+            return False
+        return not (has_gradient and (86 <= self.sm <= 89 or self.sm in (120, 121)) and 192 < width <= 224)
+
+    def _has_efficient(self, dtype: torch.dtype, width: int) -> bool:
+        alignment = 4 if self.sm >= 80 else 1
+        if self.sm >= 80 or dtype != torch.float32:
+            alignment = max(alignment, 16 // dtype.itemsize)
+        return self.sm <= 121 and width % alignment == 0 and (dtype != torch.bfloat16 or self.sm >= 80)
 
 
-def _fused_norm_gradients(gradient: Tensor, x: Tensor, gain: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-    return torch.empty_like(x), torch.empty_like(gain)
+class FusedRmsNorm:
+    """In the place of `operation`, torch's own: makes what CUDA's kernel makes, where torch makes more without CUDA."""
+
+    def __init__(self, operation: Any) -> None:
+        self.operation = operation
+
+    def __call__(self, x: Tensor, normalized_shape: list[int], weight: Tensor, eps: float) -> tuple[Tensor, ...]:
+        return torch.empty_like(x), x.new_empty(*x.shape[: -len(normalized_shape)], 1, dtype=torch.float32)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.operation, name)
+
+
+class _Stream:
+    """A stream or an event of a card that is not there."""
+
+    def __init__(self, *_: Any) -> None:
+        self.wait_stream = self.wait_event = self.record = lambda *_: None
+
+
+@cache
+def _cuda_stand_in() -> ctypes.CDLL:
+    """CUDA_STAND_IN, compiled once and kept where torch keeps what it compiles."""
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root(), "cuda_stand_in")
+    folder.mkdir(parents=True, exist_ok=True)
+    source = folder / "source.cpp"
+    if not source.exists() or source.read_text() != CUDA_STAND_IN:
+        own = folder / f"{os.getpid()}.cpp"
+        own.write_text(CUDA_STAND_IN)
+        own.replace(source)
+    path = cpp_extension.load(
+        "cuda_stand_in", str(source), extra_cflags=["-O0"], build_directory=str(folder), with_cuda=False, is_python_module=False
+    )
+    return ctypes.CDLL(str(path))
 
 
 def _sums_of_gradients(config: TrainingConfig, decoder: Decoder) -> list[tuple[str, Tensor]]:

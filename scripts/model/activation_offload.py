@@ -3,6 +3,8 @@
 Without CUDA the copies are made within host memory, at once and unpinned: that saves nothing, and the results are the same.
 """
 
+import weakref
+from collections import deque
 from functools import cache
 from typing import NamedTuple
 
@@ -24,21 +26,67 @@ class _Copying(NamedTuple):
     done: torch.cuda.Event | None
 
 
+class HostInputs:
+    """The host memory of a model's block inputs, made once by device, shape and dtype and used again in every micro-batch."""
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[torch.device, torch.Size, torch.dtype], deque[Tensor]] = {}
+
+    def of(self, device: torch.device, shape: torch.Size, dtype: torch.dtype) -> deque[Tensor]:
+        """The tensors of this shape and dtype that no forward uses now. Whoever takes some gives them back."""
+        return self._free.setdefault((device, shape, dtype), deque())
+
+    def prepare(self, device: torch.device, shape: torch.Size, dtype: torch.dtype, number: int) -> list[Tensor]:
+        """Makes `number` tensors ahead of the first forward, and returns them."""
+        free = self.of(device, shape, dtype)
+        free.extend(host_empty(shape, dtype, device) for _ in range(number - len(free)))
+        return list(free)
+
+
+def host_buffer(num_bytes: int, device: torch.device) -> Tensor:
+    """Host memory (n,) uint8, page-locked for a GPU, so that copies run beside the GPU's kernels.
+
+    Where no more can be page-locked (WSL2 allows 0.5 to 1 GiB, microsoft/WSL#14078) it is pageable: copies then take longer and
+    the host waits for them, and every result is the same. `Tensor.is_pinned` tells.
+    """
+    if device.type == "cuda":
+        try:
+            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as fault:
+            if "out of memory" not in str(fault):
+                raise
+    return torch.empty(num_bytes, dtype=torch.uint8)
+
+
+def storage_bytes(tensors: list[Tensor]) -> int:
+    """Bytes of the memory in which tensors lie; what several share counts once."""
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+    return sum(storages.values())
+
+
+def host_empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`host_buffer` as a tensor of a shape and dtype."""
+    return host_buffer(shape.numel() * dtype.itemsize, device).view(dtype).view(shape)
+
+
 class BlockInputOffload:
     """Holds the inputs of all blocks but the last on the host, from each block's forward to its backward, for one forward.
 
     In the backward each input is fetched while the block after it is still computing. On CUDA a stream of its own copies, to
-    and from pinned memory. The compute stream waits for a copy to the host before the input's memory is used again, and the
-    copying stream waits for the compute stream before it fetches into memory of its own. So no `record_stream` is needed, which
-    would hold the memory until the GPU has caught up with the host.
+    and from page-locked memory. The compute stream waits for a copy to the host before the input's memory is used again, and
+    the copying stream waits for the compute stream before it fetches into memory of its own. So no `record_stream` is needed,
+    which would hold the memory until the GPU has caught up with the host. Host memory comes from `host_inputs` and goes back
+    there when this is gone; the copying stream keeps the order of those who use it.
     """
 
-    def __init__(self, device: torch.device, num_blocks: int) -> None:
-        self.device, self.num_blocks = device, num_blocks
-        self.stream = _copying_stream(device) if device.type == "cuda" else None
+    def __init__(self, x: Tensor, num_blocks: int, host_inputs: HostInputs) -> None:
+        self.device, self.num_blocks = x.device, num_blocks
+        self.stream = _copying_stream(x.device) if x.device.type == "cuda" else None
         self.offloaded: list[Tensor] = []
         self.leaving: _Copying | None = None
         self.fetched: dict[int, _Copying] = {}
+        self._free = host_inputs.of(x.device, x.shape, x.dtype)
+        weakref.finalize(self, self._free.extend, self.offloaded)
 
     def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
         """The context in which to call each block's `checkpoint`, first block first."""
@@ -61,7 +109,7 @@ class BlockInputOffload:
         layer = len(self.offloaded)
         if layer == self.num_blocks - 1:
             return _Placeholder(layer, x.detach())
-        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=self.stream is not None)
+        host = self._free.popleft() if self._free else host_empty(x.shape, x.dtype, self.device)
         self.leaving = _Copying(x.detach(), self._copy(x, host))
         self.offloaded.append(host)
         return _Placeholder(layer, None)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from scripts.config import TrainingConfig
 from scripts.model import operations
-from scripts.model.activation_offload import BlockInputOffload
+from scripts.model.activation_offload import BlockInputOffload, HostInputs
 from scripts.model.operations import KeysValues, attend, attend_cached, normalise, normed_products
 
 Cache = list[KeysValues]
@@ -63,7 +63,9 @@ class Block(nn.Module):
 
     What the backward keeps of each token: 2D + (2H + 2G) K + 2F elements of the training dtype (x, x after attention, rotated
     q and k, v, the attention output, gate, up) and H float32 (attention's log-sums). `qk_norm` adds (H + G) K elements and
-    H + G float32 (q and k before their norms, and the norms' scales). A card without flash attention adds 2 (H - G) K elements.
+    H + G float32 (q and k before their norms, and the norms' scales). Where a card has no flash attention for such heads
+    (`operations.flash_attends`) k and v are kept for every head: 2 (H - G) K more. On a card a K that is no multiple of 8
+    counts as the next one, and adds H K elements, the attention output as the last product reads it.
     """
 
     def __init__(self, config: TrainingConfig) -> None:
@@ -94,7 +96,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: TrainingConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.host_inputs = config, HostInputs()
         self.model = Trunk(config)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -112,7 +114,7 @@ class Decoder(nn.Module):
         x = operations.embed(ids, self.model.embed_tokens)
         rotary = rotary_table(self.config, start, start + ids.shape[1], x.device)
         mode = self.config.activation_checkpointing if torch.is_grad_enabled() else "none"
-        offload = BlockInputOffload(x.device, self.config.num_layers) if mode == "block_offload" else None
+        offload = BlockInputOffload(x, self.config.num_layers, self.host_inputs) if mode == "block_offload" else None
         for layer, block in enumerate(self.model.layers):
             if mode == "none":
                 x = block(x, rotary, None if cache is None else cache[layer], start)

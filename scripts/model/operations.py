@@ -4,6 +4,7 @@ Shape letters are decoder.py's. Each operation keeps little for its backward: wh
 On a CPU the variants named `_Host...` work on HOST_CHUNK_ROWS rows at a time, which stay in the cache.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -68,19 +69,51 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, rotary: Tensor) -> Tensor:
-    """Causal attention over rotated q and k: q (B, H, T, K), k and v (B, G, T, K) -> (B, H, T, K)."""
+    """Causal attention over rotated q and k: q (B, H, T, K), k and v (B, G, T, K) -> (B, H, T, K).
+
+    Off the host torch takes flash attention or, where that refuses and k and v are copied for every head, its memory-efficient
+    kernel. Both want heads as wide as `padded_width`: the zeros that are added change no score.
+    """
     if on_host(q):
         return _HostAttention.apply(q, k, v, rotary)  # pyright: ignore[reportReturnType]
     q, k = rotate(q, rotary), rotate(k, rotary)
-    # Flash attention reads shared kv heads. The kernel that takes its place needs a copy of them for each query head; without
-    # that copy torch takes a kernel whose memory grows with T squared.
-    if q.device.type == "cuda" and (q.dtype == torch.float32 or torch.cuda.get_device_capability(q.device) < (8, 0)):
-        k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], 1) for each in (k, v))
-    return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
+    width, padded, repeats = q.shape[-1], padded_width(q.shape[-1]), q.shape[1] // k.shape[1]
+    needs_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in (q, k, v))
+    capability = torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else None
+    if padded > width:
+        q, k, v = (functional.pad(each, (0, padded - width)) for each in (q, k, v))
+    if repeats > 1 and not flash_attends(capability, q.dtype, width, needs_gradient):
+        k, v, repeats = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1), 1
+    scale = 1 / math.sqrt(width)
+    output = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=repeats > 1)
+    return output if padded == width else output[..., :width]
+
+
+def padded_width(head_width: int) -> int:
+    """The width of a head on a GPU: the next multiple of 8, which the memory-efficient kernel demands of 16-bit heads."""
+    return -(-head_width // 8) * 8
+
+
+def flash_attends(capability: tuple[int, ...] | None, dtype: torch.dtype, head_width: int, needs_gradient: bool) -> bool:
+    """Whether flash attention takes such heads on a card of this compute capability; None is the worst that has the dtype.
+
+    The rules are torch's (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, 2.11 to 2.13): 8.0 to 12.1, 16 bits, at most
+    256 wide, and on 8.6 to 8.9 and 12.x no gradients of heads 193 to 224 wide. The memory-efficient kernel does not read shared
+    kv heads: with those torch would take the kernel that holds every score, whose memory grows with T squared.
+    """
+    worst = 75 if dtype == torch.float16 else 86
+    sm = worst if capability is None else 10 * capability[0] + capability[1]
+    has_flash = dtype in (torch.float16, torch.bfloat16) and 80 <= sm <= 121
+    is_refused = needs_gradient and (86 <= sm <= 89 or sm >= 120) and 192 < head_width <= 224
+    return has_flash and head_width <= 256 and not is_refused
 
 
 def attend_cached(q: Tensor, k: Tensor, v: Tensor, rotary: Tensor, cache: KeysValues, *, start: int) -> Tensor:
-    """`attend` for positions from `start` on, over the cached ones before it too; writes rotated k, and v, into the cache."""
+    """`attend` for positions from `start` on, over the cached ones before it too; writes rotated k, and v, into the cache.
+
+    With a mask torch holds every score, and k and v in float32 for every head: for one position after others, which is what
+    sampling asks for, less than a training step.
+    """
     stop, rotated = start + q.shape[2], rotate(k, rotary)
     cache.keys[:, :, start:stop], cache.values[:, :, start:stop] = rotated, v
     if start == 0:

@@ -13,6 +13,7 @@ import torch
 from scripts import config as settings
 from scripts.config import PRECISIONS, TrainingConfig, product_dtype
 from scripts.model.huggingface import teacher_config
+from scripts.model.operations import flash_attends, padded_width
 from scripts.plan.machine import pinned_bytes
 
 PHASES = ("initialisation", "training step", "save and load")
@@ -75,7 +76,8 @@ def plan(config: TrainingConfig, world_size: int, device_type: str | None = None
 def device_moments(config: TrainingConfig, world_size: int, device_type: str, phase: str) -> Iterator[Moment]:
     """What one rank holds on the device at each moment of a phase that can be its largest, without kinds of zero bytes.
 
-    On a GPU, CUDA's own memory and the allocator's count, and cuBLAS's workspaces for the main thread and autograd's.
+    On a GPU, CUDA's own memory and the allocator's count, and cuBLAS's workspaces for the main thread and autograd's. On
+    several ranks NCCL's communicators do too, of the world and of DeepSpeed's clone of it (deepspeed/utils/groups.py).
     """
     for at in _moments(_Model(config, device_type), world_size, phase):
         parts = {kind: num_bytes for kind, num_bytes in at.parts.items() if num_bytes}
@@ -83,6 +85,8 @@ def device_moments(config: TrainingConfig, world_size: int, device_type: str, ph
             parts["cuBLAS's workspaces"] = settings.CUBLAS_WORKSPACE_BYTES
             parts["allocator's slack"] = int(settings.ALLOCATOR_SLACK_SHARE * sum(parts.values()))
             parts["CUDA and its libraries"] = settings.CUDA_CONTEXT_BYTES + settings.CUDA_LIBRARIES_BYTES
+            if world_size > 1:
+                parts["NCCL's communicators"] = 2 * settings.NCCL_COMMUNICATOR_BYTES
         yield Moment(at.name, parts)
 
 
@@ -95,8 +99,9 @@ class _Model:
     """A model and its micro-batch on one kind of device.
 
     `storage` and `products` are bytes of an element in weights and in matrix products, `cast` those of one that is copied for
-    products (0 where they read it as stored). The others are counts: `tokens` M, `chunk` C, `queries` H * K, `keys` G * K;
-    `rows` are the tokens that operations without a GPU take at a time.
+    products (0 where they read it as stored). The others are counts: `tokens` M, `chunk` C, `queries` H * K, `keys` G * K, and
+    `padded_queries` and `padded_keys` with the zeros that a GPU's attention needs; `rows` are the tokens that operations
+    without a GPU take at a time.
     """
 
     def __init__(self, config: TrainingConfig, device_type: str) -> None:
@@ -108,6 +113,8 @@ class _Model:
         self.chunk = min(self.tokens, config.loss_chunk_rows)
         self.width, self.mlp, self.vocabulary = config.hidden_size, config.mlp_size, config.vocab_size
         self.queries, self.keys = config.num_heads * config.head_width, config.num_kv_heads * config.head_width
+        self.padded_head = padded_width(config.head_width) if device_type == "cuda" else config.head_width
+        self.padded_queries, self.padded_keys = (heads * self.padded_head for heads in (config.num_heads, config.num_kv_heads))
         self.hidden_bytes = self.storage * self.tokens * self.width
         logit_bytes = 4 + self.products * (self.products < 4)  # in float32, and in the product's dtype that they are cast from
         self.made_logits_bytes = self.chunk * self.vocabulary * logit_bytes
@@ -115,6 +122,15 @@ class _Model:
     def cast_bytes(self, num_rows: int) -> int:
         """A copy of (num_rows, D) elements for matrix products."""
         return self.cast * num_rows * self.width
+
+    def has_flash(self, needs_gradient: bool) -> bool:
+        """Whether attention needs no copy of k and v for every head: not even on the worst GPU, and never without one."""
+        config = self.config
+        return self.device_type == "cpu" or flash_attends(None, config.dtype, config.head_width, needs_gradient)
+
+    def attended_keys(self, needs_gradient: bool) -> int:
+        """Elements a token of k, or of v, as attention reads them."""
+        return self.padded_keys if self.has_flash(needs_gradient) else self.padded_queries
 
 
 def _teacher_beside(student: _Model) -> _Model | None:
@@ -184,7 +200,7 @@ def _teacher_before_student(student: _Model) -> Iterator[Moment]:
         return
     teacher = _Model(described, student.device_type)
     held = {"teacher": described.num_parameters * teacher.storage} | _inputs(described)
-    yield Moment("the teacher's forward", held | {"teacher's forward": _forward_bytes(teacher)})
+    yield Moment("the teacher's forward", held | {"teacher's forward": _forward_bytes(teacher, False)})
     name, labels, chunk = "the teacher's held-out loss", 0, teacher.made_logits_bytes + teacher.cast_bytes(teacher.chunk)
     if top_k is not None:
         name, labels = "the labels", _label_bytes(student.config) + 4 * teacher.tokens
@@ -220,24 +236,27 @@ def _forwards_with_teacher(student: _Model, activations: dict[str, int]) -> Iter
     teacher = _teacher_beside(student)
     if teacher is None:
         return
-    yield Moment("the teacher's forward", _inputs(teacher.config) | {"teacher's forward": _forward_bytes(teacher)})
+    yield Moment("the teacher's forward", _inputs(teacher.config) | {"teacher's forward": _forward_bytes(teacher, False)})
     hidden = {"teacher's hidden states": teacher.hidden_bytes} | activations
-    block = _forward_bytes(student) - student.hidden_bytes
+    block = _forward_bytes(student, True) - student.hidden_bytes
     if student.config.activation_checkpointing == "none":
         block = student.storage * student.tokens * (student.mlp + student.width)
     yield Moment("the forward", _inputs(student.config) | hidden | {"one block's forward": block})
 
 
-def _forward_bytes(model: _Model) -> int:
-    """The most that a forward without gradients takes: a block's input, and what its attention or its MLP makes of it."""
+def _forward_bytes(model: _Model, needs_gradient: bool) -> int:
+    """The most that a forward which keeps nothing takes: a block's input, and what its attention or its MLP makes of it."""
     s, m, d, q, k = model.storage, model.tokens, model.width, model.queries, model.keys
     projected = s * m * (d + (q + 2 * k) + (q + k if model.config.qk_norm else 0))
     if model.device_type == "cpu":
         return max(4 * s * m * d, *_forward_on_host(model, projected))
-    expanded = 0 if model.config.precision == "bf16" else 2 * q
+    padded, read = model.padded_queries, model.attended_keys(needs_gradient)
     rotating = max(6 * m * q, s * m * q + 6 * m * k)
-    attending = s * m * (2 * q + k + expanded) + 4 * m * model.config.num_heads
-    return max(projected + max(rotating, attending), 3 * s * m * (d + model.mlp), 4 * s * m * d)
+    padding = s * m * (q + k + padded + 2 * model.padded_keys) * (padded > q)
+    sums = 4 * m * model.config.num_heads * (needs_gradient or model.has_flash(False))
+    attending = s * m * (2 * padded + 2 * read - k * (read == k)) + sums
+    producing = s * m * (padded + q * (padded > q) + d)
+    return max(projected + max(rotating, padding, attending, producing), 3 * s * m * (d + model.mlp), 4 * s * m * d)
 
 
 def _forward_on_host(model: _Model, projected: int) -> Iterator[int]:
@@ -260,11 +279,11 @@ def _normed_rows(model: _Model, widest: int) -> int:
 
 def _kept_block_bytes(model: _Model) -> int:
     """A block's input, its hidden states between attention and MLP, q, k, v, attention's output, gate and up, what qk_norm
-    reads, float32 sums. Without flash attention (float32, cards older than Ampere) k and v are kept for every head.
+    reads, float32 sums. Without flash attention k and v are kept for every head; with zeros after heads, attention's output
+    without them too.
     """
     config, q, k = model.config, model.queries, model.keys
-    elements = 2 * (model.width + q + k + model.mlp)
-    elements += 2 * (q - k) * (model.device_type == "cuda" and config.precision != "bf16")
+    elements = 2 * (model.width + model.padded_queries + model.attended_keys(True) + model.mlp) + q * (model.padded_queries > q)
     normed = model.storage * (q + k) + 4 * (config.num_heads + config.num_kv_heads)
     return model.tokens * (elements * model.storage + 4 * model.config.num_heads + (normed if config.qk_norm else 0))
 
@@ -272,13 +291,16 @@ def _kept_block_bytes(model: _Model) -> int:
 def _loss(student: _Model) -> Iterator[Moment]:
     """The loss, at the chunk in which logits or their gradient take most, and its backward, with what the last norm keeps.
 
-    While a chunk's gradient of logits is made, there are three float32 (C, V) with a teacher, two with labels, else one.
+    While a chunk's gradient of logits is made, there are three float32 (C, V) with a teacher, two with labels, else one. fp16
+    has its hidden states once more, divided by what that gradient was multiplied by.
     """
     teacher, is_split = _teacher_beside(student), student.chunk < student.tokens
     s, w, head = student.storage, student.products, student.vocabulary * student.width
     last = {"last norm's activations": student.hidden_bytes + 4 * student.tokens}
     hidden, logits = 2 * student.hidden_bytes + 16 * student.tokens, student.chunk * student.vocabulary
-    multiplying = w * (logits + max(student.chunk * student.width, min(head, logits) if is_split else head))
+    hidden_rows = student.chunk * student.width
+    scaled = hidden_rows if student.config.precision == "fp16" else 0
+    multiplying = w * (logits + max(hidden_rows, scaled + (min(head, logits) if is_split else head)))
     chunk = hidden + student.cast_bytes(student.chunk) + student.cast_bytes(student.vocabulary)
     made, top_k, beside = student.made_logits_bytes, student.config.teacher_top_k, {}
     if top_k is not None:
@@ -309,17 +331,40 @@ def _block_backward(student: _Model, block: int, num_above: int) -> Iterator[Mom
 
 
 def _work_on_gpu(model: _Model) -> Iterator[dict[str, int]]:
-    """All rows in one product, in the storage dtype. Flash attention's deterministic backward adds up a float32 gradient of q
-    for each share of the processors, and one of k and v for every head (Dao 2023; its code in torch).
-    """
+    """All rows in one product, in the storage dtype. When attention's gradients are made, its output without zeros is gone."""
     s, m, d, f, q = model.storage, model.tokens, model.width, model.mlp, model.queries
-    gradient, gates, heads = s * m * d, 2 * s * m * f, model.config.num_heads
+    gradient, gates, padded = s * m * d, 2 * s * m * f, model.padded_queries
     yield {"one block's backward": gradient + gates, "gradients in flight": s * d * f}
     yield {"one block's backward": 3 * gradient + gates, "gradients in flight": 2 * s * d * f}
-    shares = -(-settings.NUM_MULTIPROCESSORS // (model.config.micro_batch_rows * heads))
-    kernel = shares * 4 * m * q + 2 * s * m * q * (model.keys < q) + 4 * m * heads
-    made = gradient + 2 * s * m * (q + model.keys)
-    yield {"one block's backward": made, "kernels' own work": kernel, "gradients in flight": s * d * q}
+    made = gradient + s * m * (2 * (padded + model.attended_keys(True)) - q * (padded > q))
+    yield {
+        "one block's backward": made,
+        "kernels' own work": _attention_backward_kernel(model),
+        "gradients in flight": s * d * q,
+    }
+
+
+def _attention_backward_kernel(model: _Model) -> int:
+    """What torch's kernels make for themselves, in deterministic mode, for tiles of positions and features.
+
+    Flash attention (flash_attn/flash_api.cpp, mha_bwd; Dao 2023) adds up a float32 gradient of q for each share of the
+    processors, and where kv heads are shared one of k and v for every head. The memory-efficient kernel
+    (mem_eff_attention/kernel_backward.h, workspace_size) has one float32 gradient of q, and a tile of those of k and v. With
+    zeros after heads the gradient of the output is copied into the kernels' order, and for flash attention the output too.
+    """
+    config, head = model.config, model.padded_head
+    heads, length = config.micro_batch_rows * config.num_heads, _rounded(config.context_length, 128)
+    sums, queries, is_padded = 4 * heads * length, model.storage * model.tokens * model.padded_queries, head > config.head_width
+    if not model.has_flash(True):
+        return sums * (_rounded(head, 64) + 1) + 4 * heads * 128 * _rounded(head, 128) + queries * is_padded
+    shares = -(-settings.NUM_MULTIPROCESSORS // heads)
+    copies = 2 * queries * ((model.keys < model.queries) + is_padded)
+    return sums * (shares * _rounded(head, 32 if head <= 128 else 64) + 1) + copies
+
+
+def _rounded(number: int, multiple: int) -> int:
+    """The next multiple, where it is none."""
+    return -(-number // multiple) * multiple
 
 
 def _work_on_host(model: _Model) -> Iterator[dict[str, int]]:
@@ -358,6 +403,7 @@ def _host_moment(config: TrainingConfig, world_size: int, device_type: str, phas
     own, size = -(-config.num_parameters // world_size), config.dtype.itemsize
     staging = pinned_bytes(2 * size * -(-max(_group_elements(config)) // world_size), device_type)
     parts = {"the program": settings.PROGRAM_BYTES[device_type], "the data": settings.DATA_BYTES}
+    locked = {kind: f"page-locked {kind}" if device_type == "cuda" else kind for kind in ("staging", "block inputs")}
     if phase in (TEACHER_ALONE, "training step"):
         parts["labels being read"] = LABEL_COPIES * _label_bytes(config)
     if phase == TEACHER_ALONE:
@@ -365,12 +411,12 @@ def _host_moment(config: TrainingConfig, world_size: int, device_type: str, phas
     elif config.offload_optimizer:
         parts |= {"master weights": 4 * own, "gradients": 4 * own}
         first = {"DeepSpeed's staging, until it is replaced": size * (own + _largest_matrix(config)) + staging}
-        parts |= first if phase == "initialisation" else {"Adam's moments": 8 * own, "staging": staging}
+        parts |= first if phase == "initialisation" else {"Adam's moments": 8 * own, locked["staging"]: staging}
     if phase in (TEACHER_ALONE, "save and load"):
         parts["pieces of files"] = settings.FILE_PIECES_BYTES
-    if phase == "training step" and config.activation_checkpointing == "block_offload":
+    if phase in ("training step", "save and load") and config.activation_checkpointing == "block_offload":
         one_input = size * config.micro_batch_rows * config.context_length * config.hidden_size
-        parts["offloaded activations"] = (config.num_layers - 1) * pinned_bytes(one_input, device_type)
+        parts[locked["block inputs"]] = (config.num_layers - 1) * pinned_bytes(one_input, device_type)
     return Moment(HOST_MOMENTS[phase], {kind: num_bytes for kind, num_bytes in parts.items() if num_bytes})
 
 
