@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import sysconfig
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
@@ -15,9 +16,9 @@ from difflib import get_close_matches
 from glob import has_magic
 from inspect import signature
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-import torch.utils.cpp_extension
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCHEDULES = ("cosine", "wsd")
@@ -34,6 +35,8 @@ AT_LEAST = {
     "rank_timeout_minutes": 1, "silent_rank_seconds": 2, "seed": 0, "teacher_top_k": 1,
 }  # fmt: skip
 MAKE_TEACHER = "deepspeed scripts/train_pretrain.py makes a teacher, or name a Llama or Qwen3 folder of transformers' format"
+TORCH_OF_OLD_CARDS = "https://download.pytorch.org/whl/cu126"
+TORCH_OF_NEW_CARDS = "https://pytorch.org/get-started/locally"
 LARGEST_SEED, LARGEST_NUMBER = 2**32 - 1, 1e300
 NOT_NEGATIVE = ("validation_fraction", "min_learning_rate", "weight_decay", "sample_temperature")
 BELOW_ONE = ("validation_fraction", "beta1", "beta2")
@@ -67,7 +70,9 @@ GRADIENT_CACHE_ELEMENTS = 2**18
 CUDA_CONTEXT_BYTES = 256 * MIB
 CUDA_LIBRARIES_BYTES = 256 * MIB
 CUBLAS_WORKSPACE_BYTES = 64 * MIB
-NUM_MULTIPROCESSORS = 128
+NUM_MULTIPROCESSORS = 192
+# An estimate for cards on PCIe, not measured. Between A100s with NVLink it was 544 to 688 MB (NVIDIA/nccl, issue 964).
+NCCL_COMMUNICATOR_BYTES = 256 * MIB
 ALLOCATOR_SLACK_SHARE = 0.02
 PROGRAM_BYTES = {"cuda": 2304 * MIB, "cpu": 544 * MIB}
 DATA_BYTES = 64 * MIB
@@ -293,16 +298,12 @@ def product_dtype(storage: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def refuse_on_this_machine(config: TrainingConfig, world_size: int) -> None:
-    """Checks what the fields alone cannot tell: the ranks, the device and the paths of this machine.
+    """Checks what the fields alone cannot tell: the ranks and the paths of this machine.
 
     Raises:
-        ValueError: the batch does not divide, the device lacks the precision, or a path is not there.
+        ValueError: the batch does not divide, or a path is not there.
     """
     config.accumulation_steps(world_size)
-    if config.precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError('precision="fp16" needs a CUDA device and this machine has none; nearest is "bf16"')
-    if config.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
-        raise ValueError(f'precision="bf16" is not supported by {torch.cuda.get_device_name()}; nearest is "fp16"')
     for name in ("tokenizer_path", "init_from", "teacher_dir"):
         path = getattr(config, name)
         if path is not None and not Path(path).exists():
@@ -313,14 +314,76 @@ def refuse_on_this_machine(config: TrainingConfig, world_size: int) -> None:
         there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
         if not there.is_dir() or not os.access(there, os.W_OK):
             raise ValueError(f"{name}={str(path)!r} cannot be written, because of {str(there)!r}; name another folder")
-    if not config.offload_optimizer and torch.cuda.is_available() and torch.utils.cpp_extension.CUDA_HOME is None:
-        raise ValueError(
-            "offload_optimizer=False needs nvcc to compile DeepSpeed's Adam for the GPU; set offload_optimizer=True"
-        )
     if not (Path(config.data_dir) / "manifest.json").exists():
         for path in config.corpus:
             if not has_magic(path) and not Path(path).exists():
                 raise ValueError(f"corpus: {path!r} is not there; name a file, folder or glob that exists")
+
+
+class Card(NamedTuple):
+    """A GPU: its name, and its compute capability `major`.`minor`."""
+
+    name: str
+    major: int
+    minor: int
+
+
+def has_kernels(card: Card, arch_list: list[str]) -> bool:
+    """Whether a torch built for `arch_list`, as torch.cuda.get_arch_list() tells it, runs on `card`.
+
+    A binary sm_XY runs on compute capability X.Y and later minors of X, PTX compute_XY on X.Y and all that is newer (CUDA C++
+    Programming Guide). With an "a" at the end, either runs on X.Y alone, with an "f" on later minors of X too. A list without a
+    name of NVIDIA's says nothing: True.
+    """
+    names = [re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name) for name in arch_list]
+    codes = [(found[1] + found[4], int(found[2]), int(found[3])) for found in names if found]
+    own = (card.major, card.minor)
+    return not codes or any(
+        (major, minor) == own if kind.endswith("a") else (major, minor) <= own and (kind == "compute" or major == card.major)
+        for kind, major, minor in codes
+    )
+
+
+def refuse_card(card: Card, arch_list: list[str]) -> None:
+    """Raises ValueError where a torch built for `arch_list` has no kernels for `card`."""
+    if has_kernels(card, arch_list):
+        return
+    oldest, nearest = min(int(re.sub(r"\D", "", name)) for name in arch_list), f"a torch of a newer CUDA, {TORCH_OF_NEW_CARDS}"
+    if 10 * card.major + card.minor < oldest:
+        nearest = f"a card of {oldest / 10} or newer, or the torch of CUDA 12.6, {TORCH_OF_OLD_CARDS}"
+    built_for = f"torch {torch.__version__} is built for {' '.join(arch_list)}"
+    raise ValueError(f"{card.name} has compute capability {card.major}.{card.minor} and {built_for}; nearest is {nearest}")
+
+
+def refuse_precision(precision: str, card: Card | None) -> None:
+    """Raises ValueError where `card`, None for the CPU, lacks `precision`: bf16 needs compute capability 8.0, and for fp16
+    DeepSpeed asks for 7.0 (accelerator/cuda_accelerator.py, is_fp16_supported).
+    """
+    if card is None:
+        works, named = ["bf16", "fp32"], "a machine without a CUDA device"
+    else:
+        works = ["bf16"] * (card.major >= 8) + ["fp16"] * (card.major >= 7) + ["fp32"]
+        named = f"{card.name} of compute capability {card.major}.{card.minor}"
+    if precision not in works:
+        raise ValueError(f'precision="{precision}" does not run on {named}; nearest is "{works[0]}"')
+
+
+def usable_card(device: torch.device) -> Card | None:
+    """The GPU that `device` is, None for the CPU. Raises ValueError where torch has no kernels for it; torch itself would only
+    warn, in many lines.
+    """
+    if device.type == "cpu":
+        return None
+    with warnings.catch_warnings(action="ignore"):
+        found = torch.cuda.get_device_properties(device)
+    card = Card(found.name, found.major, found.minor)
+    refuse_card(card, torch.cuda.get_arch_list())
+    return card
+
+
+def refuse_on_this_device(config: TrainingConfig, device: torch.device) -> None:
+    """Raises ValueError where torch has no kernels for the device that this rank computes on, or it lacks the precision."""
+    refuse_precision(config.precision, usable_card(device))
 
 
 def refuse_arguments(arguments: list[str]) -> None:

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 
 from ds.tokenizer import encode, end_of_text_id, load, token_bytes
-from scripts.config import PRETRAIN, refuse_arguments, refusing
+from scripts.config import PRETRAIN, refuse_arguments, refusing, usable_card
 from scripts.model.decoder import Decoder, empty_model
 from scripts.model.huggingface import described_config, load_weights
 from scripts.model.sampling import continue_ids
@@ -41,6 +41,7 @@ def generate(model_dir: str, prompt: str, max_new_tokens: int, temperature: floa
 def open_model(model_dir: str) -> Loaded:
     """Loads a transformers folder onto the GPU, or into host memory where there is none. Raises ValueError as `generate`."""
     folder, device = Path(model_dir), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    usable_card(device)
     model = empty_model(described_config(folder), device)
     load_weights(model, folder)
     return Loaded(model.eval(), load(folder))

@@ -17,9 +17,10 @@ from scripts.plan.machine import Peaks, Rates, Room, hours, measure_rates, room_
 
 GPU = "GPU memory"
 HOST = "host memory"
-OUTSIDE_TORCH = ("CUDA and its libraries", "allocator's slack")
-FIXED = ("CUDA and its libraries", "the program", "the data")
+OUTSIDE_TORCH = ("CUDA and its libraries", "NCCL's communicators", "allocator's slack")
+FIXED = ("CUDA and its libraries", "NCCL's communicators", "the program", "the data")
 OUT_OF_MEMORY_WORDS = ("can't allocate memory", "DefaultCPUAllocator", "out of memory", "ALLOC_FAILED", "bad_alloc")
+DRIVER_OUT_OF_MEMORY_WORDS = "CUDA error: out of memory"
 NAME_COLUMNS = 44
 NUMBER_COLUMNS = 17
 Changes = dict[str, Any]
@@ -143,6 +144,26 @@ def out_of_memory_words(config: TrainingConfig, world_size: int, local_size: int
     return f"{comparison_words(comparison(planned, peaks))}; {advice}"
 
 
+def driver_words(fault: str) -> str | None:
+    """What to do where CUDA itself had no memory left, and not torch's allocator of GPU memory, which names what it tried."""
+    if DRIVER_OUT_OF_MEMORY_WORDS not in fault:
+        return None
+    return (
+        "CUDA had no GPU memory left for itself, or could page-lock no more host memory: end other programs that use the GPU"
+        " (nvidia-smi lists them); on WSL2, which page-locks 0.5 to 1 GiB in all, end other programs that page-lock too, and"
+        ' set activation_checkpointing="block" in place of "block_offload"'
+    )
+
+
+def pageable_words(pageable_bytes: int, wanted_bytes: int) -> str:
+    """What a person is told where the machine does not page-lock all that copies between host and GPU pass through."""
+    return (
+        f"Of {gib(wanted_bytes)} of host memory that copies to and from the GPU pass through, {gib(pageable_bytes)} cannot be"
+        " page-locked on this machine (WSL2 allows 0.5 to 1 GiB). Results are the same; those copies take two to three times as"
+        " long, and the GPU waits for them"
+    )
+
+
 def as_written(changes: Changes) -> str:
     """Changes as they are written in scripts/config.py."""
     return " and ".join(f"{name}={json.dumps(value) if isinstance(value, str) else value}" for name, value in changes.items())
@@ -184,6 +205,7 @@ def main() -> None:
     with settings.refusing():
         settings.refuse_arguments(sys.argv[1:])
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        settings.usable_card(device)
         for name, config in {"PRETRAIN": settings.PRETRAIN, "DISTILL": settings.DISTILL}.items():
             ranks = max(1, torch.cuda.device_count())
             while config.rows_per_step % (config.micro_batch_rows * ranks):

@@ -54,7 +54,8 @@ def set_up(config: TrainingConfig, prepare: Callable, label: Callable | None = N
 
 
 def train(run: Run | None, objective: Objective) -> None:
-    """The one training loop: every step, then what is due after it. Nothing to do for a finished run.
+    """The one training loop: every step, then what is due after it. Nothing to do for a finished run. The engine is destroyed
+    after the last step, so that another run of this process has its memory.
 
     Raises:
         SystemExit: 75 after a save, when a stop was requested; 1 when the last save fails, too many steps are skipped or
@@ -87,6 +88,7 @@ def train(run: Run | None, objective: Objective) -> None:
             if is_stopping or is_last:
                 finish(run, steps_done, saved, report)
             refuse_more_skips(run, steps_done, progress)
+        run.engine.destroy()
     say(run.ranks, f"Finished: {config.num_steps} steps. {summary(config)}")
 
 
@@ -263,9 +265,12 @@ def refuse_more_skips(run: Run, steps_done: int, progress: Progress) -> None:
     if run.ranks.rank == 0:
         good = checkpoint.newest_verified(run.config).checkpoint
         last = f"the last good checkpoint is {good.folder}" if good else "there is no checkpoint yet"
+        remedy = "remove them or lower learning_rate"
+        if run.config.precision == "fp16":
+            remedy += ', or set precision="bf16" where the card has it, else "fp32"'
         watch.say(
             f"failed: {progress.skipped_in_a_row} steps in a row up to step {steps_done} had gradients that are not finite"
-            f" (max_skipped_steps); {last}; metrics.jsonl names their documents; remove them or lower learning_rate",
+            f" (max_skipped_steps); {last}; metrics.jsonl names the documents, or the loss scale: {remedy}",
             sys.stderr,
         )
     wait_for_all()

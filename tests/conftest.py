@@ -30,6 +30,15 @@ LAUNCHING = (
     "test_footprint",
 )  # fmt: skip
 
+HIDE_GPUS = """import os; os.environ["CUDA_VISIBLE_DEVICES"] = ""
+"""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides GPUs from this process, before CUDA looks for them, and from all that it starts, unless `-m gpu` asks for them."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Two workers take one file after another: those that launch most come first, so that none of them is left for the end."""
@@ -77,9 +86,11 @@ def launch(
 def start(
     folder: Path, code: str, command: list[str], num_processes: int = 1, env: dict | None = None
 ) -> list[subprocess.Popen]:
-    """As `launch`, but returns while they run, each in a session of its own."""
+    """As `launch`, but returns while they run, each in a session of its own. The script hides GPUs once more where they are
+    hidden: the `deepspeed` command shows its ranks the GPUs 0, 1, ... even where it sees none.
+    """
     script = folder / "script.py"
-    script.write_text(code)
+    script.write_text((HIDE_GPUS if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else "") + code)
     port = str(free_port())
     running = []
     for index in range(num_processes):
@@ -127,6 +138,15 @@ def free_port() -> int:
 UNCHECKED = """
 from scripts.engine import truth_check
 truth_check.refuse_untrue_updates = lambda *_: None
+"""
+
+
+LEFT_OVER = """
+import gc, os
+gc.collect()
+kinds = ("DeepSpeedEngine", "DeepSpeedZeroOptimizer", "Decoder")
+left = [type(each).__name__ for each in gc.get_objects() if type(each).__name__ in kinds]
+open(f"left-{os.environ['RANK']}", "w").write(" ".join(left))
 """
 
 
@@ -271,7 +291,7 @@ def _finish(configs: list[TrainingConfig], folder: Path, ranks: int) -> None:
     if (folder / "done").exists():
         return
     before, command = shared_buffers(), ["python"] if ranks == 1 else LAUNCHERS[ranks]
-    output = expect_success(launch(folder, pretrain_script(configs, before=""), command))
+    output = expect_success(launch(folder, pretrain_script(configs, before="", after=LEFT_OVER), command))
     left, limit = shared_buffers() - before, time.monotonic() + 60
     while left & shared_buffers():
         assert time.monotonic() < limit, "buffers of a launch that is over, not of one beside it"

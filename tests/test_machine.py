@@ -4,14 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_plan import LABELS, SHAPES, shaped, taught
 
 from scripts.config import PRETRAIN
 from scripts.plan.machine import (
     GroupLimit,
     Rates,
+    allocator_settings,
+    can_pin_exactly,
     flops_per_token,
     hours,
+    is_wsl,
     limits_above,
     measure_rates,
     peak_bytes,
@@ -55,6 +60,38 @@ def test_peak_of_the_host_is_the_most_that_was_ever_resident():
 def test_pinned_memory_is_a_power_of_two_before_torch_2_13(monkeypatch, version, wanted):
     monkeypatch.setattr(torch, "__version__", type(torch.__version__)(version))
     assert pinned_bytes(3000, "cuda") == wanted and pinned_bytes(3000, "cpu") == 3000 and pinned_bytes(4096, "cuda") == 4096
+
+
+def test_versions_of_torch_are_compared_as_versions():
+    assert [can_pin_exactly(version) for version in ("2.9.1", "2.12.1+cu130", "2.13.0+cpu", "2.100.0", "10.0")] == [
+        False, False, True, True, True,
+    ]  # fmt: skip
+
+
+@given(st.text(st.sampled_from("expandable_segments:TrueFalse,max_split_size_mb:1 "), max_size=40), st.booleans())
+def test_what_the_user_set_for_torchs_allocator_stays(own, on_wsl):
+    for version, exact in (("2.12.1", []), ("2.13.0", ["pinned_max_cached_size_mb:1"])):
+        found = allocator_settings(own, version, on_wsl)
+        assert allocator_settings(found, version, on_wsl) == found
+        parts, kept = [part for part in found.split(",") if part], own.strip(", ")
+        growing = [] if kept or on_wsl else ["expandable_segments:True"]
+        assert parts == [part for part in kept.split(",") if part] + growing + exact
+
+
+def test_segments_grow_and_page_locked_blocks_are_not_kept_unless_the_user_says_otherwise():
+    assert allocator_settings("", "2.13.0", False) == "expandable_segments:True,pinned_max_cached_size_mb:1"
+    assert allocator_settings("", "2.12.0", False) == "expandable_segments:True"
+    assert allocator_settings("", "2.12.0", True) == ""
+    own = "pinned_max_cached_size_mb:64"
+    assert allocator_settings(own, "2.13.0", False) == own
+
+
+@pytest.mark.parametrize(
+    ("kernel", "wanted"),
+    [("5.15.167.4-microsoft-standard-WSL2", True), ("4.4.0-19041-Microsoft", True), ("6.8.0-45-generic", False)],
+)
+def test_wsl_is_known_by_its_kernel(kernel, wanted):
+    assert is_wsl(kernel) is wanted
 
 
 def test_products_reach_six_tenths_of_their_rate():

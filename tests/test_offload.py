@@ -18,6 +18,8 @@ import gc, json, math, os, sys, threading, time
 from dataclasses import replace
 from functools import partial
 import deepspeed, torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from torch.utils._python_dispatch import TorchDispatchMode
 from scripts.config import TrainingConfig
 from scripts.engine import offload, watch
@@ -44,13 +46,15 @@ def through_ring(optimizer, sums, send, weight, group):
     take(optimizer, sums, optimizer._wait_for_offload_copies.__self__.send, weight, group)
 
 
-def engine_of(config, kind, take_gradient=take):
+def engine_of(config, kind, take_gradient=take, scaler=None):
     offload.take_gradient = take_gradient
     model, dictionary = initialise(empty_model(config, device)), TrainingConfig.deepspeed_config(config, world_size)
     if kind == "stock":
         dictionary["data_types"]["grad_accum_dtype"] = "fp32"
     groups = parameter_groups(model, config.weight_decay)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=dictionary)
+    if scaler is not None:
+        engine.optimizer.loss_scaler = scaler
     if kind != "stock":
         offload.replace_offload_path(engine, config)
     return engine
@@ -123,6 +127,60 @@ def spoilt(config):
     }}
 
 
+def scaled(config, skipped, kind="light"):
+    # Its masters after steps in which the loss scale doubles or halves, and those of plain torch with a GradScaler.
+    steps, scales = steps_of(config, 40), []
+    engine = engine_of(config, kind, scaler=DynamicLossScaler(2.0**16, 1, 1, 2, False))
+    plain = initialise(empty_model(config, torch.device("cpu")))
+    groups, betas = parameter_groups(plain, config.weight_decay), (config.beta1, config.beta2)
+    adam = torch.optim.AdamW(groups, config.learning_rate, betas, config.adam_eps)
+    before = {{name: weight.detach().clone() for name, weight in plain.named_parameters()}}
+    scaler = torch.amp.GradScaler("cpu", growth_interval=1)
+    for number, windows in enumerate(steps):
+        scales.append(engine.optimizer.loss_scale)
+        factor = math.nan if number in skipped else 1.0
+        take_step(engine, windows, config, [factor] * len(windows))
+        adam.zero_grad()
+        for each in windows:
+            logits = torch.nn.functional.linear(plain(each[:, :-1]), plain.head)
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), each[:, 1:].flatten())
+            scaler.scale(factor * loss / len(windows)).backward()
+        for weight in plain.parameters():
+            torch.distributed.all_reduce(weight.grad.div_(world_size))
+        scaler.unscale_(adam)
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), config.max_grad_norm)
+        scaler.step(adam)
+        scaler.update()
+    ours, theirs = offload.full_masters(engine, engine.module), {{name: w.detach() for name, w in plain.named_parameters()}}
+    error, update = (sum(float((one[n] - two[n]).abs().sum()) for n in one) for one, two in ((ours, theirs), (theirs, before)))
+    changes = [after / before for before, after in zip(scales[:-1], scales[1:], strict=True)]
+    found = {{"error": error / update, "doublings": changes.count(2.0), "halvings": changes.count(0.5)}}
+    found["skipped"] = engine.skipped_steps
+    engine.destroy()
+    return found
+
+
+def overflowing(config):
+    # What a real fp16 engine says after 40 steps in a row that overflow, and then one that does not.
+    engine, (windows,) = engine_of(config, "light"), steps_of(config, 1)
+    for factor in [math.inf] * 40 + [1.0]:
+        take_step(engine, windows, config, [factor] * len(windows))
+    found = {{"skipped": engine.skipped_steps, "scale": engine.optimizer.loss_scale}}
+    found |= {{"norm": float(engine.get_global_grad_norm()), "adam": offload.adam_steps(engine)}}
+    engine.destroy()
+    return found
+
+
+def peaks(config):
+    # The accelerator's peak before an engine is made, of which half is freed, and after.
+    accelerator, large = get_accelerator(), torch.ones(2**26)
+    accelerator.memory_allocated()
+    before = accelerator.max_memory_allocated()
+    del large
+    engine_of(config, "light").destroy()
+    return [before, accelerator.max_memory_allocated()]
+
+
 def storages():
     gc.collect()
     tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
@@ -190,6 +248,8 @@ def footprint(config):
 
 if __name__ == "__main__":
     offload.start_quickly()
+    offload.keep_to_device(get_accelerator(), device)
+    get_accelerator().is_fp16_supported = lambda: True  # float16 on a CPU is slow, not wrong
     if device.type == "cuda":
         torch.cuda.set_device(device)
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
@@ -199,11 +259,15 @@ if __name__ == "__main__":
     bf16 = TrainingConfig(**fields)
     fp32, bf16_on_gpu = replace(bf16, precision="fp32"), replace(bf16, accumulate_on="gpu", accumulation_precision="bf16")
     places = ("cpu", "fp32"), ("gpu", "fp32"), ("gpu", "bf16")
+    in_a_row, apart = {{*range(3, 16)}}, {{*range(2, 40, 5), *range(3, 40, 5)}}
     report = {{
+        "scaled": [scaled(of(fp32, 2, max_grad_norm=norm), skipped) for norm, skipped in ((0.1, in_a_row), (1e9, apart))],
         "stock": {{"fp32": against_stock(fp32), "bf16": against_stock(bf16)}},
         "drift": {{"fp32": drifts(fp32, places[:2]), "bf16": drifts(bf16, places[::2])}},
         "spoilt": [spoilt(of(config, 3)) for config in (fp32, bf16_on_gpu)],
         "footprint": [footprint(of(config, 3)) for config in (fp32, bf16, bf16_on_gpu)],
+        "overflowing": overflowing(of(bf16, 2, precision="fp16")) if device.type == "cpu" else None,
+        "peaks": peaks(of(fp32, 1)),
         "compiler": "torch._inductor.compile_fx" in sys.modules,
     }}
     with open(f"report-{{rank}}.json", "w") as file:
@@ -250,6 +314,12 @@ def test_updates_are_those_of_stock_deepspeed_on_a_gpu(tmp_path):
     assert_stock(follow_gradients(tmp_path, 1, {"CUDA_VISIBLE_DEVICES": "0"}))
 
 
+def test_a_peak_from_before_the_engine_is_not_forgotten(reports):
+    for report in reports:
+        before, after = report["peaks"]
+        assert after >= before > 2**28
+
+
 def test_sixty_four_micro_batches_sum_to_one_large_batch(reports):
     for report in reports:
         print(f"drift against one large batch, relative: {report['drift']}")
@@ -263,6 +333,23 @@ def test_nan_in_a_middle_micro_batch_of_one_rank_skips_that_step_alone_on_all(re
             assert found["skipped"] == [1, 0]
             assert found["same"]
             assert found["norms"][0] == found["norms"][1]
+
+
+def test_gradients_are_divided_by_the_scale_of_their_backward_whenever_the_scale_changes(reports):
+    """Plain torch with a GradScaler, which divides before it changes the scale, makes the same updates."""
+    for report in reports:
+        print(f"loss scale: {report['scaled']}")
+        for found in report["scaled"]:
+            assert found["error"] < 1e-4
+            assert found["doublings"] >= 7 and found["halvings"] >= 7 and found["skipped"] >= 13
+        assert any(found["doublings"] >= 10 and found["halvings"] >= 10 for found in report["scaled"])
+
+
+def test_forty_overflows_in_a_row_raise_nothing_and_the_next_step_is_taken(reports):
+    for report in reports:
+        found = report["overflowing"]
+        assert found["skipped"] == 40 and found["scale"] == 1.0 and found["adam"] == 1
+        assert 0 < found["norm"] < 100
 
 
 PLACES = (("cpu", 4), ("cpu", 2), ("gpu", 2))

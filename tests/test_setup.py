@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +29,13 @@ from conftest import (
     tiny_student,
     training_script,
 )
+from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 from scripts.config import TrainingConfig
-from scripts.engine.distributed import ranks_from_launcher
+from scripts.engine.distributed import Ranks, card_index, ranks_from_launcher, refusing_shared_card
+from scripts.engine.offload import keep_to_device
 from scripts.model.decoder import empty_model
 from scripts.model.huggingface import load_weights
 from scripts.run.run_dir import newest_folder, refuse_other_run
@@ -70,6 +73,64 @@ def test_srun_variables_name_the_rank_and_the_first_node(monkeypatch, nodes, fir
     assert environment["MASTER_ADDR"] == first
 
 
+FLAGS = ["srun --ntasks-per-node", "torchrun --nproc-per-node", "deepspeed --num_gpus"]
+
+
+@pytest.mark.parametrize(("num_launchers", "num_cards", "local_size"), [*product(range(3), (1, 2, 8), (1, 2, 8, 16))])
+def test_each_rank_of_a_machine_has_a_card_of_its_own_or_those_without_are_refused(num_launchers, num_cards, local_size):
+    """Where a process sees one card and no launcher of torch's or DeepSpeed's says that all see the same, it is its own."""
+    has_its_own, refused = num_cards == 1 and num_launchers == 0, set()
+    for local_rank in range(local_size):
+        try:
+            index = card_index(Ranks(local_rank, local_size, local_rank, local_size, num_launchers), num_cards)
+            assert index == (0 if has_its_own else local_rank)
+        except ValueError as refusal:
+            refused.add(str(refusal))
+            assert local_rank >= num_cards
+    if has_its_own or local_size <= num_cards:
+        assert not refused
+        return
+    cards, flag = "1 GPU" if num_cards == 1 else f"{num_cards} GPUs", FLAGS[num_launchers]
+    words = f"{local_size} ranks on one machine see {cards} and each needs its own"
+    assert refused == {f"{words}; nearest is {num_cards} ({flag} {num_cards})"}
+
+
+def test_a_launcher_that_does_not_say_how_many_ranks_it_started_is_told_of_as_many_as_are_known():
+    with pytest.raises(ValueError, match="^4 ranks on one machine see 2 GPUs "):
+        card_index(Ranks(3, 4, 3, 1, 0), 2)
+
+
+def test_deepspeed_takes_the_card_that_is_the_ranks_whatever_its_local_rank(monkeypatch):
+    """As DeepSpeed's init_process_group and engine ask for it, of the third task of a machine that sees one card."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 + device.index, 10))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6")
+    accelerator, device = CUDA_Accelerator(), torch.device("cuda", 0)
+    keep_to_device(accelerator, device)
+    accelerator.set_device(2)
+    assert accelerator.device(2) == torch.device(accelerator.device_name(2)) == device and chosen == [device]
+    assert accelerator.device_name() == "cuda" and accelerator.available_memory(2) == 5
+
+
+# As torch 2.6 words it (verl-project/verl#161).
+SHARED_CARD = """NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:275, invalid usage, NCCL version 2.20.5
+ncclInvalidUsage: This usually reflects invalid usage of NCCL library.
+Last error:
+Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 10
+"""
+
+
+def test_two_ranks_on_one_card_are_refused_in_one_line():
+    with pytest.raises(ValueError, match=r"^ranks 0 and 1 have the same GPU; [^\n]+$"), refusing_shared_card():
+        raise torch.distributed.DistBackendError(SHARED_CARD)
+
+
+def test_every_other_fault_of_the_first_meeting_stays_what_it_is():
+    with pytest.raises(torch.distributed.DistBackendError, match="unhandled system error"), refusing_shared_card():
+        raise torch.distributed.DistBackendError("NCCL error: unhandled system error")
+
+
 ENTRY = """
 import scripts.config, json
 from scripts.config import TrainingConfig
@@ -95,6 +156,7 @@ def test_a_hand_edited_checkpoint_is_refused_in_one_line_and_left_alone(finished
 
 ONE_RANK_REFUSED = """
 import os
+print(f"sees {os.environ['CUDA_VISIBLE_DEVICES']!r}")
 from scripts import prepare_data
 whole = prepare_data.prepare
 
@@ -107,31 +169,59 @@ prepare_data.prepare = prepare
 """
 
 
-def test_one_rank_alone_that_is_refused_says_why_and_the_deepspeed_launcher_passes_status_2_on(tmp_path):
-    code = ONE_RANK_REFUSED + ENTRY.format(fields=json.dumps(asdict(tiny_config(tmp_path))))
-    (result,) = launch(tmp_path, code, LAUNCHERS[2])
-    refusal = [line for line in result.stdout.splitlines() if line.startswith("refused: ")]
-    assert result.returncode == 2, result.stdout
-    assert refusal == ["refused: rank 1: the disk of this machine holds no shards"], result.stdout
+@pytest.fixture(scope="module")
+def one_rank_refused(tmp_path_factory) -> subprocess.CompletedProcess:
+    folder = tmp_path_factory.mktemp("one_rank_refused")
+    (result,) = launch(folder, ONE_RANK_REFUSED + ENTRY.format(fields=json.dumps(asdict(tiny_config(folder)))), LAUNCHERS[2])
+    return result
 
 
-ONE_RANK_ALONE = """
-import os
-from scripts.engine import toolchain
+def test_one_rank_alone_that_is_refused_says_why_and_the_deepspeed_launcher_passes_status_2_on(one_rank_refused):
+    refusal = [line for line in one_rank_refused.stdout.splitlines() if line.startswith("refused: ")]
+    assert one_rank_refused.returncode == 2, one_rank_refused.stdout
+    assert refusal == ["refused: rank 1: the disk of this machine holds no shards"], one_rank_refused.stdout
 
-def refuse(config):
-    if os.environ["RANK"] == "1":
-        raise ValueError("this machine has no compiler")
 
-toolchain.refuse_missing_compilers = refuse
+def test_launched_ranks_see_no_gpu(one_rank_refused):
+    """Without `-m gpu`: two ranks must pass on a machine with one card. DeepSpeed's launcher sets the variable anew."""
+    assert one_rank_refused.stdout.count("sees ''") == 2, one_rank_refused.stdout
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()
+
+
+# torch says that there is one card on this machine, first an old one; what would run on it is not reached.
+ONE_CARD = """
+import os, types
+import torch
+from scripts import trainer
+
+def show(name, major, minor, num_cards):
+    card = types.SimpleNamespace(name=name, major=major, minor=minor)
+    torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: num_cards
+    torch.cuda.get_device_properties, torch.cuda.get_arch_list = lambda _: card, lambda: ["sm_75", "sm_80", "sm_90"]
+    torch.cuda.mem_get_info = lambda _: (2**36, 2**36)
+"""
+TWICE = """
+for name, major, minor, num_cards in (("Tesla V100", 7, 0, 2), ("H100", 9, 0, 1)):
+    show(name, major, minor, num_cards)
+    try:
+        train_pretrain.main()
+    except SystemExit as left:
+        with open(f"left-{os.environ['RANK']}", "a") as file:
+            file.write(str(left.code))
 """
 
 
-def test_one_rank_that_is_refused_before_the_ranks_have_met_says_why(tmp_path):
-    code = ONE_RANK_ALONE + ENTRY.format(fields=json.dumps(asdict(tiny_config(tmp_path))))
-    (result,) = launch(tmp_path, code, TORCHRUN[2])
-    refusal = [line for line in result.stdout.splitlines() if line.startswith("refused: ")]
-    assert refusal == ["refused: rank 1: this machine has no compiler"], result.stdout
+def test_a_rank_is_refused_before_the_ranks_have_met_for_its_card_or_for_none(tmp_path):
+    """Where one rank alone has no card, that one's words are said."""
+    entry = ENTRY.format(fields=json.dumps(asdict(tiny_config(tmp_path)))).replace("train_pretrain.main()\n", TWICE)
+    (result,) = launch(tmp_path, ONE_CARD + entry, TORCHRUN[2])
+    old, too_many = [line for line in result.stdout.splitlines() if line.startswith("refused: ")]
+    assert old.startswith("refused: Tesla V100 has compute capability 7.0 and torch ") and "a card of 7.5 or newer" in old
+    assert too_many == (
+        "refused: rank 1: 2 ranks on one machine see 1 GPU and each needs its own; nearest is 1 (torchrun --nproc-per-node 1)"
+    )
+    assert [(tmp_path / f"left-{rank}").read_text() for rank in (0, 1)] == ["22", "22"], result.stdout
+    assert "Traceback" not in result.stdout, result.stdout
 
 
 @pytest.mark.parametrize("name", ["prepare_data", "generate"])

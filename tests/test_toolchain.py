@@ -1,4 +1,4 @@
-"""Laws of scripts/engine/toolchain.py: compilers that are missing, and locks that killed compilations leave."""
+"""Laws of scripts/engine/toolchain.py: compilers that are missing or wrong, and locks that killed compilations leave."""
 
 import os
 import shutil
@@ -10,7 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import clean_environment
+from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+from deepspeed.ops.op_builder.builder import CUDAMismatchException, CUDAOpBuilder, assert_no_cuda_mismatch
+from torch.utils import cpp_extension
 from torch.utils.file_baton import FileBaton
 
 from scripts.config import TrainingConfig
@@ -64,6 +68,125 @@ def test_root_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
     with pytest.raises(ValueError, match="^[^\n]*set TORCH_EXTENSIONS_DIR to a folder that can be written$"):
         toolchain.extension_folders(TrainingConfig())
+
+
+# What `nvcc --version` prints: apt's of Ubuntu 22.04 and 24.04, and two of NVIDIA's.
+NVCC = """nvcc: NVIDIA (R) Cuda compiler driver
+Copyright (c) 2005-{year} NVIDIA Corporation
+Built on {built}
+Cuda compilation tools, release {release}, V{version}
+Build cuda_{release}.r{release}/compiler.{build}
+"""
+NVCCS = {
+    "11.5": dict(year=2021, built="Thu_Nov_18_09:45:30_PST_2021", version="11.5.119", build="30672275_0"),
+    "12.0": dict(year=2023, built="Fri_Jan__6_16:45:21_PST_2023", version="12.0.140", build="32267302_0"),
+    "12.8": dict(year=2025, built="Fri_Feb_21_20:23:50_PST_2025", version="12.8.93", build="35583870_0"),
+    "13.0": dict(year=2025, built="Wed_Aug_20_01:58:59_PM_PDT_2025", version="13.0.88", build="36424714_0"),
+}
+of_each_nvcc = pytest.mark.parametrize("release", NVCCS)
+of_each_torch = pytest.mark.parametrize("torch_cuda", ["12.6", "12.8", "13.0", "13.2"])
+
+
+def printed_by(release: str) -> str:
+    return NVCC.format(release=release, **NVCCS[release])
+
+
+def put_nvcc(toolkit: Path, release: str) -> Path:
+    """An nvcc in a CUDA toolkit's folder that prints its version."""
+    nvcc = toolkit / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(f"#!/bin/sh\ncat <<'END'\n{printed_by(release)}END\n")
+    nvcc.chmod(0o755)
+    return toolkit
+
+
+@of_each_nvcc
+@of_each_torch
+def test_nvcc_of_another_cuda_than_torchs_is_refused_with_the_package_of_torchs(release, torch_cuda):
+    if release.split(".")[0] == torch_cuda.split(".")[0]:
+        return toolchain.refuse_nvcc(printed_by(release), torch_cuda)
+    with pytest.raises(ValueError) as caught:
+        toolchain.refuse_nvcc(printed_by(release), torch_cuda)
+    words, package = str(caught.value), f"cuda-toolkit-{torch_cuda.replace('.', '-')}"
+    assert f"nvcc is of CUDA {release} and torch of CUDA {torch_cuda}; install {package} " in words and "\n" not in words
+    assert f"CUDA_HOME=/usr/local/cuda-{torch_cuda}," in words and f"nvidia/label/cuda-{torch_cuda}.0 cuda-toolkit" in words
+    assert "offload_optimizer=True" in words and "nvidia-cuda-toolkit" not in words
+
+
+@of_each_nvcc
+@of_each_torch
+def test_no_nvcc_that_deepspeeds_own_rule_takes_is_refused(release, torch_cuda, tmp_path, monkeypatch):
+    """DeepSpeed asks where it is built with its extensions, not where it compiles them at a start. It knows no minor of 13."""
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(put_nvcc(tmp_path, release)))
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    monkeypatch.delenv("DS_SKIP_CUDA_CHECK", raising=False)
+    try:
+        assert assert_no_cuda_mismatch()
+    except CUDAMismatchException:
+        if (release, torch_cuda) == ("13.0", "13.2"):
+            return
+        with pytest.raises(ValueError, match="nvcc is of CUDA"):
+            toolchain.refuse_nvcc(toolchain.nvcc_version(str(tmp_path)), torch_cuda)
+    else:
+        toolchain.refuse_nvcc(toolchain.nvcc_version(str(tmp_path)), torch_cuda)
+
+
+@pytest.mark.parametrize("printed", [None, "", "command not found"])
+def test_nvcc_that_is_not_there_is_refused_with_the_package_of_torchs_cuda(printed):
+    with pytest.raises(
+        ValueError, match=r"^[^\n]*nvcc is not there; install cuda-toolkit-13-0 [^\n]*offload_optimizer=True[^\n]*$"
+    ):
+        toolchain.refuse_nvcc(printed, "13.0")
+
+
+def test_nvcc_is_asked_where_torch_would_take_it_from(tmp_path):
+    assert toolchain.nvcc_version(str(put_nvcc(tmp_path, "12.8"))) == printed_by("12.8")
+    assert toolchain.nvcc_version(str(tmp_path / "bin")) is None and toolchain.nvcc_version(None) is None
+    (tmp_path / "bin" / "nvcc").write_text("#!/bin/sh\nexit 1\n")
+    assert toolchain.nvcc_version(str(tmp_path)) is None
+
+
+ON_GPU = TrainingConfig(offload_optimizer=False, accumulate_on="gpu")
+
+
+@pytest.fixture
+def on_a_gpu(tmp_path, monkeypatch) -> Path:
+    """As on a machine with a GPU and torch of CUDA 13.0, whose toolkit would be in this folder, and nothing built."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    return tmp_path / "cuda"
+
+
+def test_an_optimizer_on_the_gpu_needs_nvcc_of_torchs_cuda(on_a_gpu, monkeypatch):
+    with pytest.raises(ValueError, match="nvcc is not there"):
+        toolchain.refuse_missing_compilers(ON_GPU)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(put_nvcc(on_a_gpu, "12.0")))
+    with pytest.raises(ValueError, match="nvcc is of CUDA 12.0 and torch of CUDA 13.0"):
+        toolchain.refuse_missing_compilers(ON_GPU)
+    shutil.rmtree(on_a_gpu)
+    put_nvcc(on_a_gpu, "13.0")
+    toolchain.refuse_missing_compilers(ON_GPU)
+
+
+def test_once_its_adam_is_built_the_toolkit_is_needed_and_nvcc_is_not(on_a_gpu, monkeypatch):
+    (folder,) = toolchain.extension_folders(ON_GPU)
+    (folder / "fused_adam.so").touch()
+    with pytest.raises(OSError, match="CUDA_HOME"):
+        cpp_extension._prepare_ldflags([], True, False, False, False)
+    with pytest.raises(ValueError, match="nvcc is not there"):
+        toolchain.refuse_missing_compilers(ON_GPU)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(on_a_gpu))
+    cpp_extension._prepare_ldflags([], True, False, False, False)
+    toolchain.refuse_missing_compilers(ON_GPU)
+
+
+def test_the_adam_on_the_cpu_needs_no_cuda_toolkit_beside_a_gpu(on_a_gpu):
+    toolchain.refuse_missing_compilers(TrainingConfig())
+    on_cpu, on_gpu = (CUDA_Accelerator().create_op_builder(f"{name}AdamBuilder") for name in ("CPU", "Fused"))
+    assert on_cpu is not None and not isinstance(on_cpu, CUDAOpBuilder) and isinstance(on_gpu, CUDAOpBuilder)
+    assert {Path(name).suffix for name in on_cpu.sources()} == {".cpp"}
 
 
 @pytest.fixture

@@ -417,6 +417,12 @@ def test_the_log_of_every_run_proves_that_no_window_was_skipped_or_read_twice(fi
         assert prove(Path(config.run_dir))
 
 
+def test_nothing_of_a_finished_run_is_left_in_its_process(finished_runs, num_ranks):
+    """Four runs in turn, with and without a teacher: a fifth would have all the memory."""
+    folder = Path(finished_runs[num_ranks, "fp32"].run_dir).parent
+    assert [(folder / f"left-{rank}").read_text() for rank in range(num_ranks)] == [""] * num_ranks
+
+
 def test_another_number_of_ranks_reads_the_same_tokens_in_each_step(finished_runs):
     hashes = [
         [line["tokens_hash"] for line in metrics(finished_runs[ranks, "fp32"]) if line["kind"] == "train"] for ranks in (1, 2)
@@ -476,6 +482,52 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run_with_the_last_good_checkpo
     assert "failed: 3 steps in a row up to step 8" in result.stdout
     assert f"the last good checkpoint is {newest_folder(config)}" in result.stdout
     assert [event["step"] for event in events(config, "skipped")] == [6, 7, 8]
+
+
+HALF = """
+from deepspeed.accelerator import get_accelerator
+from scripts.run import setup
+get_accelerator().is_fp16_supported = lambda: True  # float16 on a CPU is slow, not wrong
+setup.refuse_on_this_device = lambda *_: None
+calls, steps = [], {steps}
+
+def objective(engine, windows, config):
+    calls.append(1)
+    loss, step = next_token(engine, windows, config), (len(calls) - 1) // 8
+    return loss * float("inf") if step == 4 else loss + {factor} * (loss - loss.detach()) if step in steps else loss
+"""
+
+
+@pytest.fixture(scope="module")
+def half_runs(tmp_path_factory) -> tuple[TrainingConfig, TrainingConfig, str]:
+    """Two fp16 runs of eight steps, the second one stopped after four; step 3 overflows with finite losses, step 5 without."""
+    folder = tmp_path_factory.mktemp("half")
+    whole = tiny_config(folder, precision="fp16", run_dir=str(folder / "whole"), eval_every_steps=None)
+    stopped = replace(whole, run_dir=str(folder / "stopped"))
+    (result,) = launch(folder, training_script(whole, HALF.format(steps=(2,), factor=1e9)), ["python"])
+    assert result.returncode == 0, result.stdout
+    as_if_stopped_after(4, whole, folder / "stopped")
+    again = HALF.format(steps=(), factor=1.0).replace("step == 4", "step == 0")
+    (resumed,) = launch(folder, training_script(stopped, again), ["python"])
+    assert resumed.returncode == 0, resumed.stdout
+    return whole, stopped, result.stdout
+
+
+def test_an_overflow_of_fp16_with_finite_losses_names_the_loss_scale_and_no_document(half_runs):
+    whole, _, output = half_runs
+    natural, skipped = [3, 5], {event["step"]: event for event in events(whole, "skipped")}
+    assert set(natural) <= set(skipped)
+    assert all(event["cause"] == "the loss scale" and not event["documents"] for step, event in skipped.items() if step != 5)
+    assert "cause" not in skipped[5] and skipped[5]["documents"]
+    assert "step 3/8: skipped, the loss scale was too high" in output
+
+
+def test_a_run_in_fp16_continues_bitwise_with_its_loss_scale(half_runs):
+    whole, stopped, _ = half_runs
+    folders = [newest_folder(config) for config in (whole, stopped)]
+    weights = [load_file(folder / "model.safetensors") for folder in folders if folder is not None]
+    assert len(weights) == 2 and all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert losses(whole) == losses(stopped)
 
 
 def test_a_loss_spike_names_the_garbage_that_was_planted(exact_runs):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -24,8 +25,10 @@ from tqdm import tqdm
 
 from scripts.config import CONNECT_SECONDS, LOCK_POLL_SECONDS, TrainingConfig
 from scripts.engine import offload, watch
+from scripts.plan.machine import allocator_settings, is_wsl
 
 MESSAGE_BYTES = 2048
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 IS_VALUE_ERROR = -1
 Result = TypeVar("Result")
 
@@ -53,16 +56,41 @@ def ranks_from_launcher() -> Ranks:
     return Ranks(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]), int(local_size), num_launchers)
 
 
+def card_index(ranks: Ranks, num_cards: int) -> int:
+    """Which of the `num_cards` GPUs that this process sees is its own.
+
+    The ranks of `deepspeed` and `torchrun` on one machine see the same cards, and each takes that of its local rank. Any other
+    launcher (srun, mpirun, a script that sets RANK: CROSS_RANK and TORCHELASTIC_RUN_ID are not there) may show each process a
+    card of its own, so a process that sees exactly one takes it. Whether another process has the same one is not known here:
+    NCCL finds that out, in `join`.
+
+    Raises:
+        ValueError: there are more ranks than cards.
+    """
+    if num_cards == 1 and ranks.num_launchers == 0:
+        return 0
+    if ranks.local_rank < num_cards:
+        return ranks.local_rank
+    num_ranks = max(ranks.local_size, ranks.local_rank + 1)
+    flag = ("srun --ntasks-per-node", "torchrun --nproc-per-node", "deepspeed --num_gpus")[ranks.num_launchers]
+    cards = "1 GPU" if num_cards == 1 else f"{num_cards} GPUs"
+    law = f"{num_ranks} ranks on one machine see {cards} and each needs its own"
+    raise ValueError(f"{law}; nearest is {num_cards} ({flag} {num_cards})")
+
+
 def device_of(ranks: Ranks) -> torch.device:
-    """The GPU of this rank, or the CPU on a machine without one."""
-    return torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    """The GPU of this rank, or the CPU on a machine without one. Raises ValueError as `card_index`."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", card_index(ranks, torch.cuda.device_count()))
 
 
 def set_up_cuda() -> None:
     """Sets the variables that CUDA's libraries and torch's allocators read at the first use of the GPU."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    exact = ",pinned_max_round_threshold_mb:1" if torch.__version__ >= "2.13" else ""
-    os.environ["PYTORCH_ALLOC_CONF"] = os.environ["PYTORCH_CUDA_ALLOC_CONF"] = f"expandable_segments:True{exact}"
+    own = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+    value = allocator_settings(own, torch.__version__, is_wsl(Path("/proc/sys/kernel/osrelease").read_text()))
+    os.environ |= dict.fromkeys(ALLOCATOR_VARIABLES, value) if value else {}
 
 
 def join(config: TrainingConfig, ranks: Ranks) -> None:
@@ -74,12 +102,29 @@ def join(config: TrainingConfig, ranks: Ranks) -> None:
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_size))
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
-    if torch.cuda.is_available():
-        torch.cuda.set_device(ranks.local_rank)
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    deepspeed.init_distributed(backend, verbose=False, timeout=timedelta(minutes=config.rank_timeout_minutes))
-    wait_for_all()
+    device = device_of(ranks)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    offload.keep_to_device(deepspeed.accelerator.get_accelerator(), device)
+    backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(minutes=config.rank_timeout_minutes)
+    with refusing_shared_card():
+        deepspeed.init_distributed(backend, verbose=False, timeout=timeout)
+        wait_for_all()
     offload.forget_shared_memory(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], ranks.rank)
+
+
+@contextmanager
+def refusing_shared_card() -> Iterator[None]:
+    """Put around the first meeting of the ranks: ValueError where NCCL finds that two of them have the same card."""
+    try:
+        yield
+    except RuntimeError as fault:
+        found = re.search(r"Duplicate GPU detected ?: rank (\d+) and rank (\d+)", str(fault))
+        if found is None:
+            raise
+        first, second = sorted(map(int, found.groups()))
+        remedy = "give each a card of its own (srun --gpus-per-task 1), or start one rank for each card"
+        raise ValueError(f"ranks {first} and {second} have the same GPU; {remedy}") from None
 
 
 def connect(ranks: Ranks, watching: watch.Watch) -> None:
@@ -171,7 +216,7 @@ def wait_for_all() -> None:
 
 
 def release_memory() -> None:
-    """Gives memory of tensors that are gone back to the GPU."""
+    """Gives memory of tensors that are gone back to the GPU, an earlier run's of this process among them."""
     gc.collect()
     torch.cuda.empty_cache()
 

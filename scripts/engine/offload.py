@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cpuinfo
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from scripts import config as settings
 from scripts.config import PRECISIONS, TrainingConfig
+from scripts.model.activation_offload import host_buffer
 
 DEEPSPEED_VERSION = "0.19.8"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -55,10 +56,11 @@ class StagingRing:
     """Host memory, pinned for a GPU, through which gradients go to the host, and the one thread that adds them up, in order.
 
     On a GPU the copies run on a stream of their own, after the kernels that compute the gradients. At most `held_elements` of
-    gradients wait on the GPU for their copies, or one larger gradient; later kernels wait for the copies of those before.
+    gradients wait on the GPU for their copies, or one larger gradient; later kernels wait for the copies of those before. With
+    None nothing waits: what is sent stays where it is until it is drained.
     """
 
-    def __init__(self, memory: Tensor, held_elements: int, device: torch.device) -> None:
+    def __init__(self, memory: Tensor, held_elements: int | None, device: torch.device) -> None:
         self._memory, self._held_elements = memory, held_elements
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._thread = ThreadPoolExecutor(1, "gradients", partial(torch.cuda.set_device, device) if self._stream else None)
@@ -70,7 +72,8 @@ class StagingRing:
         """Writes `source` (n,) into `target` (n,) float32 on the host if it is the first of a step, else adds it. Waits while
         the ring is full. Raises what went wrong in the thread with an earlier piece.
         """
-        self.release(self._held_elements - len(source))
+        if self._held_elements is not None:
+            self.release(self._held_elements - len(source))
         copied, most = None, min(settings.GRADIENT_PIECE_ELEMENTS, len(self._memory) // 2)
         for part, place in zip(source.split(most), target.split(most), strict=True):
             start = self._next if self._next + len(part) <= len(self._memory) else 0
@@ -80,7 +83,7 @@ class StagingRing:
             slot = self._memory[start : self._next]
             copied = self._copy(part, slot)
             self._pieces.append(Piece(start, self._next, self._thread.submit(_add, slot, place, is_first, copied)))
-        if copied is not None:
+        if copied is not None and self._held_elements is not None:
             self._held.append(Sent(source, copied))
 
     def release(self, num_elements: int) -> None:
@@ -138,9 +141,23 @@ def start_quickly() -> None:
         compiler.compile = compile_with
 
 
+def keep_to_device(accelerator: Any, device: torch.device) -> None:
+    """Mends what DeepSpeed's accelerator says of `device`. It forgets the peak of memory at each group of parameters, which
+    would hide what came before; it takes LOCAL_RANK for the index of a rank's card (comm/torch.py, init_process_group;
+    runtime/engine.py, _set_distributed_vars); and it reads free memory by the numbers in CUDA_VISIBLE_DEVICES, which may hold
+    UUIDs.
+    """
+    accelerator.reset_peak_memory_stats = lambda device_index=None: None
+    if device.type == "cuda":
+        accelerator.available_memory = lambda device_index=None: torch.cuda.mem_get_info(device)[0]
+        accelerator.device = lambda device_index=None: device
+        accelerator.device_name = lambda device_index=None: device.type if device_index is None else str(device)
+        accelerator.set_device = lambda device_index: torch.cuda.set_device(device)
+
+
 def replace_offload_path(engine, config: TrainingConfig) -> None:
-    """With `offload_optimizer`, replaces methods and buffers of DeepSpeed's optimizer by ones that keep and move less. The
-    updates are the same.
+    """Mends DeepSpeed's loss scale. With `offload_optimizer` it also replaces methods and buffers of its optimizer by ones that
+    keep and move less; the updates are the same.
 
     With N parameters, W ranks, G micro-batches a step, w bytes a weight, L elements of the largest partition: the GPU keeps the
     weights, w N, and with `accumulate_on="gpu"` and G > 1 also N / W sums in `accumulation_precision`. In a backward it also
@@ -148,15 +165,17 @@ def replace_offload_path(engine, config: TrainingConfig) -> None:
     one parameter. The host keeps 16 N / W of masters, gradients and moments, and 2 w L of staging, pinned for a GPU, through
     which gradients come and weights return. Bytes moved in a step: G w N / W to the host, or N / W sums; w N / W back.
     """
+    optimizer, device = engine.optimizer, engine.device
+    _mend_loss_scale(optimizer)
     if not config.offload_optimizer:
         return
-    optimizer, device = engine.optimizer, engine.device
     optimizer.temp_grad_buffer_for_gpu_offload = optimizer.temp_grad_buffer_for_cpu_offload = torch.empty(0)
     world_size = torch.distributed.get_world_size(optimizer.dp_process_group)
     sizes = map(int, optimizer.partition_size if config.keeps_gradient_sums(world_size) else ())
     sums = [torch.zeros(size, dtype=PRECISIONS[config.accumulation_precision], device=device) for size in sizes]
     staging = _share_staging(optimizer, config.dtype, device)
-    ring = StagingRing(staging.view(sums[0].dtype if sums else config.dtype), config.bucket_elements, device)
+    memory, held_elements = staging.view(sums[0].dtype if sums else config.dtype), None if sums else config.bucket_elements
+    ring = StagingRing(memory, held_elements, device)
     send = ring.send if device.type == "cuda" else _add
     if world_size == 1:
         optimizer.process_gradients = partial(_process_gradients, optimizer, sums, send)
@@ -166,9 +185,13 @@ def replace_offload_path(engine, config: TrainingConfig) -> None:
         optimizer.reduce_ipg_grads = partial(_reduce_ipg_grads, optimizer, ring)
     optimizer._wait_for_offload_copies = ring.drain
     optimizer.scaled_global_norm = partial(_scaled_global_norm, optimizer, device)
-    optimizer.unscale_and_clip_grads = partial(_unscale_and_clip_grads, optimizer)
     optimizer._optimizer_step = partial(_optimizer_step, optimizer, deque(), device)
     optimizer.destroy = partial(_destroy, optimizer, ring)
+
+
+def staging_of(engine) -> list[Tensor]:
+    """The host memory (n,) of each group through which gradients and weights pass; none without `offload_optimizer`."""
+    return list(getattr(engine.optimizer, "param_buffer_of_bit16_for_cpu_offload_groups", ()))
 
 
 def take_gradient(optimizer, sums: list[Tensor], send: Callable, weight, _: int) -> None:
@@ -274,7 +297,7 @@ def full_masters(engine, model: torch.nn.Module) -> dict[str, Tensor]:
 def _share_staging(optimizer, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Replaces DeepSpeed's buffers for updated weights, one a group, by two that the groups take in turn: both, (n,) uint8."""
     largest_bytes = max(map(int, optimizer.partition_size)) * dtype.itemsize
-    staging = torch.empty(2 * largest_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    staging = host_buffer(2 * largest_bytes, device)
     halves = [half.view(dtype) for half in staging.split(largest_bytes)]
     buffers = [halves[group % 2][: int(size)] for group, size in enumerate(optimizer.partition_size)]
     optimizer.param_buffer_of_bit16_for_cpu_offload_groups = buffers
@@ -304,10 +327,28 @@ def _scaled_global_norm(optimizer, device: torch.device) -> Tensor:
     return torch.tensor(norm, dtype=torch.float32)
 
 
-def _unscale_and_clip_grads(optimizer, gradients: list[Tensor], norm: Tensor) -> None:
-    """DeepSpeed's, left out where it would multiply every gradient by one."""
-    if optimizer.loss_scale != 1.0 or (norm + 1e-6) / optimizer.clip_grad > 1.0:
-        type(optimizer).unscale_and_clip_grads(optimizer, gradients, norm)
+def _mend_loss_scale(optimizer) -> None:
+    """DeepSpeed changes the loss scale of fp16 before it divides the gradients by it, so that an update is halved whenever the
+    scale doubles (stage_1_and_2.py, `step`); and at its least scale it raises. Gradients are divided by the scale that their
+    backward used, and steps that are skipped are counted by the trainer.
+    """
+    optimizer.scale_of_backward, optimizer.loss_scaler.raise_error_at_min_scale = optimizer.loss_scale, False
+    optimizer._update_scale = partial(_update_scale, optimizer)
+    optimizer.unscale_and_clip_grads = partial(_unscale_and_clip_grads, optimizer)
+
+
+def _update_scale(optimizer, has_overflow: bool) -> None:
+    optimizer.scale_of_backward = optimizer.loss_scale
+    type(optimizer)._update_scale(optimizer, has_overflow)
+
+
+def _unscale_and_clip_grads(optimizer, gradients: list[Tensor], scaled_norm: Tensor) -> None:
+    """DeepSpeed's, by the scale of the backward, and left out where it would multiply every gradient by one."""
+    scale = optimizer.scale_of_backward
+    divisor = scale * torch.clamp((scaled_norm / scale + 1e-6) / optimizer.clip_grad, min=1.0)
+    if divisor != 1.0:
+        for gradient in gradients:
+            gradient.mul_(1.0 / divisor)
 
 
 def _optimizer_step(optimizer, copies: deque, device: torch.device, group: int) -> None:

@@ -2,8 +2,10 @@
 
 import math
 import os
+import re
 import shutil
 import socket
+import subprocess  # nosec B404
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -38,7 +40,10 @@ def extension_folders(config: TrainingConfig) -> list[Path]:
 
 
 def refuse_missing_compilers(config: TrainingConfig) -> None:
-    """Raises ValueError when ninja is missing or, for DeepSpeed's first start, the C++ compiler, Python's headers or nvcc."""
+    """Raises ValueError when ninja is missing or, for DeepSpeed's first start, the C++ compiler, Python's headers or, with the
+    optimizer on the GPU, nvcc of torch's CUDA; its toolkit must then stay, because torch links to it at each start. The Adam on
+    the CPU is C++ alone, whether there is a GPU or not.
+    """
     folders = extension_folders(config)
     unbuilt = [folder.name for folder in folders if not (folder / f"{folder.name}.so").exists()]
     if folders and not cpp_extension.is_ninja_available():
@@ -48,9 +53,39 @@ def refuse_missing_compilers(config: TrainingConfig) -> None:
         raise ValueError(f"{compiler} is not on PATH and DeepSpeed must compile {unbuilt[0]} once; apt install g++")
     if unbuilt and not Path(sysconfig.get_path("include"), "Python.h").exists():
         raise ValueError(f"Python.h is not there and DeepSpeed must compile {unbuilt[0]} once; apt install python3-dev")
-    if torch.cuda.is_available() and "fused_adam" in unbuilt and not Path(cpp_extension.CUDA_HOME or "", "bin/nvcc").exists():
-        remedy = "apt install nvidia-cuda-toolkit, or set offload_optimizer=True"
-        raise ValueError(f"nvcc is not there and DeepSpeed must compile fused_adam once; {remedy}")
+    toolkit, on_gpu = cpp_extension.CUDA_HOME, torch.cuda.is_available() and not config.offload_optimizer
+    if on_gpu and torch.version.cuda and (unbuilt or folders and toolkit is None):
+        refuse_nvcc(nvcc_version(toolkit), torch.version.cuda)
+
+
+def nvcc_version(cuda_home: str | None) -> str | None:
+    """What `nvcc --version` prints in a CUDA toolkit's folder; None where none runs."""
+    if cuda_home is None:
+        return None
+    try:
+        command = [str(Path(cuda_home, "bin", "nvcc")), "--version"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout  # nosec B603
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def refuse_nvcc(printed: str | None, torch_cuda: str) -> None:
+    """Raises ValueError where the nvcc that `printed` this as its version, None without one, is not of `torch_cuda`'s major.
+
+    Minors may differ, as in torch's own check (torch/utils/cpp_extension.py, _check_cuda_version). Neither that nor DeepSpeed's
+    (ops/op_builder/builder.py, assert_no_cuda_mismatch) is made where an extension is compiled at a start.
+    """
+    found = re.search(r"release (\d+)\.(\d+)", printed or "")
+    if found and found[1] == torch_cuda.split(".")[0]:
+        return
+    major, minor = torch_cuda.split(".")[:2]
+    fault = f"nvcc is of CUDA {found[1]}.{found[2]} and torch of CUDA {torch_cuda}" if found else "nvcc is not there"
+    toolkit = f"cuda-toolkit-{major}-{minor} by apt or dnf (https://developer.nvidia.com/cuda-downloads)"
+    conda = f"conda install -c nvidia/label/cuda-{major}.{minor}.0 cuda-toolkit"
+    raise ValueError(
+        f"offload_optimizer=False makes DeepSpeed compile its Adam for the GPU, and {fault}; install {toolkit} and set"
+        f" CUDA_HOME=/usr/local/cuda-{major}.{minor}, or {conda}, or set offload_optimizer=True, which needs no nvcc"
+    )
 
 
 @contextmanager

@@ -9,9 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.torch_version import TorchVersion
 
 from scripts import config as settings
 from scripts.config import TrainingConfig, product_dtype
+from scripts.model.activation_offload import host_buffer
 from scripts.model.huggingface import teacher_config
 
 LARGEST_LIMIT = 2**60
@@ -75,11 +77,34 @@ def peak_bytes() -> Peaks:
 
 
 def pinned_bytes(num_bytes: int, device_type: str) -> int:
-    """What `num_bytes` of pinned memory take. torch before 2.13 rounds them up to a power of two; from 2.13 on
-    scripts/engine/distributed.py tells it not to. Without a GPU nothing is pinned.
+    """What `num_bytes` of page-locked memory take. torch before 2.13 rounds them up to a power of two; from 2.13 on it is told
+    not to, by `allocator_settings`. Without a GPU nothing is page-locked.
     """
-    is_exact = device_type == "cpu" or torch.__version__ >= "2.13"
+    is_exact = device_type == "cpu" or can_pin_exactly(torch.__version__)
     return num_bytes if is_exact else 1 << (num_bytes - 1).bit_length()
+
+
+def can_pin_exactly(torch_version: str) -> bool:
+    """Whether this torch knows the settings with which page-locked memory is not rounded up."""
+    return TorchVersion(torch_version) >= "2.13"
+
+
+def is_wsl(kernel: str) -> bool:
+    """Whether a kernel's release, as in /proc/sys/kernel/osrelease, is that of Windows' Subsystem for Linux."""
+    return "microsoft" in kernel.lower()
+
+
+def allocator_settings(own: str, torch_version: str, on_wsl: bool) -> str:
+    """The value of PYTORCH_ALLOC_CONF, from the user's `own` value, "" where there is none.
+
+    What the user set stays. Else segments of GPU memory grow, which leaves no gaps; not on WSL, where the first allocation then
+    fails with drivers before R615 (pytorch#192330). From 2.13 on torch is told to keep no freed page-locked block above 1 MiB:
+    then it does not round their sizes up either, and hands no freed block to a larger request (pytorch#192722).
+    """
+    parts = [own.strip(", ")] if own.strip(", ") else [] if on_wsl else ["expandable_segments:True"]
+    if can_pin_exactly(torch_version) and "pinned_max_cached_size_mb" not in own:
+        parts.append("pinned_max_cached_size_mb:1")
+    return ",".join(parts)
 
 
 def flops_per_token(config: TrainingConfig) -> int:
@@ -134,7 +159,7 @@ def measure_rates(config: TrainingConfig, device: torch.device) -> Rates:
     host_bytes = 2 * copied / _fastest_seconds(lambda: np.copyto(there, here), torch.device("cpu"))
     if device.type == "cpu":
         return Rates(flops, host_bytes, host_bytes)
-    pinned = torch.empty(copied, dtype=torch.uint8, pin_memory=True)
+    pinned = host_buffer(copied, device)
     away = torch.empty_like(pinned, device=device)
     return Rates(flops, host_bytes, copied / _fastest_seconds(lambda: away.copy_(pinned, non_blocking=True), device))
 

@@ -11,10 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from scripts import memory
-from scripts.config import RUN_DIR_WAIT_SECONDS, TrainingConfig, refuse_on_this_machine
+from scripts.config import RUN_DIR_WAIT_SECONDS, TrainingConfig, refuse_on_this_device, refuse_on_this_machine
 from scripts.engine import distributed, offload, toolchain, truth_check, watch
-from scripts.engine.distributed import Ranks, device_of, in_turn, say, together
+from scripts.engine.distributed import Ranks, device_of, in_turn, largest, say, together
+from scripts.model.activation_offload import storage_bytes
 from scripts.model.decoder import Decoder, empty_model, initialise
 from scripts.model.huggingface import load_weights
 from scripts.plan.machine import peak_bytes, room_free, room_in_all
@@ -53,6 +56,7 @@ def set_up(config: TrainingConfig, given: Given) -> Run | None:
         ValueError: the configuration does not fit the machine, the ranks, the data, the teacher or what run_dir holds.
         SystemExit: 75 when a stop was requested meanwhile; 1 when there is no memory left.
     """
+    distributed.release_memory()
     ranks = distributed.ranks_from_launcher()
     watching = watch.Watch(ranks.rank, ranks.local_rank, ranks.num_launchers, config.silent_rank_seconds)
     with ending_out_of_memory(config, ranks), watching.before_training(), ExitStack() as on_failure:
@@ -89,7 +93,7 @@ def ending_out_of_memory(config: TrainingConfig, ranks: Ranks) -> Iterator[None]
         first_line = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
     device_type = device_of(ranks).type
     words = memory.out_of_memory_words(config, ranks.world_size, ranks.local_size, device_type, peak_bytes())
-    watch.say(f"failed: {first_line}; {words}; {watch.SAME_COMMAND}", sys.stderr)
+    watch.say(f"failed: {first_line}; {memory.driver_words(first_line) or words}; {watch.SAME_COMMAND}", sys.stderr)
     raise SystemExit(watch.FAILED)
 
 
@@ -98,6 +102,7 @@ def _refuse_alone(config: TrainingConfig, ranks: Ranks) -> Teacher | None:
     distributed.set_up_cuda()
     offload.refuse_other_versions()
     refuse_on_this_machine(config, ranks.world_size)
+    refuse_on_this_device(config, device_of(ranks))
     toolchain.refuse_missing_compilers(config)
     run_dir.refuse_other_run(config)
     teacher = find_teacher(config)
@@ -149,6 +154,7 @@ def _assemble_run(start: Start, given: Given, data, found: Checkpoint | None, te
         train_tiny = partial(given.train_tiny, ranks)
         truth_check.refuse_untrue_updates(config, ranks.rank, ranks.world_size, device, train_tiny)
         engine = given.initialize(config, ranks, model)
+    _say_what_is_pageable(config, ranks, engine)
     if found is not None:
         together(lambda: load_state(engine, found))
         say(ranks, f"Continuing after step {steps_done} from {found.folder}")
@@ -157,6 +163,17 @@ def _assemble_run(start: Start, given: Given, data, found: Checkpoint | None, te
         config=config, ranks=ranks, device=device, engine=engine, data=data, first_step=steps_done, progress=progress,
         watch=start.watch, lock=lock, teaching=teaching,
     )  # fmt: skip
+
+
+def _say_what_is_pageable(config: TrainingConfig, ranks: Ranks, engine) -> None:
+    """Makes all host memory that a step's copies pass through, and says how much of it is not page-locked, if any."""
+    buffers, device = [*offload.staging_of(engine)], device_of(ranks)
+    if config.activation_checkpointing == "block_offload":
+        shape = torch.Size((config.micro_batch_rows, config.context_length, config.hidden_size))
+        buffers += engine.module.host_inputs.prepare(device, shape, config.dtype, config.num_layers - 1)
+    pageable_bytes = largest(float(storage_bytes([each for each in buffers if not each.is_pinned()])))
+    if device.type == "cuda" and pageable_bytes:
+        say(ranks, memory.pageable_words(int(pageable_bytes), storage_bytes(buffers)))
 
 
 def _claim(start: Start, steps_done: int, progress: Progress) -> int | None:
