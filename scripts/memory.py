@@ -6,6 +6,7 @@ import sys
 from bisect import bisect_left
 from dataclasses import replace
 from itertools import combinations, product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,18 @@ import torch
 from scripts import config as settings
 from scripts.config import ACTIVATION_CHECKPOINTING, GIB, MIB, TrainingConfig
 from scripts.plan.footprint import Moment, Plan, phases, plan
-from scripts.plan.machine import Peaks, Rates, Room, hours, measure_rates, room_free, teacher_seconds, tokens_per_second
+from scripts.plan.machine import (
+    KERNEL_FILE,
+    Peaks,
+    Rates,
+    Room,
+    hours,
+    is_wsl,
+    measure_rates,
+    room_free,
+    teacher_seconds,
+    tokens_per_second,
+)
 
 GPU = "GPU memory"
 HOST = "host memory"
@@ -144,23 +156,24 @@ def out_of_memory_words(config: TrainingConfig, world_size: int, local_size: int
     return f"{comparison_words(comparison(planned, peaks))}; {advice}"
 
 
-def driver_words(fault: str) -> str | None:
-    """What to do where CUDA itself had no memory left, and not torch's allocator of GPU memory, which names what it tried."""
+def driver_words(fault: str, config: TrainingConfig) -> str:
+    """What to do besides where CUDA itself had no memory left, and not torch's allocator, which names what it tried."""
     if DRIVER_OUT_OF_MEMORY_WORDS not in fault:
-        return None
-    return (
-        "CUDA had no GPU memory left for itself, or could page-lock no more host memory: end other programs that use the GPU"
-        " (nvidia-smi lists them); on WSL2, which page-locks 0.5 to 1 GiB in all, end other programs that page-lock too, and"
-        ' set activation_checkpointing="block" in place of "block_offload"'
-    )
+        return ""
+    words = "; CUDA itself had no memory: another program may fill the GPU (nvidia-smi lists them)"
+    if is_wsl(Path(KERNEL_FILE).read_text()):
+        words += ", or WSL2 page-locks no more host memory, 0.5 to 1 GiB in all"
+    if config.activation_checkpointing == "block_offload":
+        words += '; activation_checkpointing="block" page-locks less'
+    return words
 
 
 def pageable_words(pageable_bytes: int, wanted_bytes: int) -> str:
     """What a person is told where the machine does not page-lock all that copies between host and GPU pass through."""
     return (
         f"Of {gib(wanted_bytes)} of host memory that copies to and from the GPU pass through, {gib(pageable_bytes)} cannot be"
-        " page-locked on this machine (WSL2 allows 0.5 to 1 GiB). Results are the same; those copies take two to three times as"
-        " long, and the GPU waits for them"
+        " page-locked on this machine (WSL2 allows 0.5 to 1 GiB). Results are the same, but the host waits for each of those"
+        " copies, which are slower than others"
     )
 
 

@@ -71,8 +71,10 @@ def line_of(record: dict, num_steps: int, top_k: int | None) -> str:
 
 
 def _skipped_words(record: dict) -> str:
+    if "cause" in record and record["loss_scale"] <= 1:
+        return "skipped, its gradients are too large for float16 with any loss scale"
     if "cause" in record:
-        return f"skipped, {record['cause']} was too high for gradients in float16; it goes down when this goes on"
+        return f"skipped, {record['cause']} was too high for gradients in float16; it is {record['loss_scale']:,.0f} now"
     return f"skipped, its gradients are not finite; {_named_documents(record)}"
 
 

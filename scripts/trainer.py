@@ -8,7 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import deepspeed
@@ -55,7 +55,7 @@ def set_up(config: TrainingConfig, prepare: Callable, label: Callable | None = N
 
 def train(run: Run | None, objective: Objective) -> None:
     """The one training loop: every step, then what is due after it. Nothing to do for a finished run. The engine is destroyed
-    after the last step, so that another run of this process has its memory.
+    at the end.
 
     Raises:
         SystemExit: 75 after a save, when a stop was requested; 1 when the last save fails, too many steps are skipped or
@@ -88,7 +88,6 @@ def train(run: Run | None, objective: Objective) -> None:
             if is_stopping or is_last:
                 finish(run, steps_done, saved, report)
             refuse_more_skips(run, steps_done, progress)
-        run.engine.destroy()
     say(run.ranks, f"Finished: {config.num_steps} steps. {summary(config)}")
 
 
@@ -173,18 +172,18 @@ def train_tiny(
 ) -> truth_check.Trained:
     """The truth check's updates, by the same engine and micro-batches as the run's; a norm is NaN where none was taken."""
     engine, norms = initialize_engine(tiny, ranks, model), []
-    set_learning_rate(engine, learning_rate)
-    for batches in steps:
-        is_skipped, tries = True, 0
-        while is_skipped and tries < truth_check.MOST_TRIES:
-            tries, num_skipped_before = tries + 1, engine.skipped_steps
-            for ids in batches:
-                run_micro_batch(engine, next_token, [ids], tiny)
-            is_skipped = engine.skipped_steps > num_skipped_before
-        norms.append(math.nan if is_skipped else gradient_norm(engine))
-    masters = offload.full_masters(engine, model)
-    engine.destroy()
-    return truth_check.Trained(masters, norms)
+    with ExitStack() as at_end:
+        at_end.callback(engine.destroy)
+        set_learning_rate(engine, learning_rate)
+        for batches in steps:
+            is_skipped, tries = True, 0
+            while is_skipped and tries < truth_check.MOST_TRIES:
+                tries, num_skipped_before = tries + 1, engine.skipped_steps
+                for ids in batches:
+                    run_micro_batch(engine, next_token, [ids], tiny)
+                is_skipped = engine.skipped_steps > num_skipped_before
+            norms.append(math.nan if is_skipped else gradient_norm(engine))
+        return truth_check.Trained(offload.full_masters(engine, model), norms)
 
 
 def log_start(run: Run, report: Report) -> None:
@@ -265,12 +264,12 @@ def refuse_more_skips(run: Run, steps_done: int, progress: Progress) -> None:
     if run.ranks.rank == 0:
         good = checkpoint.newest_verified(run.config).checkpoint
         last = f"the last good checkpoint is {good.folder}" if good else "there is no checkpoint yet"
-        remedy = "remove them or lower learning_rate"
+        remedy = "lower learning_rate, or remove the documents that metrics.jsonl names"
         if run.config.precision == "fp16":
             remedy += ', or set precision="bf16" where the card has it, else "fp32"'
         watch.say(
             f"failed: {progress.skipped_in_a_row} steps in a row up to step {steps_done} had gradients that are not finite"
-            f" (max_skipped_steps); {last}; metrics.jsonl names the documents, or the loss scale: {remedy}",
+            f" (max_skipped_steps); {last}; {remedy}",
             sys.stderr,
         )
     wait_for_all()
@@ -291,7 +290,9 @@ def _objective_inputs(run: Run, batch: MicroBatch) -> list[Any]:
 
 @contextmanager
 def _locked(run: Run) -> Iterator[None]:
+    """Lets go of run_dir and of the engine at the end, however it ends: the next run of this process has all its memory."""
     try:
         yield
     finally:
         setup.release_lock(run.lock)
+        run.engine.destroy()

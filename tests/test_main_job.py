@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, clean_environment
+from conftest import HIDE_GPUS, REPOSITORY, clean_environment
 from matplotlib.image import imread
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
@@ -32,6 +32,7 @@ def trained(tmp_path_factory) -> tuple[Path, str, float]:
     folder = tmp_path_factory.mktemp("clone")
     for name in ("ds", "scripts"):
         shutil.copytree(REPOSITORY / name, folder / name)
+    (folder / "scripts" / "__init__.py").write_text(HIDE_GPUS)
     started = time.monotonic()
     result = shell("deepspeed scripts/train_pretrain.py", folder)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]

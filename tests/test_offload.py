@@ -53,10 +53,10 @@ def engine_of(config, kind, take_gradient=take, scaler=None):
         dictionary["data_types"]["grad_accum_dtype"] = "fp32"
     groups = parameter_groups(model, config.weight_decay)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=dictionary)
-    if scaler is not None:
-        engine.optimizer.loss_scaler = scaler
     if kind != "stock":
         offload.replace_offload_path(engine, config)
+    if scaler is not None:
+        engine.optimizer.loss_scaler = scaler
     return engine
 
 
@@ -259,7 +259,7 @@ if __name__ == "__main__":
     bf16 = TrainingConfig(**fields)
     fp32, bf16_on_gpu = replace(bf16, precision="fp32"), replace(bf16, accumulate_on="gpu", accumulation_precision="bf16")
     places = ("cpu", "fp32"), ("gpu", "fp32"), ("gpu", "bf16")
-    in_a_row, apart = {{*range(3, 16)}}, {{*range(2, 40, 5), *range(3, 40, 5)}}
+    in_a_row, apart = {{*range(3, 24)}}, {{*range(2, 40, 5), *range(3, 40, 5)}}
     report = {{
         "scaled": [scaled(of(fp32, 2, max_grad_norm=norm), skipped) for norm, skipped in ((0.1, in_a_row), (1e9, apart))],
         "stock": {{"fp32": against_stock(fp32), "bf16": against_stock(bf16)}},

@@ -142,8 +142,12 @@ def test_the_teachers_held_out_loss_is_a_line_across_the_picture(tmp_path, monke
             ("step 2/9: skipped", "0 'x', 1 'x'", f"and {5 - NUM_NAMED_DOCUMENTS} more in metrics.jsonl"),
         ),
         (
-            {"kind": "event", "step": 2, "event": "skipped", "cause": "the loss scale", "documents": []},
-            ("step 2/9: skipped, the loss scale was too high",),
+            {"kind": "event", "step": 2, "event": "skipped", "cause": "the loss scale", "loss_scale": 32768.0, "documents": []},
+            ("step 2/9: skipped, the loss scale was too high for gradients in float16; it is 32,768 now",),
+        ),
+        (
+            {"kind": "event", "step": 2, "event": "skipped", "cause": "the loss scale", "loss_scale": 1.0, "documents": []},
+            ("step 2/9: skipped, its gradients are too large for float16 with any loss scale",),
         ),
     ],
 )

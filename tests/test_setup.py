@@ -30,11 +30,13 @@ from conftest import (
     training_script,
 )
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+from hypothesis import given
+from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 from scripts.config import TrainingConfig
-from scripts.engine.distributed import Ranks, card_index, ranks_from_launcher, refusing_shared_card
+from scripts.engine.distributed import Ranks, card_index, ranks_from_launcher, refuse_shared_cards
 from scripts.engine.offload import keep_to_device
 from scripts.model.decoder import empty_model
 from scripts.model.huggingface import load_weights
@@ -113,22 +115,13 @@ def test_deepspeed_takes_the_card_that_is_the_ranks_whatever_its_local_rank(monk
     assert accelerator.device_name() == "cuda" and accelerator.available_memory(2) == 5
 
 
-# As torch 2.6 words it (verl-project/verl#161).
-SHARED_CARD = """NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:275, invalid usage, NCCL version 2.20.5
-ncclInvalidUsage: This usually reflects invalid usage of NCCL library.
-Last error:
-Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 10
-"""
-
-
-def test_two_ranks_on_one_card_are_refused_in_one_line():
-    with pytest.raises(ValueError, match=r"^ranks 0 and 1 have the same GPU; [^\n]+$"), refusing_shared_card():
-        raise torch.distributed.DistBackendError(SHARED_CARD)
-
-
-def test_every_other_fault_of_the_first_meeting_stays_what_it_is():
-    with pytest.raises(torch.distributed.DistBackendError, match="unhandled system error"), refusing_shared_card():
-        raise torch.distributed.DistBackendError("NCCL error: unhandled system error")
+@given(st.lists(st.sampled_from(["one GPU-1", "one GPU-2", "two GPU-1", "two GPU-3"]), min_size=2, max_size=4))
+def test_two_ranks_on_one_card_are_refused_in_one_line_by_all(cards):
+    if len(set(cards)) == len(cards):
+        return refuse_shared_cards(cards)
+    pairs = [(first, second) for second in range(len(cards)) for first in range(second) if cards[first] == cards[second]]
+    with pytest.raises(ValueError, match=rf"^ranks {pairs[0][0]} and {pairs[0][1]} have the same GPU; [^\n]+$"):
+        refuse_shared_cards(cards)
 
 
 ENTRY = """

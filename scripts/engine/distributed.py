@@ -8,6 +8,7 @@ import gc
 import os
 import random
 import re
+import socket
 import sys
 import time
 import traceback
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from scripts.config import CONNECT_SECONDS, LOCK_POLL_SECONDS, TrainingConfig
 from scripts.engine import offload, watch
-from scripts.plan.machine import allocator_settings, is_wsl
+from scripts.plan.machine import KERNEL_FILE, allocator_settings, is_wsl
 
 MESSAGE_BYTES = 2048
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -61,8 +62,7 @@ def card_index(ranks: Ranks, num_cards: int) -> int:
 
     The ranks of `deepspeed` and `torchrun` on one machine see the same cards, and each takes that of its local rank. Any other
     launcher (srun, mpirun, a script that sets RANK: CROSS_RANK and TORCHELASTIC_RUN_ID are not there) may show each process a
-    card of its own, so a process that sees exactly one takes it. Whether another process has the same one is not known here:
-    NCCL finds that out, in `join`.
+    card of its own, so a process that sees exactly one takes it. `refuse_shared_cards` looks whether another has the same one.
 
     Raises:
         ValueError: there are more ranks than cards.
@@ -89,7 +89,7 @@ def set_up_cuda() -> None:
     """Sets the variables that CUDA's libraries and torch's allocators read at the first use of the GPU."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     own = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
-    value = allocator_settings(own, torch.__version__, is_wsl(Path("/proc/sys/kernel/osrelease").read_text()))
+    value = allocator_settings(own, torch.__version__, is_wsl(Path(KERNEL_FILE).read_text()))
     os.environ |= dict.fromkeys(ALLOCATOR_VARIABLES, value) if value else {}
 
 
@@ -101,30 +101,25 @@ def join(config: TrainingConfig, ranks: Ranks) -> None:
     offload.start_quickly()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_size))
     torch.use_deterministic_algorithms(True)
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     device = device_of(ranks)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     offload.keep_to_device(deepspeed.accelerator.get_accelerator(), device)
     backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(minutes=config.rank_timeout_minutes)
-    with refusing_shared_card():
-        deepspeed.init_distributed(backend, verbose=False, timeout=timeout)
-        wait_for_all()
+    deepspeed.init_distributed(backend, verbose=False, timeout=timeout)
+    wait_for_all()
     offload.forget_shared_memory(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], ranks.rank)
 
 
-@contextmanager
-def refusing_shared_card() -> Iterator[None]:
-    """Put around the first meeting of the ranks: ValueError where NCCL finds that two of them have the same card."""
-    try:
-        yield
-    except RuntimeError as fault:
-        found = re.search(r"Duplicate GPU detected ?: rank (\d+) and rank (\d+)", str(fault))
-        if found is None:
-            raise
-        first, second = sorted(map(int, found.groups()))
-        remedy = "give each a card of its own (srun --gpus-per-task 1), or start one rank for each card"
-        raise ValueError(f"ranks {first} and {second} have the same GPU; {remedy}") from None
+def refuse_shared_cards(cards: list[str]) -> None:
+    """Raises ValueError where two ranks have the same card, each rank's by machine and UUID: NCCL cannot share one."""
+    for rank, card in enumerate(cards):
+        first = cards.index(card)
+        if first < rank:
+            remedy = "give each a card of its own (srun --gpus-per-task 1), or start one rank for each card"
+            raise ValueError(f"ranks {first} and {rank} have the same GPU; {remedy}")
 
 
 def connect(ranks: Ranks, watching: watch.Watch) -> None:
@@ -157,13 +152,18 @@ def leaving() -> Iterator[None]:
 
 
 def together_before_joining(work: Callable[[], Result], config: TrainingConfig, ranks: Ranks) -> Result:
-    """As `together` for what raises ValueError, before there is a process group: the ranks meet at the launcher's store."""
+    """As `together` for what raises ValueError, before there is a process group: the ranks meet at the launcher's store. Then
+    all raise where two of them have the same card.
+    """
     try:
         result, words = work(), ""
     except ValueError as refusal:
         result, words = None, str(refusal)
     refusals = [words] if ranks.world_size == 1 else _words_of_ranks(words, config, ranks)
     refused = [rank for rank, found in enumerate(refusals) if found]
+    if not refused and ranks.world_size > 1 and device_of(ranks).type == "cuda":
+        card = f"{socket.gethostname()} {torch.cuda.get_device_properties(device_of(ranks)).uuid}"
+        refuse_shared_cards(_words_of_ranks(card, config, ranks))
     if not refused:
         return result  # pyright: ignore[reportReturnType]
     raise ValueError(f"rank {refused[0]}: {refusals[refused[0]]}" if refused[0] else refusals[0])
@@ -215,8 +215,15 @@ def wait_for_all() -> None:
     largest(0.0)
 
 
+def forget_earlier_run() -> None:
+    """Frees what an earlier run of this process has left on the GPU, and lets the peak of its memory begin anew."""
+    release_memory()
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def release_memory() -> None:
-    """Gives memory of tensors that are gone back to the GPU, an earlier run's of this process among them."""
+    """Gives memory of tensors that are gone back to the GPU."""
     gc.collect()
     torch.cuda.empty_cache()
 

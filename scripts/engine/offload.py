@@ -332,21 +332,23 @@ def _mend_loss_scale(optimizer) -> None:
     scale doubles (stage_1_and_2.py, `step`); and at its least scale it raises. Gradients are divided by the scale that their
     backward used, and steps that are skipped are counted by the trainer.
     """
-    optimizer.scale_of_backward, optimizer.loss_scaler.raise_error_at_min_scale = optimizer.loss_scale, False
+    optimizer.scale_of_backward = optimizer.loss_scale
     optimizer._update_scale = partial(_update_scale, optimizer)
     optimizer.unscale_and_clip_grads = partial(_unscale_and_clip_grads, optimizer)
 
 
 def _update_scale(optimizer, has_overflow: bool) -> None:
-    optimizer.scale_of_backward = optimizer.loss_scale
+    optimizer.scale_of_backward, optimizer.loss_scaler.raise_error_at_min_scale = optimizer.loss_scale, False
     type(optimizer)._update_scale(optimizer, has_overflow)
 
 
 def _unscale_and_clip_grads(optimizer, gradients: list[Tensor], scaled_norm: Tensor) -> None:
-    """DeepSpeed's, by the scale of the backward, and left out where it would multiply every gradient by one."""
+    """DeepSpeed's, by the scale of the backward, and left out where it would multiply every gradient by one and a look at the
+    norm need not wait for the GPU.
+    """
     scale = optimizer.scale_of_backward
     divisor = scale * torch.clamp((scaled_norm / scale + 1e-6) / optimizer.clip_grad, min=1.0)
-    if divisor != 1.0:
+    if divisor.device.type == "cuda" or divisor != 1.0:
         for gradient in gradients:
             gradient.mul_(1.0 / divisor)
 

@@ -38,7 +38,7 @@ def next_token_loss(hidden: Tensor, head: Tensor, targets: Tensor, chunk_rows: i
 
     Targets equal to -100 are ignored; if all are, the loss is 0. The backward may run once.
     """
-    return _chunked_loss(hidden, head, targets, chunk_rows, _text_chunk)
+    return _chunked_loss(hidden, head, targets, chunk_rows, _Chunk(_text_chunk, 1.0))
 
 
 def distillation_loss(
@@ -54,7 +54,7 @@ def distillation_loss(
     """
     teacher = {"teacher_hidden": teacher_hidden.flatten(0, 1), "teacher_head": _for_products(teacher_head)}
     chunk = partial(_teacher_chunk, **teacher, settings=_Distillation(weight, temperature, divergence))
-    return _chunked_loss(hidden, head, targets, chunk_rows, chunk)
+    return _chunked_loss(hidden, head, targets, chunk_rows, _Chunk(chunk, _power_of_two(weight * temperature)))
 
 
 def label_loss(
@@ -67,7 +67,8 @@ def label_loss(
     ids, and any other id. "forward" is never above the KL of all ids (data processing inequality, Cover & Thomas 2006, 2.8).
     """
     rows, settings = Labels(*(part.flatten(0, 1) for part in labels)), _Distillation(weight, temperature, divergence)
-    return _chunked_loss(hidden, head, targets, chunk_rows, partial(_label_chunk, labels=rows, settings=settings))
+    chunk = partial(_label_chunk, labels=rows, settings=settings)
+    return _chunked_loss(hidden, head, targets, chunk_rows, _Chunk(chunk, _power_of_two(weight * temperature)))
 
 
 @torch.no_grad()
@@ -110,6 +111,13 @@ class _Distillation(NamedTuple):
     divergence: str
 
 
+class _Chunk(NamedTuple):
+    """The loss function of one chunk, and about the largest that its gradient can be, as a power of two."""
+
+    loss_function: Callable
+    largest: float
+
+
 class _Costs(NamedTuple):
     """Each row's nats (C,) float32, and their gradient with respect to the logits (C, V) float32, empty where not wanted."""
 
@@ -127,32 +135,34 @@ class _Tail(NamedTuple):
 class _ChunkedLoss(torch.autograd.Function):
     """The forward computes the gradients too, chunk by chunk; the backward only scales them (as Liger-kernel does, 2024).
 
-    `loss_function(inputs, head, targets, rows, wants_gradient)` gets hidden states (C, D), the head (V, D), targets (C,) and
-    `rows`, the slice that they are. It returns _Costs, zero where ignored.
+    `chunk.loss_function(inputs, head, targets, rows, wants_gradient)` gets hidden states (C, D), the head (V, D), targets (C,)
+    and `rows`, the slice that they are. It returns _Costs, zero where ignored.
 
-    In float16 probabilities below 3e-8 would vanish from the gradient of the logits, before the loss scale can save them: it is
-    made HALF_GRADIENT_SCALE times as large, which keeps those above 1.2e-10.
+    In float16 probabilities below 3e-8 would vanish from the gradient of the logits, before the loss scale can save them. So it
+    is made HALF_GRADIENT_SCALE times as large, less where the loss's `largest` gradient is above 1; its products with hidden
+    states are added up in float32, and those with the head are divided again in the backward.
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, chunk_rows: int, loss_function: Callable) -> Tensor:
+    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, chunk_rows: int, chunk: _Chunk) -> Tensor:
         total, needed = hidden.new_zeros((), dtype=torch.float32), ctx.needs_input_grad
         matrix = _for_products(head)
         grad_hidden = torch.empty_like(hidden) if needed[0] else None
-        is_split, scale = len(hidden) > chunk_rows, HALF_GRADIENT_SCALE if matrix.dtype == torch.float16 else 1.0
+        is_half = matrix.dtype == torch.float16
+        is_split, scale = is_half or len(hidden) > chunk_rows, HALF_GRADIENT_SCALE / chunk.largest if is_half else 1.0
         grad_head = torch.zeros_like(head, dtype=torch.float32) if needed[1] and is_split else None
         for rows in row_slices(len(hidden), chunk_rows):
             inputs = hidden[rows].to(matrix.dtype)
-            nats, gradient = loss_function(inputs, matrix, targets[rows], rows, any(needed))
+            nats, gradient = chunk.loss_function(inputs, matrix, targets[rows], rows, any(needed))
             total += nats.sum()
             if any(needed):
                 gradient = _scaled(gradient, scale, inputs.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = gradient @ matrix
-            inputs = inputs if scale == 1.0 else inputs / scale
             if grad_head is not None:
-                for part in row_slices(len(head), max(1, gradient.numel() // inputs.shape[1])):  # no larger than `gradient`
-                    grad_head[part] += gradient[:, part].T @ inputs
+                most = gradient.numel() // inputs.shape[1] // (2 if is_half else 1)  # no more bytes than `gradient`
+                for part in row_slices(len(head), max(1, most)):
+                    grad_head[part] += _head_product(gradient[:, part], inputs)
             elif needed[1]:
                 grad_head = gradient.T @ inputs
             del gradient
@@ -168,12 +178,26 @@ class _ChunkedLoss(torch.autograd.Function):
         if grad_hidden is not None:
             torch.mul(grad_hidden, scale / ctx.scale, out=grad_hidden)
         if grad_head is not None:
-            grad_head = torch.mul(grad_head, scale, out=grad_head).to(ctx.dtype)
+            grad_head = torch.mul(grad_head, scale / ctx.scale, out=grad_head).to(ctx.dtype)
         return grad_hidden, grad_head, None, None, None
 
 
-def _chunked_loss(hidden: Tensor, head: Tensor, targets: Tensor, chunk_rows: int, loss_function: Callable) -> Tensor:
-    return _ChunkedLoss.apply(hidden.flatten(0, 1), head, targets.flatten(), chunk_rows, loss_function)  # pyright: ignore
+def _chunked_loss(hidden: Tensor, head: Tensor, targets: Tensor, chunk_rows: int, chunk: _Chunk) -> Tensor:
+    return _ChunkedLoss.apply(hidden.flatten(0, 1), head, targets.flatten(), chunk_rows, chunk)  # pyright: ignore
+
+
+def _head_product(gradient: Tensor, inputs: Tensor) -> Tensor:
+    """gradient.T @ inputs: (C, V), (C, D) -> (V, D); of float16 in float32, where neither small nor large sums are lost."""
+    if inputs.dtype != torch.float16:
+        return gradient.T @ inputs
+    if inputs.device.type == "cpu":
+        return gradient.T.float() @ inputs.float()
+    return torch.mm(gradient.T, inputs, out_dtype=torch.float32)
+
+
+def _power_of_two(number: float) -> float:
+    """The least power of two that is not below `number`, at least 1."""
+    return 2.0 ** max(0, math.ceil(math.log2(number))) if number > 1 else 1.0
 
 
 def _for_products(head: Tensor) -> Tensor:

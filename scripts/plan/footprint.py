@@ -291,16 +291,14 @@ def _kept_block_bytes(model: _Model) -> int:
 def _loss(student: _Model) -> Iterator[Moment]:
     """The loss, at the chunk in which logits or their gradient take most, and its backward, with what the last norm keeps.
 
-    While a chunk's gradient of logits is made, there are three float32 (C, V) with a teacher, two with labels, else one. fp16
-    has its hidden states once more, divided by what that gradient was multiplied by.
+    While a chunk's gradient of logits is made, there are three float32 (C, V) with a teacher, two with labels, else one. In
+    fp16 the head's gradient is added up in float32 even of one chunk.
     """
-    teacher, is_split = _teacher_beside(student), student.chunk < student.tokens
+    teacher, is_split = _teacher_beside(student), student.chunk < student.tokens or student.config.precision == "fp16"
     s, w, head = student.storage, student.products, student.vocabulary * student.width
     last = {"last norm's activations": student.hidden_bytes + 4 * student.tokens}
     hidden, logits = 2 * student.hidden_bytes + 16 * student.tokens, student.chunk * student.vocabulary
-    hidden_rows = student.chunk * student.width
-    scaled = hidden_rows if student.config.precision == "fp16" else 0
-    multiplying = w * (logits + max(hidden_rows, scaled + (min(head, logits) if is_split else head)))
+    multiplying = w * (logits + max(student.chunk * student.width, min(head, logits) if is_split else head))
     chunk = hidden + student.cast_bytes(student.chunk) + student.cast_bytes(student.vocabulary)
     made, top_k, beside = student.made_logits_bytes, student.config.teacher_top_k, {}
     if top_k is not None:

@@ -16,6 +16,8 @@ from scripts.config import TrainingConfig, product_dtype
 from scripts.model.activation_offload import host_buffer
 from scripts.model.huggingface import teacher_config
 
+KERNEL_FILE = "/proc/sys/kernel/osrelease"
+PINNED_SIZES = ("pinned_max_cached_size_mb", "pinned_max_round_threshold_mb")
 LARGEST_LIMIT = 2**60
 BACKWARD_SHARE = 2 / 3
 ADAM_BYTES = 34
@@ -71,7 +73,7 @@ def room_in_all(config: TrainingConfig, device: torch.device) -> Room:
 
 
 def peak_bytes() -> Peaks:
-    """What this process has held at most until now. The host's is the resident set: Linux counts it in KiB."""
+    """What this process has held at most: on the GPU since its run began, of the host ever, as Linux counts it, in KiB."""
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return Peaks(gpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
@@ -97,14 +99,15 @@ def is_wsl(kernel: str) -> bool:
 def allocator_settings(own: str, torch_version: str, on_wsl: bool) -> str:
     """The value of PYTORCH_ALLOC_CONF, from the user's `own` value, "" where there is none.
 
-    What the user set stays. Else segments of GPU memory grow, which leaves no gaps; not on WSL, where the first allocation then
-    fails with drivers before R615 (pytorch#192330). From 2.13 on torch is told to keep no freed page-locked block above 1 MiB:
-    then it does not round their sizes up either, and hands no freed block to a larger request (pytorch#192722).
+    What the user set stays, but for how page-locked blocks are rounded and kept. Else segments of GPU memory grow, which leaves
+    no gaps; not on WSL, where the first allocation then fails with drivers before R615 (pytorch#192330). From 2.13 on torch is
+    told to keep no freed page-locked block above 1 MiB: then it does not round their sizes up either, and hands no freed block
+    to a larger request (pytorch#192722).
     """
-    parts = [own.strip(", ")] if own.strip(", ") else [] if on_wsl else ["expandable_segments:True"]
-    if can_pin_exactly(torch_version) and "pinned_max_cached_size_mb" not in own:
-        parts.append("pinned_max_cached_size_mb:1")
-    return ",".join(parts)
+    parts = [part for part in own.split(",") if part.strip() and not part.strip().startswith(PINNED_SIZES)]
+    if not parts and not on_wsl:
+        parts = ["expandable_segments:True"]
+    return ",".join(parts + ["pinned_max_cached_size_mb:1"] * can_pin_exactly(torch_version))
 
 
 def flops_per_token(config: TrainingConfig) -> int:

@@ -95,13 +95,13 @@ def is_spike(loss: float, losses_before: tuple[float, ...], config: TrainingConf
 def bad_step_records(run: Run, step: int, taken: Step, before: Progress) -> Iterator[dict]:
     """Events for a skipped step and for a spike, with the documents to blame. Every rank must call this.
 
-    In fp16 finite losses have no document to blame: the loss scale was too high for their gradients.
+    In fp16 finite losses have no document to blame: the loss scale was too high for their gradients. The event has the next.
     """
     event = {"kind": "event", "step": step + 1, "loss": finite(taken.loss)}
     if taken.is_skipped:
         event |= {"event": "skipped", "skipped_steps": before.skipped_steps + 1}
         if run.config.precision == "fp16" and np.isfinite(taken.losses).all():
-            yield event | {"cause": LOSS_SCALE, "documents": []}
+            yield event | {"cause": LOSS_SCALE, "loss_scale": run.engine.optimizer.loss_scale, "documents": []}
         else:
             yield event | {"documents": _documents_of(run, step, ~np.isfinite(taken.losses))}
     elif is_spike(taken.loss, before.recent_losses, run.config):

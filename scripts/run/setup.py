@@ -56,7 +56,7 @@ def set_up(config: TrainingConfig, given: Given) -> Run | None:
         ValueError: the configuration does not fit the machine, the ranks, the data, the teacher or what run_dir holds.
         SystemExit: 75 when a stop was requested meanwhile; 1 when there is no memory left.
     """
-    distributed.release_memory()
+    distributed.forget_earlier_run()
     ranks = distributed.ranks_from_launcher()
     watching = watch.Watch(ranks.rank, ranks.local_rank, ranks.num_launchers, config.silent_rank_seconds)
     with ending_out_of_memory(config, ranks), watching.before_training(), ExitStack() as on_failure:
@@ -93,7 +93,8 @@ def ending_out_of_memory(config: TrainingConfig, ranks: Ranks) -> Iterator[None]
         first_line = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
     device_type = device_of(ranks).type
     words = memory.out_of_memory_words(config, ranks.world_size, ranks.local_size, device_type, peak_bytes())
-    watch.say(f"failed: {first_line}; {memory.driver_words(first_line) or words}; {watch.SAME_COMMAND}", sys.stderr)
+    words += memory.driver_words(first_line, config)
+    watch.say(f"failed: {first_line}; {words}; {watch.SAME_COMMAND}", sys.stderr)
     raise SystemExit(watch.FAILED)
 
 
@@ -146,26 +147,35 @@ def _newest_checkpoint(config: TrainingConfig, ranks: Ranks) -> Checkpoint | Non
 def _assemble_run(start: Start, given: Given, data, found: Checkpoint | None, teaching: Teaching | None) -> Run:
     """The model and the engine, at the state of the checkpoint `found` or fresh; run_dir is claimed last."""
     config, ranks = start.config, start.ranks
-    device, steps_done, progress = device_of(ranks), 0, Progress()
-    if found is not None:
-        steps_done, progress = found.state["step"], progress_of(found.state["progress"])
+    device = device_of(ranks)
     model = together(lambda: model_to_train(config, ranks, data, found))
     with _compiling(config, ranks):
         train_tiny = partial(given.train_tiny, ranks)
         truth_check.refuse_untrue_updates(config, ranks.rank, ranks.world_size, device, train_tiny)
         engine = given.initialize(config, ranks, model)
-    _say_what_is_pageable(config, ranks, engine)
+    with ExitStack() as on_failure:
+        on_failure.callback(engine.destroy)
+        _make_host_memory(config, ranks, engine)
+        run = _begun(start, data, found, teaching, engine)
+        on_failure.pop_all()
+    return run
+
+
+def _begun(start: Start, data, found: Checkpoint | None, teaching: Teaching | None, engine) -> Run:
+    """The run, with the engine at the state of the checkpoint `found`, if any; run_dir is claimed last."""
+    config, ranks, steps_done, progress = start.config, start.ranks, 0, Progress()
     if found is not None:
+        steps_done, progress = found.state["step"], progress_of(found.state["progress"])
         together(lambda: load_state(engine, found))
         say(ranks, f"Continuing after step {steps_done} from {found.folder}")
     lock = together(lambda: _claim(start, steps_done, progress) if ranks.rank == 0 else None)
     return Run(
-        config=config, ranks=ranks, device=device, engine=engine, data=data, first_step=steps_done, progress=progress,
+        config=config, ranks=ranks, device=device_of(ranks), engine=engine, data=data, first_step=steps_done, progress=progress,
         watch=start.watch, lock=lock, teaching=teaching,
     )  # fmt: skip
 
 
-def _say_what_is_pageable(config: TrainingConfig, ranks: Ranks, engine) -> None:
+def _make_host_memory(config: TrainingConfig, ranks: Ranks, engine) -> None:
     """Makes all host memory that a step's copies pass through, and says how much of it is not page-locked, if any."""
     buffers, device = [*offload.staging_of(engine)], device_of(ranks)
     if config.activation_checkpointing == "block_offload":
