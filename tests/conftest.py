@@ -36,7 +36,7 @@ HIDE_GPUS = """import os; os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 def pytest_configure(config: pytest.Config) -> None:
     """Hides GPUs from this process, before CUDA looks for them, and from all that it starts, unless `-m gpu` asks for them."""
-    words = config.getoption("markexpr").split()
+    words = (config.getoption("markexpr") or "").split()
     if "gpu" not in words or words[words.index("gpu") - 1 : words.index("gpu")] == ["not"]:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

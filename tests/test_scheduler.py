@@ -513,12 +513,14 @@ def test_blocks_whose_inputs_are_offloaded_learn_the_same_in_every_order(seeds):
     assert [seed for seed in seeds if differs("activations", 1, seed)] == []
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
 @pytest.mark.parametrize("seeds", seeds_of("steps"), ids=str)
 def test_steps_of_deepspeed_are_the_same_in_every_order(world, seeds):
     assert [seed for seed in seeds if differs("steps", world, seed)] == []
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
 @pytest.mark.parametrize("seeds", seeds_of("decoder"), ids=str)
 def test_steps_of_the_decoder_are_the_same_in_every_order(world, seeds):
@@ -615,6 +617,7 @@ def test_ring_and_activations_need_each_wait(left_out):
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+@pytest.mark.slow
 @pytest.mark.parametrize("left_out", without("steps"))
 def test_steps_need_each_wait(world, left_out):
     is_taken = world in ON_SO_MANY_RANKS.get(left_out, (1, 2))

@@ -513,6 +513,7 @@ def half_runs(tmp_path_factory) -> tuple[TrainingConfig, TrainingConfig, str]:
     return whole, stopped, result.stdout
 
 
+@pytest.mark.slow
 def test_an_overflow_of_fp16_with_finite_losses_names_the_loss_scale_and_no_document(half_runs):
     whole, _, output = half_runs
     natural, skipped = [3, 5], {event["step"]: event for event in events(whole, "skipped")}
@@ -522,6 +523,7 @@ def test_an_overflow_of_fp16_with_finite_losses_names_the_loss_scale_and_no_docu
     assert "step 3/8: skipped, the loss scale was too high" in output
 
 
+@pytest.mark.slow
 def test_a_run_in_fp16_continues_bitwise_with_its_loss_scale(half_runs):
     whole, stopped, _ = half_runs
     folders = [newest_folder(config) for config in (whole, stopped)]
