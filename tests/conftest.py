@@ -35,7 +35,10 @@ HIDE_GPUS = """import os; os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hides GPUs from this process, before CUDA looks for them, and from all that it starts, unless `-m gpu` asks for them."""
+    """Hides GPUs, before CUDA looks for them, unless `-m gpu` asks for them. In the workers and in all that they start, idle
+    threads of OpenMP wait instead of spinning, so that what runs side by side takes no more than its share of the cores.
+    """
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     words = (config.getoption("markexpr") or "").split()
     if "gpu" not in words or words[words.index("gpu") - 1 : words.index("gpu")] == ["not"]:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -119,14 +122,12 @@ def _kill_family(process: subprocess.Popen) -> None:
 
 
 def clean_environment() -> dict[str, str]:
-    """This environment without a launcher's variables, with the repository importable and this Python's commands first. Idle
-    threads wait instead of spinning, so that launches side by side, or another program's work, take no more than their share.
-    """
+    """This environment without a launcher's variables, with the repository importable and this Python's commands first."""
     launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {name: value for name, value in os.environ.items() if name not in launchers and not name.startswith("SLURM_")}
     path = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
     importable = os.pathsep.join([str(REPOSITORY), *filter(None, [kept.get("PYTHONPATH")])])
-    return kept | {"PYTHONPATH": importable, "PATH": path, "OMP_WAIT_POLICY": "PASSIVE"}
+    return kept | {"PYTHONPATH": importable, "PATH": path}
 
 
 def free_port() -> int:
