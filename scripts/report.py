@@ -41,7 +41,8 @@ def draw_losses(metrics: Path, picture: Path) -> None:
     train = [record for record in records if record["kind"] == "train"]
     held_out = [record for record in records if record["kind"] == "eval"]
     teacher = next((record for record in records if record.get("event") == "teacher"), None)
-    figure = Figure(figsize=(9, 8), dpi=120, layout="constrained")
+    figure = Figure(figsize=(9, 8), dpi=120)
+    figure.subplots_adjust(left=0.1, right=0.97, bottom=0.07, top=0.97, hspace=0.06)
     loss, rate, norm = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
     _plot_losses(loss, train, held_out, teacher)
     _plot_line(rate, train, "learning_rate", unit="learning rate", color=RATE)
@@ -167,7 +168,7 @@ def _plot_losses(axes: Axes, train: list[dict], held_out: list[dict], teacher: d
     if last is not None:
         words = f"{last['val_loss']:.2f} nats, {last['val_bits_per_byte']:.2f} bits per byte"
         at = (last["tokens"], last["val_loss"])
-        axes.annotate(words, at, (0, 14), textcoords="offset points", ha="right", color=HELD_OUT)
+        axes.annotate(words, at, (0, -18), textcoords="offset points", ha="right", color=HELD_OUT)
     axes.set_title("Loss")
     axes.legend(frameon=False)
 
@@ -176,6 +177,7 @@ def _plot_line(axes: Axes, records: list[dict], name: str, *, unit: str, color: 
     marker = "." if len(records) == 1 else None
     axes.plot(_values(records, "tokens"), _values(records, name), color=color, linewidth=1, marker=marker, label=label)
     axes.set_ylabel(unit)
+    axes.yaxis.set_label_coords(-0.07, 0.5)
     axes.grid(alpha=0.25)
 
 

@@ -676,6 +676,7 @@ watch.end(0)
 """
 
 
+@pytest.mark.slow
 def test_saving_and_loading_take_no_more_memory_than_they_say(tmp_path):
     config = tiny_config(tmp_path, precision="bf16", vocab_size=60000, hidden_size=512, tie_embeddings=True)
     output = expect_success(launch(tmp_path, engine_script(config, MEMORY), TORCHRUN[1]))

@@ -285,6 +285,11 @@ def follow_gradients(folder: Path, ranks: int, hidden_gpus: dict[str, str]) -> l
     return [json.loads((folder / f"report-{rank}.json").read_text()) for rank in range(ranks)]
 
 
+@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 2], ids=["1 rank", "2 ranks"])
+def num_ranks(request) -> int:
+    return request.param
+
+
 @pytest.fixture(scope="module")
 def reports(num_ranks, tmp_path_factory) -> list[dict]:
     return follow_gradients(tmp_path_factory.mktemp(f"path{num_ranks}"), num_ranks, {"CUDA_VISIBLE_DEVICES": ""})

@@ -187,14 +187,19 @@ def test_zero_offload_with_accumulation_equals_plain_adamw(exact_runs, num_ranks
             np.testing.assert_allclose(json.loads(file.metadata()["losses"]), losses, rtol=1e-5 if is_exact else 1e-3)
 
 
+@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 2], ids=["1 rank", "2 ranks"])
+def resuming_ranks(request) -> int:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def resumed_runs(finished_runs, num_ranks, tmp_path_factory) -> dict:
+def resumed_runs(finished_runs, resuming_ranks, tmp_path_factory) -> dict:
     """Runs that stopped after the first save, continued by a fresh launch; "elastic" was begun by another number of ranks."""
-    folder = tmp_path_factory.mktemp(f"resumed{num_ranks}")
-    copies = {name: as_if_stopped_after(SAVE_EVERY, finished_runs[num_ranks, name], folder / name) for name in RUNS}
-    copies["elastic"] = as_if_stopped_after(SAVE_EVERY, finished_runs[3 - num_ranks, "fp32"], folder / "elastic")
+    folder = tmp_path_factory.mktemp(f"resumed{resuming_ranks}")
+    copies = {name: as_if_stopped_after(SAVE_EVERY, finished_runs[resuming_ranks, name], folder / name) for name in RUNS}
+    copies["elastic"] = as_if_stopped_after(SAVE_EVERY, finished_runs[3 - resuming_ranks, "fp32"], folder / "elastic")
     again = "        train(TrainingConfig(**fields))"
-    output = expect_success(launch(folder, pretrain_script(list(copies.values()), again), TORCHRUN[num_ranks]))
+    output = expect_success(launch(folder, pretrain_script(list(copies.values()), again), TORCHRUN[resuming_ranks]))
     return {"output": output, **copies}
 
 
@@ -203,20 +208,21 @@ def sha256_of(path: str | Path) -> str:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_resume_is_bitwise_the_uninterrupted_run(finished_runs, resumed_runs, num_ranks, name):
-    whole, resumed = finished_runs[num_ranks, name], resumed_runs[name]
+def test_resume_is_bitwise_the_uninterrupted_run(finished_runs, resumed_runs, resuming_ranks, name):
+    whole, resumed = finished_runs[resuming_ranks, name], resumed_runs[name]
     assert losses(resumed) == losses(whole)
     assert held_out(resumed) == held_out(whole)
     last = Path("checkpoints") / f"step-{STEPS:08d}"
-    files = ["model.safetensors", *(f"training/optimizer-{r:05d}-of-{num_ranks:05d}.safetensors" for r in range(num_ranks))]
+    parts = [f"training/optimizer-{rank:05d}-of-{resuming_ranks:05d}.safetensors" for rank in range(resuming_ranks)]
+    files = ["model.safetensors", *parts]
     for file in files:
         assert sha256_of(resumed.run_dir / last / file) == sha256_of(whole.run_dir / last / file), file
 
 
-def test_another_number_of_ranks_continues_the_run(finished_runs, resumed_runs, num_ranks):
-    whole, resumed = finished_runs[3 - num_ranks, "fp32"], resumed_runs["elastic"]
+def test_another_number_of_ranks_continues_the_run(finished_runs, resumed_runs, resuming_ranks):
+    whole, resumed = finished_runs[3 - resuming_ranks, "fp32"], resumed_runs["elastic"]
     np.testing.assert_allclose([loss for _, loss, _ in losses(resumed)], [loss for _, loss, _ in losses(whole)], rtol=1e-4)
-    assert f"training/optimizer-00000-of-{num_ranks:05d}.safetensors" in {
+    assert f"training/optimizer-00000-of-{resuming_ranks:05d}.safetensors" in {
         path.relative_to(resumed.run_dir).as_posix().split("/", 2)[2] for path in Path(resumed.run_dir).rglob("*.safetensors")
     }
 
@@ -225,8 +231,8 @@ def test_a_finished_run_says_so_when_started_again(resumed_runs):
     assert resumed_runs["output"].count("This run is finished: 8 steps.") == len(RUNS) + 1
 
 
-def test_each_step_is_logged_once(finished_runs, resumed_runs, num_ranks):
-    for config in (finished_runs[num_ranks, "bf16"], resumed_runs["bf16"], resumed_runs["labels"]):
+def test_each_step_is_logged_once(finished_runs, resumed_runs, resuming_ranks):
+    for config in (finished_runs[resuming_ranks, "bf16"], resumed_runs["bf16"], resumed_runs["labels"]):
         assert [step for step, _, _ in losses(config)] == list(range(1, STEPS + 1))
         assert [step for step, _, _ in held_out(config)] == [0, SAVE_EVERY, STEPS]
 
@@ -412,8 +418,8 @@ def test_one_two_and_one_rank_make_the_run_of_one(elastic_runs, number, toleranc
     assert prove(Path(moved.run_dir))
 
 
-def test_the_log_of_every_run_proves_that_no_window_was_skipped_or_read_twice(finished_runs, resumed_runs, num_ranks):
-    for config in (finished_runs[num_ranks, "bf16"], *(resumed_runs[name] for name in ("bf16", "labels", "elastic"))):
+def test_the_log_of_every_run_proves_that_no_window_was_skipped_or_read_twice(finished_runs, resumed_runs, resuming_ranks):
+    for config in (finished_runs[resuming_ranks, "bf16"], *(resumed_runs[name] for name in ("bf16", "labels", "elastic"))):
         assert prove(Path(config.run_dir))
 
 

@@ -191,6 +191,11 @@ NAMED = {
 }
 
 
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)], ids=["1 rank", "2 ranks"])
+def num_ranks(request) -> int:
+    return request.param
+
+
 @pytest.fixture(scope="module")
 def reports(num_ranks, tmp_path_factory) -> list[dict]:
     """What each rank found: honest checks, faults put into DeepSpeed, and trainings without and with a check before them."""

@@ -231,17 +231,15 @@ def expect_failed(config: TrainingConfig, launcher: str, signal_sent: Sent, word
     assert ended.status != 0 and ended.seconds < SILENT_SECONDS + GONE_SECONDS, ended
 
 
-@pytest.mark.parametrize(("launcher", "target"), [("torchrun", "rank 1")])
+RANKS = [(launcher, target) for launcher in COMMANDS for target in ("rank 0", "rank 1")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "target"), RANKS)
 def test_a_hung_rank_is_named_and_all_stop_within_the_limit(launcher, target, tmp_path):
     config = tiny_config(tmp_path, precision="fp32", silent_rank_seconds=SILENT_SECONDS)
     words = f"{target} has been silent for {SILENT_SECONDS} s, at step"
     expect_failed(config, launcher, Sent(target, "SIGSTOP"), words)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("launcher", "target"), [("deepspeed", "rank 0"), ("deepspeed", "rank 1"), ("torchrun", "rank 0")])
-def test_whichever_rank_hangs_is_named(launcher, target, tmp_path):
-    test_a_hung_rank_is_named_and_all_stop_within_the_limit(launcher, target, tmp_path)
 
 
 @pytest.mark.slow

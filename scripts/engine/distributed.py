@@ -100,7 +100,7 @@ def join(config: TrainingConfig, ranks: Ranks) -> None:
     deepspeed.utils.logger.setLevel("WARNING")
     offload.start_quickly()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_size))
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     device = device_of(ranks)
