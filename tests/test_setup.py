@@ -169,12 +169,14 @@ def one_rank_refused(tmp_path_factory) -> subprocess.CompletedProcess:
     return result
 
 
+@pytest.mark.slow
 def test_one_rank_alone_that_is_refused_says_why_and_the_deepspeed_launcher_passes_status_2_on(one_rank_refused):
     refusal = [line for line in one_rank_refused.stdout.splitlines() if line.startswith("refused: ")]
     assert one_rank_refused.returncode == 2, one_rank_refused.stdout
     assert refusal == ["refused: rank 1: the disk of this machine holds no shards"], one_rank_refused.stdout
 
 
+@pytest.mark.slow
 def test_launched_ranks_see_no_gpu(one_rank_refused):
     """Without `-m gpu`: two ranks must pass on a machine with one card. DeepSpeed's launcher sets the variable anew."""
     assert one_rank_refused.stdout.count("sees ''") == 2, one_rank_refused.stdout
@@ -204,6 +206,7 @@ for name, major, minor, num_cards in (("Tesla V100", 7, 0, 2), ("H100", 9, 0, 1)
 """
 
 
+@pytest.mark.slow
 def test_a_rank_is_refused_before_the_ranks_have_met_for_its_card_or_for_none(tmp_path):
     """Where one rank alone has no card, that one's words are said."""
     entry = ENTRY.format(fields=json.dumps(asdict(tiny_config(tmp_path)))).replace("train_pretrain.main()\n", TWICE)
