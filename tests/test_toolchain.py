@@ -17,14 +17,14 @@ from deepspeed.ops.op_builder.builder import CUDAMismatchException, CUDAOpBuilde
 from torch.utils import cpp_extension
 from torch.utils.file_baton import FileBaton
 
-from scripts.config import TrainingConfig
+from scripts.config import Card, TrainingConfig
 from scripts.engine import toolchain
 
 WIDE_SECONDS = 60
 HOLDER = """
 import os, signal, sys, time
 from scripts.engine import toolchain
-from scripts.config import TrainingConfig
+from scripts.config import Card, TrainingConfig
 
 with toolchain.compiling(TrainingConfig(), 0):
     os.open(toolchain.extension_folders(TrainingConfig())[0] / "lock", os.O_CREAT | os.O_EXCL)
@@ -83,6 +83,13 @@ NVCCS = {
     "12.8": dict(year=2025, built="Fri_Feb_21_20:23:50_PST_2025", version="12.8.93", build="35583870_0"),
     "13.0": dict(year=2025, built="Wed_Aug_20_01:58:59_PM_PDT_2025", version="13.0.88", build="36424714_0"),
 }
+# What their `nvcc --list-gpu-arch` lists.
+COMPILES_FOR = {
+    "11.5": (35, 37, 50, 52, 53, 60, 61, 62, 70, 72, 75, 80, 86, 87),
+    "12.0": (50, 52, 53, 60, 61, 62, 70, 72, 75, 80, 86, 87, 89, 90),
+    "12.8": (50, 52, 53, 60, 61, 62, 70, 72, 75, 80, 86, 87, 89, 90, 100, 101, 120),
+    "13.0": (75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121),
+}
 of_each_nvcc = pytest.mark.parametrize("release", NVCCS)
 of_each_torch = pytest.mark.parametrize("torch_cuda", ["12.6", "12.8", "13.0", "13.2"])
 
@@ -92,10 +99,11 @@ def printed_by(release: str) -> str:
 
 
 def put_nvcc(toolkit: Path, release: str) -> Path:
-    """An nvcc in a CUDA toolkit's folder that prints its version."""
+    """An nvcc in a CUDA toolkit's folder that prints its version, and the capabilities that it compiles for."""
     nvcc = toolkit / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
-    nvcc.write_text(f"#!/bin/sh\ncat <<'END'\n{printed_by(release)}END\n")
+    known = "\n".join(f"compute_{code}" for code in COMPILES_FOR[release])
+    nvcc.write_text(f"#!/bin/sh\n[ $1 = --list-gpu-arch ] && echo '{known}' && exit\ncat <<'END'\n{printed_by(release)}END\n")
     nvcc.chmod(0o755)
     return toolkit
 
@@ -126,9 +134,9 @@ def test_no_nvcc_that_deepspeeds_own_rule_takes_is_refused(release, torch_cuda, 
         if (release, torch_cuda) == ("13.0", "13.2"):
             return
         with pytest.raises(ValueError, match="nvcc is of CUDA"):
-            toolchain.refuse_nvcc(toolchain.nvcc_version(str(tmp_path)), torch_cuda)
+            toolchain.refuse_nvcc(toolchain.nvcc_says(str(tmp_path), "--version"), torch_cuda)
     else:
-        toolchain.refuse_nvcc(toolchain.nvcc_version(str(tmp_path)), torch_cuda)
+        toolchain.refuse_nvcc(toolchain.nvcc_says(str(tmp_path), "--version"), torch_cuda)
 
 
 @pytest.mark.parametrize("printed", [None, "", "command not found"])
@@ -140,10 +148,28 @@ def test_nvcc_that_is_not_there_is_refused_with_the_package_of_torchs_cuda(print
 
 
 def test_nvcc_is_asked_where_torch_would_take_it_from(tmp_path):
-    assert toolchain.nvcc_version(str(put_nvcc(tmp_path, "12.8"))) == printed_by("12.8")
-    assert toolchain.nvcc_version(str(tmp_path / "bin")) is None and toolchain.nvcc_version(None) is None
+    assert toolchain.nvcc_says(str(put_nvcc(tmp_path, "12.8")), "--version") == printed_by("12.8")
+    assert toolchain.nvcc_says(str(tmp_path / "bin"), "--version") is None and toolchain.nvcc_says(None, "--version") is None
     (tmp_path / "bin" / "nvcc").write_text("#!/bin/sh\nexit 1\n")
-    assert toolchain.nvcc_version(str(tmp_path)) is None
+    assert toolchain.nvcc_says(str(tmp_path), "--version") is None
+
+
+@of_each_nvcc
+@pytest.mark.parametrize("card", [(7, 5), (8, 6), (8, 9), (9, 0), (12, 0), (12, 1)])
+def test_nvcc_that_does_not_compile_for_a_card_is_refused_with_the_package_of_torchs_cuda(release, card, tmp_path):
+    listed, named = toolchain.nvcc_says(str(put_nvcc(tmp_path, release)), "--list-gpu-arch"), Card("this one", *card)
+    if card[0] * 10 + card[1] in COMPILES_FOR[release]:
+        return toolchain.refuse_old_nvcc(listed, [named], "12.8")
+    for cards in ([named], [Card("a common one", 8, 0), named]):
+        with pytest.raises(
+            ValueError, match=f"for this one of compute capability {card[0]}.{card[1]}; install cuda-toolkit-12-8"
+        ):
+            toolchain.refuse_old_nvcc(listed, cards, "12.8")
+
+
+@pytest.mark.parametrize("listed", [None, "", "nvcc fatal   : Unknown option"])
+def test_an_nvcc_that_lists_nothing_is_not_refused(listed):
+    toolchain.refuse_old_nvcc(listed, [Card("", 12, 0)], "12.8")
 
 
 ON_GPU = TrainingConfig(offload_optimizer=False, accumulate_on="gpu")
@@ -154,6 +180,9 @@ def on_a_gpu(tmp_path, monkeypatch) -> Path:
     """As on a machine with a GPU and torch of CUDA 13.0, whose toolkit would be in this folder, and nothing built."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    cards = [Card("RTX 3060", 8, 6), Card("RTX 5060", 12, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", cards.__getitem__)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
     return tmp_path / "cuda"
@@ -165,8 +194,17 @@ def test_an_optimizer_on_the_gpu_needs_nvcc_of_torchs_cuda(on_a_gpu, monkeypatch
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(put_nvcc(on_a_gpu, "12.0")))
     with pytest.raises(ValueError, match="nvcc is of CUDA 12.0 and torch of CUDA 13.0"):
         toolchain.refuse_missing_compilers(ON_GPU)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    with pytest.raises(
+        ValueError, match="the nvcc found is too old for RTX 5060 of compute capability 12.0; install cuda-toolkit-12-8"
+    ):
+        toolchain.refuse_missing_compilers(ON_GPU)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
+    toolchain.refuse_missing_compilers(ON_GPU)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
     shutil.rmtree(on_a_gpu)
     put_nvcc(on_a_gpu, "13.0")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     toolchain.refuse_missing_compilers(ON_GPU)
 
 

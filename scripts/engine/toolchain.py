@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
-from scripts.config import LOCK_POLL_SECONDS, LONG_LOCK_SECONDS, TrainingConfig
+from scripts.config import LOCK_POLL_SECONDS, LONG_LOCK_SECONDS, Card, TrainingConfig
 from scripts.engine.watch import process_stat
 
 
@@ -55,15 +55,18 @@ def refuse_missing_compilers(config: TrainingConfig) -> None:
         raise ValueError(f"Python.h is not there and DeepSpeed must compile {unbuilt[0]} once; apt install python3-dev")
     toolkit, on_gpu = cpp_extension.CUDA_HOME, torch.cuda.is_available() and not config.offload_optimizer
     if on_gpu and torch.version.cuda and (unbuilt or folders and toolkit is None):
-        refuse_nvcc(nvcc_version(toolkit), torch.version.cuda)
+        refuse_nvcc(nvcc_says(toolkit, "--version"), torch.version.cuda)
+        found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        cards = [Card(each.name, each.major, each.minor) for each in found]
+        refuse_old_nvcc(nvcc_says(toolkit, "--list-gpu-arch"), cards, torch.version.cuda)
 
 
-def nvcc_version(cuda_home: str | None) -> str | None:
-    """What `nvcc --version` prints in a CUDA toolkit's folder; None where none runs."""
+def nvcc_says(cuda_home: str | None, option: str) -> str | None:
+    """What the nvcc in a CUDA toolkit's folder prints with `option`; None where none runs."""
     if cuda_home is None:
         return None
     try:
-        command = [str(Path(cuda_home, "bin", "nvcc")), "--version"]
+        command = [str(Path(cuda_home, "bin", "nvcc")), option]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout  # nosec B603
     except (OSError, subprocess.SubprocessError):
         return None
@@ -78,11 +81,28 @@ def refuse_nvcc(printed: str | None, torch_cuda: str) -> None:
     found = re.search(r"release (\d+)\.(\d+)", printed or "")
     if found and found[1] == torch_cuda.split(".")[0]:
         return
-    major, minor = torch_cuda.split(".")[:2]
     fault = f"nvcc is of CUDA {found[1]}.{found[2]} and torch of CUDA {torch_cuda}" if found else "nvcc is not there"
+    raise ValueError(_nvcc_words(fault, torch_cuda))
+
+
+def refuse_old_nvcc(listed: str | None, cards: list[Card], torch_cuda: str) -> None:
+    """Raises ValueError where `listed`, what `nvcc --list-gpu-arch` prints, lacks the capability of one of the `cards`.
+
+    DeepSpeed compiles for exactly these (ops/op_builder/builder.py, compute_capability_args). CUDA 12.0 is of the major of a
+    torch of 12.8 and knows no 12.0, which came with 12.8. A `listed` without a capability is passed over.
+    """
+    known = re.findall(r"compute_(\d+)", listed or "")
+    for card in cards:
+        if known and f"{card.major}{card.minor}" not in known:
+            fault = f"the nvcc found is too old for {card.name} of compute capability {card.major}.{card.minor}"
+            raise ValueError(_nvcc_words(fault, torch_cuda))
+
+
+def _nvcc_words(fault: str, torch_cuda: str) -> str:
+    major, minor = torch_cuda.split(".")[:2]
     toolkit = f"cuda-toolkit-{major}-{minor} by apt or dnf (https://developer.nvidia.com/cuda-downloads)"
     conda = f"conda install -c nvidia/label/cuda-{major}.{minor}.0 cuda-toolkit"
-    raise ValueError(
+    return (
         f"offload_optimizer=False makes DeepSpeed compile its Adam for the GPU, and {fault}; install {toolkit} and set"
         f" CUDA_HOME=/usr/local/cuda-{major}.{minor}, or {conda}, or set offload_optimizer=True, which needs no nvcc"
     )
