@@ -61,7 +61,7 @@ def card_index(ranks: Ranks, num_cards: int) -> int:
     """Which of the `num_cards` GPUs that this process sees is its own.
 
     The ranks of `deepspeed` and `torchrun` on one machine see the same cards, and each takes that of its local rank. Any other
-    launcher (srun, mpirun, a script that sets RANK: CROSS_RANK and TORCHELASTIC_RUN_ID are not there) may show each process a
+    launcher (srun, a script that sets RANK: CROSS_RANK and TORCHELASTIC_RUN_ID are not there) may show each process a
     card of its own, so a process that sees exactly one takes it. `refuse_shared_cards` looks whether another has the same one.
 
     Raises:
@@ -216,10 +216,13 @@ def wait_for_all() -> None:
 
 
 def forget_earlier_run() -> None:
-    """Frees what an earlier run of this process has left on the GPU, and lets the peak of its memory begin anew."""
+    """Frees what an earlier run of this process has left on the GPU and, from torch 2.13 on, in page-locked memory. The peak of
+    the GPU's memory begins anew.
+    """
     release_memory()
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
+        getattr(torch.accelerator, "empty_host_cache", lambda: None)()
 
 
 def release_memory() -> None:

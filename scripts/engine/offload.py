@@ -89,7 +89,8 @@ class StagingRing:
     def release(self, num_elements: int) -> None:
         """Frees the oldest gradients on the GPU until at most `num_elements` are left; later kernels wait for their copies."""
         while self._held and sum(len(sent.source) for sent in self._held) > num_elements:
-            torch.cuda.current_stream().wait_event(self._held.popleft().copied)
+            sent = self._held.popleft()
+            torch.cuda.current_stream().wait_event(sent.copied)
 
     def drain(self) -> None:
         """Waits until all that was sent has been added to its target. Raises what went wrong in the thread."""

@@ -197,7 +197,7 @@ def _head_product(gradient: Tensor, inputs: Tensor) -> Tensor:
 
 def _power_of_two(number: float) -> float:
     """The least power of two that is not below `number`, at least 1."""
-    return 2.0 ** max(0, math.ceil(math.log2(number))) if number > 1 else 1.0
+    return 2.0 ** math.ceil(math.log2(max(number, 1)))
 
 
 def _for_products(head: Tensor) -> Tensor:
