@@ -1,59 +1,113 @@
 """Files and folders -> documents as bytes. Owns which files are read, how they are cut, which documents are held out.
 
-Knows nothing of tokens: a document is bytes, valid UTF-8 or not, and is never changed here.
+Knows nothing of tokens. A document keeps its bytes, valid UTF-8 or not, but for a byte-order mark, which is taken off. At one
+time there are in memory: one document (of JSON its row, a few times; of Parquet a batch of rows) and a few pieces of a file.
 """
 
 import bz2
-import gzip
+import csv
 import io
 import json
 import lzma
 import os
+import re
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from glob import has_magic, iglob
+from glob import has_magic
 from hashlib import sha256
-from itertools import product, takewhile
+from heapq import heappop, heappush
+from itertools import chain, islice
 from pathlib import Path
-from typing import IO
+from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import zstandard
 
-# pyarrow, because zstandard's own reader takes a truncated file for a complete one.
-OPENERS = {
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
-    ".zst": lambda path, _: io.BufferedReader(pa.input_stream(str(path), compression="zstd")),
+# By ending: how such a file begins, and what decompresses one stream of it.
+COMPRESSIONS = {
+    ".gz": (re.compile(rb"\x1f\x8b\x08"), lambda: zlib.decompressobj(31)),
+    ".bz2": (re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), bz2.BZ2Decompressor),
+    ".xz": (re.compile(rb"\xfd7zXZ\0"), lzma.LZMADecompressor),
+    ".zst": (re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2aM\x18"), lambda: zstandard.ZstdDecompressor().decompressobj()),
 }
-# How many rows are in memory at once; the documents are the same.
-PARQUET_BATCH_ROWS = 1024
-PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-ZIP_START = b"PK\x03\x04"
-# The opcodes of pickle's protocols 0 to 5, by what follows each: so many bytes; a length of so many bytes, and as many bytes as
-# it says; so many lines.
-FIXED_BYTES = {
-    **dict.fromkeys(b"012()NQR]abdelostu}\x81\x85\x86\x87\x88\x89\x8f\x90\x91\x92\x93\x94\x97\x98", 0),
-    **dict.fromkeys(b"Khq\x80\x82", 1), **dict.fromkeys(b"M\x83", 2), **dict.fromkeys(b"Jjr\x84", 4),
-    **dict.fromkeys(b"G\x95", 8),
+READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, pa.ArrowException)
+# How much is read at once; the documents are the same.
+PARQUET_BATCH_ROWS = 64
+PIECE_BYTES, COMPRESSED_BYTES = 2**20, 2**14
+# What a file is shows in so many of its first bytes.
+HEAD_BYTES = 2**18
+# How files begin that hold no text.
+BINARY_STARTS = {
+    "a pickle": rb"\x80[\2-\5]", "a zip archive": rb"PK(\x03\x04|\x05\x06)", "a PDF": rb"%PDF-", "a PNG image": rb"\x89PNG",
+    "a JPEG image": rb"\xff\xd8\xff", "a GIF image": rb"GIF8[79]a", "an ELF object": rb"\x7fELF", "an archive": rb".{257}ustar",
+    "an archive of objects": rb"!<arch>\n", "sound": rb"ID3[\2-\4]|fLaC|OggS|RIFF.{4}WAVE", "an Arrow file": rb"ARROW1\0",
+    "compressed twice, or unknown": b"|".join([rb"\x04\x22M\x18|PAR1.*PAR1$", *(c[0].pattern for c in COMPRESSIONS.values())]),
 }  # fmt: skip
-LENGTH_BYTES = {**dict.fromkeys(b"UC\x8a\x8c", 1), **dict.fromkeys(b"TBX\x8b", 4), **dict.fromkeys(b"\x8d\x8e\x96", 8)}
-NUM_LINES = {**dict.fromkeys(b"FILPSVgp", 1), **dict.fromkeys(b"ci", 2)}
-STOP = ord(".")
-JSON_REMEDY = "write one JSON object a line"
+UTF8_MARK = b"\xef\xbb\xbf"
+# By iconv's names; the mark of UTF-32LE begins with that of UTF-16LE.
+MARKS = {"UTF-32LE": b"\xff\xfe\0\0", "UTF-32BE": b"\0\0\xfe\xff", "UTF-16LE": b"\xff\xfe", "UTF-16BE": b"\xfe\xff"}
+# What other tools write between documents, and the document_separator that cuts there.
+SEPARATORS = {
+    **{mark.encode(): mark for mark in ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>")},
+    b"\n</s>\n": "</s>", b"\n</s>\r\n": "</s>",
+}  # fmt: skip
+DECODER = json.JSONDecoder()
+# Nearer than this to the end of what is read, an error may be a word that is cut off.
+LONGEST_JSON_WORD = 16
+BLANK, ARRAY_START, ARRAY_NEXT = (re.compile(gap) for gap in (r"\s*()", r"\s*\[\s*(\]?)\s*", r"\s*(?:,|(\]))\s*"))
+NAME = re.compile(r"[\w.-]+")
+INVALID_BYTES = re.compile("([\udc80-\udcff]+)")
+EXCLUDE = "leave it out by corpus_exclude"
+SKIP = "mend it, or set skip_faulty_rows=True"
+ONE_STRING = "write each row's list into one string, such as by a chat template, and set text_field to that"
+TEXT_TYPE = re.compile(r"(large_)?(string|binary)(_view)?|fixed_size_binary.*|null")
+
+
+class Reading(NamedTuple):
+    """How files become documents: the fields of the configuration of these names."""
+
+    text_field: str
+    document_separator: str | None
+    skip_faulty_rows: bool
+
+
+@dataclass
+class Tally:
+    """What was met: how often each kind, and where first. Kinds: "documents"; "empty", "faulty", which are skipped; "invalid",
+    which are not UTF-8; "separator", plain files with one of `SEPARATORS`; "json", .json files that are no rows.
+    """
+
+    counts: dict[str, int] = field(default_factory=dict)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def count(self, kind: str, where: str) -> None:
+        """One more of a kind."""
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        self.first.setdefault(kind, where)
+
+    def fault(self, error: ValueError, reading: Reading) -> None:
+        """Raises the error, or counts what it is about as skipped."""
+        if not reading.skip_faulty_rows:
+            raise error
+        self.count("faulty", str(error))
 
 
 def corpus_files(corpus: tuple[str, ...], exclude: tuple[str, ...]) -> list[Path]:
-    """The files of all entries, sorted, each once. An entry is a file, a folder (read recursively) or a glob (`**` too).
+    """The files of all entries, sorted, each real file once. An entry is a file, a folder or a glob, of which `**` crosses
+    folders: `data`, `data/**` and `data/**/*` are the same. A name with `[`, `*` or `?` that is there is that file or folder.
 
-    Below a folder, or below the fixed part of a glob, hidden names are left out, and so is every path with a part that matches
-    a pattern of `exclude` (as in fnmatch). A file that an entry names itself is never left out. Raises ValueError if
-    an entry is not there or no file of it is left.
+    Below a folder, or below the fixed part of a glob, links are followed, hidden names are left out, and so is every path that
+    has a part that matches a pattern of `exclude` (as in fnmatch). A file that an entry names itself is never left out. Of
+    several names of a file the first without a link counts, or the first. Raises ValueError if an entry is not there, a folder
+    cannot be read, or no file of an entry is left.
     """
-    files = [path for entry in corpus for path in sorted(_entry_files(entry, exclude))]
-    return sorted({path.resolve(): path for path in reversed(files)}.values())
+    found = sorted((file for entry in corpus for file in _entry_files(entry, exclude)), key=lambda file: file[0])
+    return sorted({path.resolve(): path for _, path in reversed(found)}.values())
 
 
 def corpus_digest(files: Iterable[Path]) -> str:
@@ -64,29 +118,48 @@ def corpus_digest(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def documents(files: Iterable[Path], text_field: str) -> Iterator[bytes]:
-    """Every document that is not empty, file by file. Raises ValueError as `file_documents` does, or if there is none."""
-    document = b""
+def documents(files: Iterable[Path], reading: Reading, tally: Tally) -> Iterator[bytes]:
+    """Every document, file by file. Raises ValueError as `file_documents` does, or if there is none."""
+    before = tally.counts.get("documents", 0)
     for path in files:
-        for document in file_documents(path, text_field):
-            yield document
-    if not document:
-        raise ValueError("corpus holds no text: every file is empty; add files with text to corpus")
+        yield from file_documents(path, reading, tally)
+    if tally.counts.get("documents", 0) == before:
+        why = f"the first of its faulty rows is {tally.first['faulty']}" if "faulty" in tally.first else "every file is empty"
+        raise ValueError(f"corpus holds no text: {why}; add files with text to corpus")
 
 
-def file_documents(path: Path, text_field: str) -> Iterator[bytes]:
-    """The documents of one file that are not empty: a line of .jsonl or .ndjson, a row of .parquet, else the whole file.
+def file_documents(path: Path, reading: Reading, tally: Tally) -> Iterator[bytes]:
+    """The documents of one file that are not null, empty or white space alone; `tally` counts those and what else was met.
 
-    The text is the string in `text_field`. Files that end in .gz, .bz2, .xz or .zst are decompressed first. Bytes that are
-    not UTF-8 are kept. Raises ValueError, with file and line, if the file cannot be read, is not what its name says, is a
-    pickle or a zip archive, or if a line or column is not text.
+    - Rows: Parquet; .csv and .tsv, whose first row names the columns; .jsonl, .ndjson and .json as lines, as values one after
+      the other or as one array. `text_field` names the text, or is a path to it ("message.content").
+    - All else is plain: one document, or those between `document_separator`, without the line ends around them. So is a .json
+      file that is no row as source code has them for its settings: one object over several lines, or with comments, without
+      `text_field`; it is counted ("json"). Refused, whatever their name, are plain files that begin with two JSON objects,
+      with one that has `text_field`, with an array of objects, or with a line of names of columns, `text_field` among them.
+    - Gzip, bzip2, xz, Zstandard and Parquet are known by their content. Bytes that are not UTF-8 are kept.
+
+    Raises ValueError, with file and line, row group or byte, if the file cannot be read, is not what its name says, is binary
+    or in another encoding, or a row is not text. With `skip_faulty_rows`, rows, row groups and the lost end of a compressed
+    file are counted and skipped instead.
     """
-    name = path.with_suffix("") if path.suffix.lower() in OPENERS else path
-    readers = {".jsonl": _json_lines, ".ndjson": _json_lines, ".parquet": _parquet}
     try:
-        yield from filter(None, readers.get(name.suffix.lower(), _whole_file)(path, text_field))
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
-        raise ValueError(f"{path} cannot be read ({one_line(error)}); repair it, or leave it out by corpus_exclude") from error
+        for document in _reader(path, reading, tally):
+            document = document.removeprefix(UTF8_MARK)
+            if not document or document.isspace():
+                tally.count("empty", str(path))
+                continue
+            try:
+                document.decode()
+            except UnicodeDecodeError:
+                tally.count("invalid", str(path))
+            tally.count("documents", str(path))
+            yield document
+            del document
+    except READ_ERRORS as error:
+        is_missing = isinstance(error, OSError) and error.errno is not None
+        words = ValueError(f"{path} cannot be read ({one_line(error)}); repair it, or {EXCLUDE}")
+        tally.fault(words, reading._replace(skip_faulty_rows=reading.skip_faulty_rows and not is_missing))
 
 
 def is_held_out(document: bytes, fraction: float) -> bool:
@@ -95,8 +168,13 @@ def is_held_out(document: bytes, fraction: float) -> bool:
 
 
 def fixed_part(pattern: Path) -> Path:
-    """The folders before a glob's first wildcard."""
-    return Path(*takewhile(lambda part: not has_magic(part), pattern.parts))
+    """The folders before a glob's first wildcard; a folder whose own name looks like one is no wildcard."""
+    fixed = Path()
+    for part in pattern.parts:
+        if has_magic(part) and not (fixed / part).exists():
+            break
+        fixed /= part
+    return fixed
 
 
 def one_line(error: BaseException) -> str:
@@ -104,95 +182,340 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _entry_files(entry: str, exclude: tuple[str, ...]) -> list[Path]:
+def _entry_files(entry: str, exclude: tuple[str, ...]) -> list:
     path = Path(entry)
     if path.is_file():
-        return [path]
+        return [(path.is_symlink(), path)]
     if not path.is_dir() and not has_magic(entry):
         raise ValueError(f"corpus: {entry!r} is not there; name a file, folder or glob that exists")
-    root = path if path.is_dir() else fixed_part(path)
-    files = _files_below(path) if path.is_dir() else [Path(name) for name in iglob(entry, recursive=True)]
-    files = [file for file in files if file.is_file()]
-    kept = [file for file in files if not any(fnmatchcase(*pair) for pair in product(file.relative_to(root).parts, exclude))]
+    root = fixed_part(path)
+    parts = path.parts[len(root.parts) :] or ("**",)
+    pattern = (*parts, "*") if parts[-1] == "**" else parts
+    kept = _matching(root, pattern, exclude)
     if not kept:
-        excluded = f"corpus_exclude leaves out all {len(files)}" if files else "nothing is there"
+        num_files = len(_matching(root, pattern, ()))
+        excluded = f"corpus_exclude leaves out all {num_files}" if num_files else "nothing is there"
         raise ValueError(f"corpus: {entry!r} matches no file ({excluded}); name a file, folder or glob that holds text")
     return kept
 
 
-def _files_below(root: Path) -> list[Path]:
-    files = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        files += [Path(folder, name) for name in names if not name.startswith(".")]
-    return files
+def _matching(root: Path, pattern: tuple[str, ...], exclude: tuple[str, ...]) -> list:
+    """Whether a link led there, and the path, of each file; a folder is entered once, by its own path before any link to it."""
+    found, seen, waiting = [], set(), [(False, root, pattern)]
+    while waiting:
+        is_linked, folder, (part, *rest) = heappop(waiting)
+        place = (folder.resolve(), len(rest))
+        if place in seen:
+            continue
+        seen.add(place)
+        if part == "**":
+            heappush(waiting, (is_linked, folder, tuple(rest)))
+        for name in _names_in(folder, part, exclude):
+            path, below = folder / name, (part, *rest) if part == "**" else tuple(rest)
+            if below and path.is_dir():
+                heappush(waiting, (is_linked or path.is_symlink(), path, below))
+            elif not below and path.is_file():
+                found.append((is_linked or path.is_symlink(), path))
+    return sorted(found)
 
 
-def _whole_file(path: Path, text_field: str) -> Iterator[bytes]:
-    with _open(path) as file:
-        content = file.read()
-    kind = "a pickle" if _begins_with_pickle(content) else "a zip archive" if content.startswith(ZIP_START) else None
-    if kind is not None:
-        raise ValueError(
-            f"{path} is {kind}, not text, and nothing in it is run; leave it out by corpus_exclude or move it away"
-        )
-    yield content
-
-
-def _begins_with_pickle(content: bytes) -> bool:
-    """Whether the bytes begin with a whole pickle of protocol 2 to 5: one opcode after the other, up to STOP."""
-    at = 2 if content.startswith(PICKLE_STARTS) else len(content)
-    while at < len(content) and content[at] != STOP:
-        opcode, at = content[at], at + 1
-        length = content[at : at + LENGTH_BYTES.get(opcode, 0)]
-        at += len(length) + int.from_bytes(length, "little")
-        for _ in range(NUM_LINES.get(opcode, 0)):
-            at = (content.find(b"\n", at) + 1) or len(content)
-        if opcode not in LENGTH_BYTES and opcode not in NUM_LINES:
-            at += FIXED_BYTES.get(opcode, len(content))
-    return at < len(content)
-
-
-def _json_lines(path: Path, text_field: str) -> Iterator[bytes]:
-    with _open(path) as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield _json_text(line, text_field, f"{path}, line {number}")
-
-
-def _json_text(line: bytes, text_field: str, place: str) -> bytes:
+def _names_in(folder: Path, part: str, exclude: tuple[str, ...]) -> list[str]:
     try:
-        value = json.loads(line)
+        names = os.listdir(folder) if has_magic(part) and folder.is_dir() else [part]
+    except OSError as error:
+        raise ValueError(f"corpus: {folder} cannot be read ({error.strerror}); {EXCLUDE}") from error
+    names = [name for name in names if fnmatchcase(name, part) or name == part]
+    shown = [name for name in names if part.startswith(".") or not name.startswith(".") or name == part]
+    return [name for name in shown if not any(fnmatchcase(name, pattern) for pattern in exclude)]
+
+
+def _reader(path: Path, reading: Reading, tally: Tally) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        start = file.read(4)
+        file.seek(-min(4, path.stat().st_size), io.SEEK_END)
+        is_parquet = start == file.read(4) == b"PAR1"
+    if is_parquet or (path.suffix.lower() == ".parquet" and start):
+        return _parquet(path, reading, tally)
+    ending = (path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path).suffix.lower()
+    pieces = _pieces(path, reading, tally)
+    head = next(pieces, b"").removeprefix(UTF8_MARK)
+    _refuse_binary(str(path), head)
+    pieces = chain([head], pieces)
+    if ending in (".csv", ".tsv"):
+        return _table(path, pieces, reading, tally)
+    is_json = ending in (".jsonl", ".ndjson", ".json")
+    rows = _row_format(head, reading.text_field, is_json)
+    if rows is not None and not is_json:
+        raise ValueError(f"{path} looks like rows ({rows}), not like text; end its name in {rows}, or {EXCLUDE}")
+    if rows == ".json":
+        return _json_rows(path, _json_values(pieces), reading, tally)
+    if ending in (".jsonl", ".ndjson") or rows is not None:
+        return _json_rows(path, _split(pieces, b"\n"), reading, tally)
+    if is_json and head.strip():
+        tally.count("json", str(path))
+    return _plain(path, pieces, reading, tally)
+
+
+def _pieces(path: Path, reading: Reading, tally: Tally) -> Iterator[bytes]:
+    """What a file holds, decompressed: the head in the first piece, and all that can be read before what ends it too early."""
+    with path.open("rb") as file:
+        data, suffix = file.read(COMPRESSED_BYTES), path.suffix.lower()
+        make = next((make for begins, make in COMPRESSIONS.values() if begins.match(data)), None)
+        if make is None:
+            if data and suffix in COMPRESSIONS:
+                raise OSError(f"not {suffix[1:]} inside")
+            yield data + file.read(PIECE_BYTES)
+            yield from iter(lambda: file.read(PIECE_BYTES), b"")
+            return
+        decompressor, held = make(), io.BytesIO()
+        try:
+            while data:
+                decompressor = make() if decompressor.eof else decompressor
+                held.write(decompressor.decompress(data))
+                data = (decompressor.unused_data.lstrip(b"\0") if decompressor.eof else b"") or file.read(COMPRESSED_BYTES)
+                if held.tell() >= PIECE_BYTES:
+                    yield held.getvalue()
+                    held = io.BytesIO()
+            if not decompressor.eof:
+                raise EOFError("it ends too early")
+        except READ_ERRORS as error:
+            place = f"{path} cannot be read beyond byte {file.tell()}"
+            tally.fault(ValueError(f"{place} ({one_line(error)}); {SKIP}, or {EXCLUDE}"), reading)
+        yield held.getvalue()
+
+
+def _refuse_binary(place: str, head: bytes) -> None:
+    kind = next((kind for kind, begins in BINARY_STARTS.items() if re.match(begins, head, re.DOTALL)), None)
+    encoding = next((name for name, mark in MARKS.items() if head.startswith(mark)), None)
+    if kind is None and encoding is None and b"\0" in head[:HEAD_BYTES]:
+        num_plain = {name: _plain_characters(head[: HEAD_BYTES // 4 * 4], name) for name in MARKS}
+        encoding, kind = max(num_plain, key=num_plain.__getitem__), "binary, with NUL bytes"
+        encoding = encoding if num_plain[encoding] else None
+    if encoding is not None:
+        convert = f"iconv -f {encoding} -t UTF-8 FILE > NEW"
+        raise ValueError(f"{place} is {encoding} text, not UTF-8; convert it by `{convert}`, or {EXCLUDE}")
+    if kind is not None:
+        raise ValueError(f"{place} is {kind}, not text, and nothing in it is run; {EXCLUDE} or move it away")
+
+
+def _plain_characters(head: bytes, encoding: str) -> int:
+    """How many ASCII characters text in UTF-16 or UTF-32 has; 0 if it is none."""
+    width = 4 if "32" in encoding else 2
+    text = head[: len(head) // width * width].decode(encoding, "ignore")
+    return sum(map(str.isascii, text)) if len(text) * width >= len(head) - 2 * width and "\0" not in text else 0
+
+
+def _row_format(head: bytes, text_field: str, is_json: bool) -> str | None:
+    """The ending of the files of rows that begin like this; None if it is none. `is_json`: the name says that it is JSON."""
+    text, word = head.decode("latin-1"), rf'"{re.escape(text_field.split(".")[-1])}"\s*:\s*"'
+    begin, array = len(text) - len(text.lstrip()), ARRAY_START.match(text)
+    if array is not None:
+        return ".json" if is_json or _begins_object(text, array.end()) else None
+    if not text.startswith("{", begin):
+        names = {ending: text.partition("\n")[0].strip().split(mark) for ending, mark in ((".csv", ","), (".tsv", "\t"))}
+        looks = (end for end, row in names.items() if len(row) > 1 and text_field in row and all(map(NAME.fullmatch, row)))
+        return None if is_json else next(looks, None)
+    if not _begins_object(text, begin):
+        return ".jsonl" if is_json and re.search(word, text) else None
+    end = _value_end(text, begin)
+    is_line = "\n" not in text[begin:end] and not text[end:].partition("\n")[0].strip()
+    if end > len(text):
+        is_rows = re.search(word, text) is not None if is_json != is_line else is_json
+    else:
+        try:
+            _field(json.loads(head[begin:end].decode("utf-8", "replace")), text_field, "")
+            is_rows = True
+        except ValueError:
+            is_rows = (is_json and is_line) or _begins_object(text, len(text) - len(text[end:].lstrip()))
+    return (".jsonl" if is_line else ".json") if is_rows else None
+
+
+def _begins_object(text: str, at: int) -> bool:
+    try:
+        return text.startswith("{", at) and (_value_end(text, at) <= len(text) or len(text) >= HEAD_BYTES)
+    except ValueError:
+        return False
+
+
+def _value_end(text: str, at: int) -> int:
+    """Where the JSON value at `at` ends; beyond the text where it is cut off. Raises ValueError if it is no JSON."""
+    try:
+        return DECODER.raw_decode(text, at)[1]
+    except json.JSONDecodeError as error:
+        if error.msg.startswith("Unterminated string") or error.pos > len(text) - LONGEST_JSON_WORD:
+            return len(text) + 1
+        raise
+    except RecursionError as error:
+        raise ValueError(one_line(error)) from None
+
+
+def _split(pieces: Iterable[bytes], separator: bytes) -> Iterator[bytes]:
+    """What bytes.split gives for all pieces together."""
+    document, held = io.BytesIO(), b""
+    for piece in pieces:
+        first, *others = (held + piece).split(separator)
+        if others:
+            document.write(first)
+            yield document.getvalue()
+            document = io.BytesIO()
+            *whole, first = others
+            yield from whole
+        kept = max(0, len(first) - len(separator) + 1)
+        document.write(first[:kept])
+        held = first[kept:]
+    document.write(held)
+    yield document.getvalue()
+
+
+def _plain(path: Path, pieces: Iterator[bytes], reading: Reading, tally: Tally) -> Iterator[bytes]:
+    if reading.document_separator is not None:
+        yield from (document.strip(b"\r\n") for document in _split(pieces, reading.document_separator.encode()))
+        return
+    document = io.BytesIO()
+    document.writelines(pieces)
+    separator = next((name for written, name in SEPARATORS.items() if written in document.getvalue()), None)
+    if separator is not None:
+        tally.count("separator", f"{path} holds {separator!r}; document_separator={separator!r} cuts there")
+    yield document.getvalue()
+
+
+def _json_rows(path: Path, rows: Iterator[bytes], reading: Reading, tally: Tally) -> Iterator[bytes]:
+    for number, row in enumerate(rows, 1):
+        if row.strip():
+            try:
+                document = _json_text(row, reading.text_field, f"{path}, line {number}")
+            except ValueError as error:
+                tally.fault(error, reading)
+                continue
+            yield document
+
+
+def _json_values(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """The elements of an array, or values one after the other. Raises OSError, with the byte, at what is no JSON."""
+    held, at, num_gone = next(pieces, b"").decode("latin-1"), 0, 0
+    gap, later = (ARRAY_START, ARRAY_NEXT) if ARRAY_START.match(held) else (BLANK, BLANK)
+    while True:
+        found, end, is_blank = gap.match(held, at), len(held) + 1, not held[at : at + LONGEST_JSON_WORD].strip()
+        try:
+            if not is_blank and (found is None or (found[1] and found.end() < len(held))):
+                raise ValueError("a comma or the end of the array is not where it must be")
+            if found is not None and not found[1] and found.end() < len(held):
+                end = _value_end(held, found.end())
+        except ValueError as error:
+            raise OSError(f"not JSON at byte {num_gone + at}: {one_line(error)}") from None
+        if found is not None and end <= len(held):
+            yield held[found.end() : end].encode("latin-1")
+            at, gap = end, later
+            continue
+        # As much again as there is, so that a long value is not parsed at each piece.
+        more = b"".join(islice(pieces, max(1, (len(held) - at) // PIECE_BYTES)))
+        if not more and (found is None or found.end() < len(held) or (later is ARRAY_NEXT and not found[1])):
+            raise OSError(f"its JSON is cut off after byte {num_gone + at}")
+        if not more:
+            return
+        held, at, num_gone = held[at:] + more.decode("latin-1"), 0, num_gone + at
+
+
+def _json_text(row: bytes, text_field: str, place: str) -> bytes:
+    try:
+        text = row.decode("utf-8", "surrogatepass")
+        is_valid = True
+    except UnicodeDecodeError:
+        text, is_valid = row.decode("utf-8", "surrogateescape"), False
+    try:
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: not JSON ({error}); {JSON_REMEDY}, or leave the file out by corpus_exclude") from None
+        raise ValueError(f"{place}: not JSON ({one_line(error)}); {SKIP}, or {EXCLUDE}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{place}: a JSON {type(value).__name__}, not an object; {JSON_REMEDY}")
-    if text_field not in value:
-        raise ValueError(f"{place}: no field {text_field!r}, there is {_names(value)}; set text_field to one of these")
-    if not isinstance(value[text_field], str):
-        kind = type(value[text_field]).__name__
-        raise ValueError(f"{place}: field {text_field!r} is of type {kind}, not a string; set text_field to a field of strings")
-    return value[text_field].encode("utf-8", "surrogatepass")
+        raise ValueError(f"{place}: a JSON {type(value).__name__}, not an object; write one JSON object a row, or {EXCLUDE}")
+    found = _field(value, text_field, place)
+    if found is not None and not isinstance(found, str):
+        kind = type(found).__name__
+        remedy = ONE_STRING if kind == "list" else f"set text_field to a field of strings, or {SKIP}"
+        raise ValueError(f"{place}: field {text_field!r} is of type {kind}, not a string; {remedy}")
+    # What was no UTF-8 in the file is that again, and what was written as \\ud800 is kept as it always was.
+    parts = [found or ""] if is_valid else INVALID_BYTES.split(found or "")
+    errors = ("surrogatepass", "surrogateescape")
+    return b"".join(part.encode("utf-8", errors[number % 2]) for number, part in enumerate(parts))
+
+
+def _field(value: dict, text_field: str, place: str) -> Any:
+    """What stands at the path. None where the path ends in a null; a list where it leads through one."""
+    if text_field in value:
+        return value[text_field]
+    name, _, rest = text_field.partition(".")
+    inner = value.get(name, "") if rest else ""
+    if inner is None or isinstance(inner, list):
+        return inner
+    if isinstance(inner, dict):
+        return _field(inner, rest, place)
+    raise ValueError(f"{place}: no field {text_field!r}, there is {_names(value)}; set text_field to one of these")
 
 
 def _names(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names)) or "none"
 
 
-def _parquet(path: Path, text_field: str) -> Iterator[bytes]:
-    with pq.ParquetFile(path) as file:
-        names = file.schema_arrow.names
-        if text_field not in names:
-            raise ValueError(f"{path}: no column {text_field!r}, there is {_names(names)}; set text_field to one of these")
-        column = file.schema_arrow.field(text_field).type
-        if (column.value_type if isinstance(column, pa.DictionaryType) else column) not in (pa.string(), pa.large_string()):
-            raise ValueError(
-                f"{path}: column {text_field!r} is of type {column}, not a string; set text_field to a column of strings"
-            )
-        for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=[text_field]):
-            # As binary: pyarrow does not look whether its strings are UTF-8, and a Python string would refuse them.
-            yield from (text for text in batch.column(0).cast(pa.large_binary()).to_pylist() if text is not None)
+def _table(path: Path, pieces: Iterator[bytes], reading: Reading, tally: Tally) -> Iterator[bytes]:
+    csv.field_size_limit(sys.maxsize)
+    lines = (line.decode("utf-8", "surrogateescape") + "\n" for line in _split(pieces, b"\n"))
+    head = next((line for line in lines if line.strip()), "")
+    rows = csv.reader(chain([head], lines), delimiter=max(",\t;|", key=head.count), strict=True)
+    names = next(rows, [])
+    if names and reading.text_field not in names:
+        raise ValueError(f"{path}: no column {reading.text_field!r}, there is {_names(names)}; set text_field to one of these")
+    while True:
+        try:
+            cells = next(rows, None)
+            if cells and len(cells) != len(names):
+                raise csv.Error(f"{len(cells)} columns, the first line names {len(names)}")
+        except csv.Error as error:
+            tally.fault(ValueError(f"{path}, line {rows.line_num}: not CSV ({one_line(error)}); {SKIP}"), reading)
+            continue
+        if cells is None:
+            return
+        if cells:
+            yield cells[names.index(reading.text_field)].encode("utf-8", "surrogateescape")
 
 
-def _open(path: Path) -> IO[bytes]:
-    return OPENERS.get(path.suffix.lower(), open)(path, "rb")
+def _parquet(path: Path, reading: Reading, tally: Tally) -> Iterator[bytes]:
+    with pq.ParquetFile(path, buffer_size=PIECE_BYTES) as file:
+        names = _column(file.schema_arrow, reading.text_field, path)
+        for group in range(file.num_row_groups):
+            place = f"{path}, row group {group}"
+            batches = file.iter_batches(PARQUET_BATCH_ROWS, row_groups=[group], columns=[reading.text_field])
+            try:
+                for batch in batches:
+                    yield from _texts(batch, names, place)
+            except (OSError, pa.ArrowException) as error:
+                tally.fault(ValueError(f"{place} cannot be read ({one_line(error)}); {SKIP}, or {EXCLUDE}"), reading)
+
+
+def _column(schema: pa.Schema, text_field: str, path: Path) -> list[str]:
+    """The names on the path to the text. Raises ValueError if they lead to no text."""
+    kind: Any = pa.struct(list(schema))
+    names = [text_field] if text_field in schema.names else text_field.split(".")
+    for name in names:
+        inner = {part.name: part.type for part in kind} if isinstance(kind, pa.StructType) else {}
+        if name not in inner and "list" not in str(kind)[:10]:
+            raise ValueError(f"{path}: no column {text_field!r}, there is {_names(inner)}; set text_field to one of these")
+        kind = inner.get(name, kind)
+    plain = kind.value_type if isinstance(kind, pa.DictionaryType) else getattr(kind, "storage_type", kind)
+    if not TEXT_TYPE.fullmatch(str(plain)):
+        remedy = ONE_STRING if "list" in str(kind)[:10] else "set text_field to a column of strings"
+        raise ValueError(f"{path}: column {text_field!r} is of type {str(kind)[:80]}, not a string; {remedy}")
+    return names
+
+
+def _texts(batch: pa.RecordBatch, names: list[str], place: str) -> Iterator[bytes]:
+    column = batch.column(names[0])
+    column = pc.call_function("struct_field", [column], pc.StructFieldOptions(names[1:])) if names[1:] else column
+    column = column.storage if isinstance(column, pa.ExtensionArray) else column
+    column = column.dictionary_decode() if isinstance(column, pa.DictionaryArray) else column
+    is_binary = "binary" in str(column.type)
+    # As binary: pyarrow does not look whether its strings are UTF-8, and a Python string would refuse them.
+    for value in column.cast(pa.large_binary()):
+        document = value.as_py() or b""
+        if is_binary:
+            _refuse_binary(place, document)
+        yield document

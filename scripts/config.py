@@ -89,6 +89,7 @@ SHORTEST_OFFERED_CONTEXT = 64
 OFFERED_MEMORY_SHARE = 0.9
 NUM_NAMED_DOCUMENTS = 3
 NAMED_DOCUMENT_TOKENS = 48
+FEW_DOCUMENTS = 10
 LABEL_ERROR_TOKENS = 8192
 
 
@@ -108,6 +109,9 @@ class TrainingConfig:
     corpus: tuple[str, ...] = (STANDARD_LIBRARY,)
     corpus_exclude: tuple[str, ...] = ("site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings")
     text_field: str = "text"
+    document_separator: str | None = None
+    skip_faulty_rows: bool = False
+    validation_corpus: tuple[str, ...] = ()
     validation_fraction: float = 0.05
     tokens_per_shard: int = 2**26
     vocab_size: int = 2048
@@ -193,6 +197,11 @@ class TrainingConfig:
     def head_width(self) -> int:
         """Features of one attention head."""
         return self.head_size or self.hidden_size // self.num_heads
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether documents are held out: those of `validation_corpus`, or if it is empty `validation_fraction` by hash."""
+        return bool(self.validation_corpus) or self.validation_fraction > 0
 
     @property
     def rows_per_step(self) -> int:
@@ -315,7 +324,7 @@ def refuse_on_this_machine(config: TrainingConfig, world_size: int) -> None:
         if not there.is_dir() or not os.access(there, os.W_OK):
             raise ValueError(f"{name}={str(path)!r} cannot be written, because of {str(there)!r}; name another folder")
     if not (Path(config.data_dir) / "manifest.json").exists():
-        for path in config.corpus:
+        for path in config.corpus + config.validation_corpus:
             if not has_magic(path) and not Path(path).exists():
                 raise ValueError(f"corpus: {path!r} is not there; name a file, folder or glob that exists")
 
@@ -536,12 +545,16 @@ def _check_data(config: TrainingConfig) -> None:
             raise ValueError(f"{name} is empty; the default is {getattr(TrainingConfig, name)!r}")
         if name != "sample_prompt" and not value.isprintable():
             raise ValueError(f"{name}={value!r} holds a character that cannot be printed; write it without")
+    if config.document_separator == "":
+        raise ValueError("document_separator is empty and would cut nowhere; set document_separator=None to cut nothing")
     if not config.corpus or not all(config.corpus):
         raise ValueError(f"corpus={config.corpus!r} is empty; name at least one file, folder or glob")
-    for name in ("corpus", "corpus_exclude"):
+    if not all(config.validation_corpus):
+        raise ValueError("validation_corpus holds an empty name; set validation_corpus=() to hold out by validation_fraction")
+    for name in ("corpus", "corpus_exclude", "validation_corpus"):
         if not all(isinstance(item, str) for item in getattr(config, name)):
             raise ValueError(f"{name}={getattr(config, name)!r} holds something that is not a string; write a tuple of strings")
-    if config.validation_fraction == 0 and config.eval_every_steps is not None:
+    if not config.has_validation and config.eval_every_steps is not None:
         nothing = f"validation_fraction=0 leaves nothing for eval_every_steps={config.eval_every_steps}"
         raise ValueError(f"{nothing}; set eval_every_steps=None or validation_fraction=0.01")
     if Path(config.run_dir).resolve() == Path(config.data_dir).resolve():

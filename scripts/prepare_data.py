@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,10 +24,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ds import tokenizer as bpe
-from ds.corpus import corpus_digest, corpus_files, documents, file_documents, fixed_part, is_held_out
+from ds.corpus import Reading, Tally, corpus_digest, corpus_files, documents, file_documents, fixed_part, is_held_out
 from ds.loader import count_windows
 from ds.shards import LabelStream, TokenStream, open_shard, sync_folder, verify_shard, write_shard
-from scripts.config import PRETRAIN, TrainingConfig, refuse_arguments, refusing
+from scripts.config import FEW_DOCUMENTS, PRETRAIN, TrainingConfig, refuse_arguments, refusing
 from scripts.run.storage import write_text
 
 FORMAT_VERSION = 1
@@ -38,10 +38,13 @@ FIELDS = (
     "corpus", "corpus_exclude", "text_field", "validation_fraction", "tokens_per_shard", "vocab_size", "tokenizer_path",
     "tokenizer_sample_bytes",
 )  # fmt: skip
+# Those that came later; a manifest without them was made with their defaults.
+LATER_FIELDS = ("document_separator", "skip_faulty_rows", "validation_corpus")
+CUT_OR_NAME = "document_separator cuts a file into documents, and validation_corpus names held-out files"
 
 
 class Data(NamedTuple):
-    """Checked data. No `validation` where validation_fraction is 0; `fingerprint` is the sha256 (hex) of manifest.json."""
+    """Checked data. No `validation` where nothing is held out; `fingerprint` is the sha256 (hex) of manifest.json."""
 
     manifest: dict
     train: TokenStream
@@ -131,21 +134,22 @@ def open_data(config: TrainingConfig) -> Data:
     _check_corpus(config, manifest)
     tokenizer = _open_tokenizer(config, manifest)
     train = _open_split(config, manifest, "train")
-    validation = _open_split(config, manifest, "validation") if config.validation_fraction > 0 else None
+    validation = _open_split(config, manifest, "validation") if config.has_validation else None
     _check_windows(config, train.num_tokens, validation.num_tokens if validation else 0)
     return Data(manifest, train, validation, tokenizer, sha256(content).hexdigest())
 
 
 def sample_documents(config: TrainingConfig, files: list[Path]) -> Iterator[bytes]:
     """Training documents for the tokenizer: each file gives in proportion to its size, tokenizer_sample_bytes in all."""
+    held_out = _held_out_test(config)
     corpus_bytes = sum(file.stat().st_size for file in files) or 1
     num_due, num_taken = 0.0, 0
     for file in files:
         num_due += config.tokenizer_sample_bytes * file.stat().st_size / corpus_bytes
         if num_taken >= num_due:
             continue
-        for document in file_documents(file, config.text_field):
-            if is_held_out(document, config.validation_fraction):
+        for document in file_documents(file, _reading(config), Tally()):
+            if held_out(document):
                 continue
             yield document[: config.tokenizer_sample_bytes - num_taken]
             num_taken += len(document)
@@ -227,7 +231,7 @@ def _build(config: TrainingConfig) -> None:
 
 
 def _check_apart(config: TrainingConfig) -> None:
-    for entry in config.corpus:
+    for entry in config.corpus + config.validation_corpus:
         root = Path(entry) if Path(entry).is_dir() else fixed_part(Path(entry)) if "**" in entry else None
         for name in ("data_dir", "run_dir"):
             path = getattr(config, name)
@@ -264,22 +268,66 @@ def _is_alive(process: int) -> bool:
 def _build_in(folder: Path, config: TrainingConfig, files: list[Path]) -> None:
     tokenizer = _make_tokenizer(config, files)
     print(f"tokenizer: {config.vocab_size} tokens", flush=True)
-    fingerprint, end_of_text_id = bpe.fingerprint(tokenizer), bpe.end_of_text_id(tokenizer)
+    fingerprint, held_out, tally = bpe.fingerprint(tokenizer), _held_out_test(config), Tally()
     train, validation = (_Split(name, folder, config, fingerprint) for name in ("train", "validation"))
-    plain, to_encode = tee(documents(files, config.text_field))
-    for document, ids in zip(plain, bpe.encode_documents(tokenizer, to_encode), strict=True):
-        split = validation if is_held_out(document, config.validation_fraction) else train
-        split.add(document, bpe.with_end_of_text(ids, end_of_text_id))
+    num_in_both, validation_files = 0, corpus_files(config.validation_corpus, config.corpus_exclude)
+    for document, ids in _encoded(config, tokenizer, files, tally):
+        is_out = held_out(document)
+        num_in_both += is_out and bool(validation_files)
+        if not is_out or not validation_files:
+            (validation if is_out else train).add(document, ids)
+    for document, ids in _encoded(config, tokenizer, validation_files, tally) if validation_files else ():
+        validation.add(document, ids)
     train.write_waiting()
     validation.write_waiting()
+    _report(config, tally, num_in_both)
     _check_windows(config, train.num_tokens, validation.num_tokens)
     bytes_per_token = (train.num_bytes + validation.num_bytes) / (train.num_tokens + validation.num_tokens)
     counts = f"{train.num_tokens:,} training tokens, {validation.num_tokens:,} held out"
     print(f"shards: {counts}, {bytes_per_token:.2f} bytes a token", flush=True)
     write_text(folder / "tokenizer.json", bpe.to_json(tokenizer))
-    head = {"format_version": FORMAT_VERSION, **_fields(config), "corpus_digest": corpus_digest(files)}
-    manifest = head | {"tokenizer_fingerprint": fingerprint} | {split.name: split.summary() for split in (train, validation)}
+    digests = {"corpus_digest": corpus_digest(files), "validation_corpus_digest": corpus_digest(validation_files)}
+    head = {"format_version": FORMAT_VERSION, **_fields(config, FIELDS + LATER_FIELDS), **digests}
+    met = {f"num_{kind}": tally.counts.get(kind, 0) for kind in ("empty", "invalid", "faulty")} | {"num_in_both": num_in_both}
+    splits = {split.name: split.summary() for split in (train, validation)}
+    manifest = head | {"tokenizer_fingerprint": fingerprint} | met | splits
     write_text(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+
+
+def _reading(config: TrainingConfig) -> Reading:
+    return Reading(config.text_field, config.document_separator, config.skip_faulty_rows)
+
+
+def _held_out_test(config: TrainingConfig) -> Callable[[bytes], bool]:
+    """Tells whether a document of the corpus is held out: it is in validation_corpus, or its hash says so."""
+    if not config.validation_corpus:
+        return lambda document: is_held_out(document, config.validation_fraction)
+    files = corpus_files(config.validation_corpus, config.corpus_exclude)
+    held_out = {sha256(document).digest() for document in documents(files, _reading(config), Tally())}
+    return lambda document: sha256(document).digest() in held_out
+
+
+def _encoded(config: TrainingConfig, tokenizer: Tokenizer, files: list[Path], tally: Tally) -> zip:
+    """Each document with its (T,) ids and the end of text."""
+    plain, to_encode = tee(documents(files, _reading(config), tally))
+    end_of_text_id = bpe.end_of_text_id(tokenizer)
+    encoded = (bpe.with_end_of_text(ids, end_of_text_id) for ids in bpe.encode_documents(tokenizer, to_encode))
+    return zip(plain, encoded, strict=True)
+
+
+def _report(config: TrainingConfig, tally: Tally, num_in_both: int) -> None:
+    documents, invalid, empty, faulty = (tally.counts.get(kind, 0) for kind in ("documents", "invalid", "empty", "faulty"))
+    skipped = f"{empty:,} empty, {faulty:,} faulty rows skipped"
+    print(f"documents: {documents:,}, {invalid:,} not UTF-8; {skipped}, {num_in_both:,} left to held out", flush=True)
+    notes = {
+        "faulty": "faulty rows",
+        "separator": "files that may be many documents",
+        "json": ".json files read as text, not rows",
+    }
+    for kind in [kind for kind in notes if kind in tally.first]:
+        print(f"note: {tally.counts[kind]:,} {notes[kind]}, the first: {tally.first[kind]}", flush=True)
+    if documents < FEW_DOCUMENTS and config.has_validation and not config.validation_corpus:
+        print(f"note: only {documents} documents, each held out whole or not at all; {CUT_OR_NAME}", flush=True)
 
 
 def _make_tokenizer(config: TrainingConfig, files: list[Path]) -> Tokenizer:
@@ -313,8 +361,8 @@ def _move(folder: Path, data_dir: Path) -> None:
     sync_folder(data_dir)
 
 
-def _fields(config: TrainingConfig) -> dict:
-    return json.loads(json.dumps({name: getattr(config, name) for name in FIELDS}))
+def _fields(config: TrainingConfig, names: tuple[str, ...]) -> dict:
+    return json.loads(json.dumps({name: getattr(config, name) for name in names}))
 
 
 def _read_manifest(config: TrainingConfig) -> bytes:
@@ -337,7 +385,8 @@ def _delete(config: TrainingConfig) -> str:
 
 
 def _check_fields(config: TrainingConfig, manifest: dict) -> None:
-    fields = _fields(config).items()
+    fields = _fields(config, FIELDS + LATER_FIELDS).items()
+    manifest = _fields(TrainingConfig(), LATER_FIELDS) | manifest
     changed = [f"{name}={value!r} was {manifest.get(name)!r}" for name, value in fields if manifest.get(name) != value]
     if changed:
         raise ValueError(f"data_dir={config.data_dir!r} was prepared otherwise: {', '.join(changed)}; {_delete(config)}")
@@ -345,10 +394,11 @@ def _check_fields(config: TrainingConfig, manifest: dict) -> None:
 
 def _check_corpus(config: TrainingConfig, manifest: dict) -> None:
     try:
-        files = corpus_files(config.corpus, config.corpus_exclude)
+        files, held_out = (corpus_files(names, config.corpus_exclude) for names in (config.corpus, config.validation_corpus))
     except ValueError:
         return  # The corpus need not be on the machine that trains.
-    if corpus_digest(files) != manifest.get("corpus_digest"):
+    is_same = not held_out or corpus_digest(held_out) == manifest.get("validation_corpus_digest")
+    if not is_same or corpus_digest(files) != manifest.get("corpus_digest"):
         raise ValueError(
             f"corpus has changed since data_dir={config.data_dir!r} was prepared; to go on with that data put the corpus back"
             " or move it away, for the new corpus name another data_dir and another run_dir"
@@ -382,8 +432,9 @@ def _open_split(config: TrainingConfig, manifest: dict, name: str) -> TokenStrea
 
 def _check_windows(config: TrainingConfig, num_train: int, num_validation: int) -> None:
     checks = [("training", num_train, "add documents or lower context_length")]
-    if config.validation_fraction > 0:
+    if config.has_validation:
         remedy = "raise validation_fraction, add documents, or set validation_fraction=0 and eval_every_steps=None"
+        remedy = "add files to validation_corpus" if config.validation_corpus else f"{remedy}; {CUT_OR_NAME}"
         checks.append(("held-out", num_validation, remedy))
     for kind, num_tokens, remedy in checks:
         if not count_windows(num_tokens, config.context_length):
