@@ -36,11 +36,8 @@ COMPRESSIONS = {
     ".zst": (re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2aM\x18"), lambda: zstandard.ZstdDecompressor().decompressobj()),
 }
 READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, pa.ArrowException)
-# How much is read at once; the documents are the same.
-PARQUET_BATCH_ROWS = 64
-PIECE_BYTES, COMPRESSED_BYTES = 2**20, 2**14
-# What a file is shows in so many of its first bytes.
-HEAD_BYTES = 2**18
+# How much is read at once, and how much of a file shows what it is.
+PARQUET_BATCH_ROWS, PIECE_BYTES, COMPRESSED_BYTES, HEAD_BYTES = 64, 2**20, 2**14, 2**18
 # How files begin that hold no text.
 BINARY_STARTS = {
     "a pickle": rb"\x80[\2-\5]", "a zip archive": rb"PK(\x03\x04|\x05\x06)", "a PDF": rb"%PDF-", "a PNG image": rb"\x89PNG",
@@ -52,16 +49,12 @@ UTF8_MARK = b"\xef\xbb\xbf"
 # By iconv's names; the mark of UTF-32LE begins with that of UTF-16LE.
 MARKS = {"UTF-32LE": b"\xff\xfe\0\0", "UTF-32BE": b"\0\0\xfe\xff", "UTF-16LE": b"\xff\xfe", "UTF-16BE": b"\xfe\xff"}
 # What other tools write between documents, and the document_separator that cuts there.
-SEPARATORS = {
-    **{mark.encode(): mark for mark in ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>")},
-    b"\n</s>\n": "</s>", b"\n</s>\r\n": "</s>",
-}  # fmt: skip
-DECODER = json.JSONDecoder()
+SEPARATORS = {mark.encode(): mark for mark in ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>")}
+SEPARATORS |= {b"\n</s>\n": "</s>", b"\n</s>\r\n": "</s>"}
 # Nearer than this to the end of what is read, an error may be a word that is cut off.
 LONGEST_JSON_WORD = 16
 BLANK, ARRAY_START, ARRAY_NEXT = (re.compile(gap) for gap in (r"\s*()", r"\s*\[\s*(\]?)\s*", r"\s*(?:,|(\]))\s*"))
-NAME = re.compile(r"[\w.-]+")
-INVALID_BYTES = re.compile("([\udc80-\udcff]+)")
+NAME, INVALID_BYTES = re.compile(r"[\w.-]+"), re.compile("([\udc80-\udcff]+)")
 EXCLUDE = "leave it out by corpus_exclude"
 SKIP = "mend it, or set skip_faulty_rows=True"
 ONE_STRING = "write each row's list into one string, such as by a chat template, and set text_field to that"
@@ -86,12 +79,10 @@ class Tally:
     first: dict[str, str] = field(default_factory=dict)
 
     def count(self, kind: str, where: str) -> None:
-        """One more of a kind."""
         self.counts[kind] = self.counts.get(kind, 0) + 1
         self.first.setdefault(kind, where)
 
     def fault(self, error: ValueError, reading: Reading) -> None:
-        """Raises the error, or counts what it is about as skipped."""
         if not reading.skip_faulty_rows:
             raise error
         self.count("faulty", str(error))
@@ -157,9 +148,9 @@ def file_documents(path: Path, reading: Reading, tally: Tally) -> Iterator[bytes
             yield document
             del document
     except READ_ERRORS as error:
-        is_missing = isinstance(error, OSError) and error.errno is not None
-        words = ValueError(f"{path} cannot be read ({one_line(error)}); repair it, or {EXCLUDE}")
-        tally.fault(words, reading._replace(skip_faulty_rows=reading.skip_faulty_rows and not is_missing))
+        is_there = reading.skip_faulty_rows and getattr(error, "errno", None) is None
+        words = f"{path} cannot be read ({one_line(error)}); repair it, or {EXCLUDE}"
+        tally.fault(ValueError(words), reading._replace(skip_faulty_rows=is_there))
 
 
 def is_held_out(document: bytes, fraction: float) -> bool:
@@ -210,23 +201,18 @@ def _matching(root: Path, pattern: tuple[str, ...], exclude: tuple[str, ...]) ->
         seen.add(place)
         if part == "**":
             heappush(waiting, (is_linked, folder, tuple(rest)))
-        for name in _names_in(folder, part, exclude):
+        try:
+            names = os.listdir(folder) if has_magic(part) and folder.is_dir() else [part]
+        except OSError as error:
+            raise ValueError(f"corpus: {folder} cannot be read ({error.strerror}); {EXCLUDE}") from error
+        for name in (name for name in names if not any(fnmatchcase(name, pattern) for pattern in exclude)):
             path, below = folder / name, (part, *rest) if part == "**" else tuple(rest)
-            if below and path.is_dir():
+            is_match = name == part or (fnmatchcase(name, part) and (part.startswith(".") or not name.startswith(".")))
+            if is_match and below and path.is_dir():
                 heappush(waiting, (is_linked or path.is_symlink(), path, below))
-            elif not below and path.is_file():
+            elif is_match and not below and path.is_file():
                 found.append((is_linked or path.is_symlink(), path))
     return sorted(found)
-
-
-def _names_in(folder: Path, part: str, exclude: tuple[str, ...]) -> list[str]:
-    try:
-        names = os.listdir(folder) if has_magic(part) and folder.is_dir() else [part]
-    except OSError as error:
-        raise ValueError(f"corpus: {folder} cannot be read ({error.strerror}); {EXCLUDE}") from error
-    names = [name for name in names if fnmatchcase(name, part) or name == part]
-    shown = [name for name in names if part.startswith(".") or not name.startswith(".") or name == part]
-    return [name for name in shown if not any(fnmatchcase(name, pattern) for pattern in exclude)]
 
 
 def _reader(path: Path, reading: Reading, tally: Tally) -> Iterator[bytes]:
@@ -288,21 +274,16 @@ def _refuse_binary(place: str, head: bytes) -> None:
     kind = next((kind for kind, begins in BINARY_STARTS.items() if re.match(begins, head, re.DOTALL)), None)
     encoding = next((name for name, mark in MARKS.items() if head.startswith(mark)), None)
     if kind is None and encoding is None and b"\0" in head[:HEAD_BYTES]:
-        num_plain = {name: _plain_characters(head[: HEAD_BYTES // 4 * 4], name) for name in MARKS}
-        encoding, kind = max(num_plain, key=num_plain.__getitem__), "binary, with NUL bytes"
-        encoding = encoding if num_plain[encoding] else None
+        kind, most = "binary, with NUL bytes", 0
+        for name, width in (("UTF-32LE", 4), ("UTF-32BE", 4), ("UTF-16LE", 2), ("UTF-16BE", 2)):
+            text = head[: min(len(head), HEAD_BYTES) // width * width].decode(name, "replace")
+            num_plain = 0 if "\0" in text or "\ufffd" in text[:-1] else sum(map(str.isascii, text))
+            encoding, most = (name, num_plain) if num_plain > most else (encoding, most)
     if encoding is not None:
         convert = f"iconv -f {encoding} -t UTF-8 FILE > NEW"
         raise ValueError(f"{place} is {encoding} text, not UTF-8; convert it by `{convert}`, or {EXCLUDE}")
     if kind is not None:
         raise ValueError(f"{place} is {kind}, not text, and nothing in it is run; {EXCLUDE} or move it away")
-
-
-def _plain_characters(head: bytes, encoding: str) -> int:
-    """How many ASCII characters text in UTF-16 or UTF-32 has; 0 if it is none."""
-    width = 4 if "32" in encoding else 2
-    text = head[: len(head) // width * width].decode(encoding, "ignore")
-    return sum(map(str.isascii, text)) if len(text) * width >= len(head) - 2 * width and "\0" not in text else 0
 
 
 def _row_format(head: bytes, text_field: str, is_json: bool) -> str | None:
@@ -312,9 +293,10 @@ def _row_format(head: bytes, text_field: str, is_json: bool) -> str | None:
     if array is not None:
         return ".json" if is_json or _begins_object(text, array.end()) else None
     if not text.startswith("{", begin):
-        names = {ending: text.partition("\n")[0].strip().split(mark) for ending, mark in ((".csv", ","), (".tsv", "\t"))}
-        looks = (end for end, row in names.items() if len(row) > 1 and text_field in row and all(map(NAME.fullmatch, row)))
-        return None if is_json else next(looks, None)
+        first = head.partition(b"\n")[0].decode("utf-8", "replace").strip()
+        rows = {ending: first.split(mark) for ending, mark in ((".csv", ","), (".tsv", "\t")) if not is_json}
+        looks = (ending for ending, row in rows.items() if row[1:] and text_field in row and all(map(NAME.fullmatch, row)))
+        return next(looks, None)
     if not _begins_object(text, begin):
         return ".jsonl" if is_json and re.search(word, text) else None
     end = _value_end(text, begin)
@@ -322,31 +304,26 @@ def _row_format(head: bytes, text_field: str, is_json: bool) -> str | None:
     if end > len(text):
         is_rows = re.search(word, text) is not None if is_json != is_line else is_json
     else:
-        try:
-            _field(json.loads(head[begin:end].decode("utf-8", "replace")), text_field, "")
-            is_rows = True
-        except ValueError:
-            is_rows = (is_json and is_line) or _begins_object(text, len(text) - len(text[end:].lstrip()))
+        value = json.loads(head[begin:end].decode("utf-8", "replace"))
+        has_field = text_field in value or text_field.partition(".")[0] in value
+        is_rows = has_field or (is_json and is_line) or _begins_object(text, len(text) - len(text[end:].lstrip()))
     return (".jsonl" if is_line else ".json") if is_rows else None
 
 
 def _begins_object(text: str, at: int) -> bool:
-    try:
-        return text.startswith("{", at) and (_value_end(text, at) <= len(text) or len(text) >= HEAD_BYTES)
-    except ValueError:
-        return False
+    end = _value_end(text, at) if text.startswith("{", at) else 0
+    return 0 < end <= len(text) or end > len(text) >= HEAD_BYTES
 
 
 def _value_end(text: str, at: int) -> int:
-    """Where the JSON value at `at` ends; beyond the text where it is cut off. Raises ValueError if it is no JSON."""
+    """Where the JSON value at `at` ends; beyond the text where it is cut off; 0 where it is no JSON."""
     try:
-        return DECODER.raw_decode(text, at)[1]
+        return json.JSONDecoder().raw_decode(text, at)[1]
     except json.JSONDecodeError as error:
-        if error.msg.startswith("Unterminated string") or error.pos > len(text) - LONGEST_JSON_WORD:
-            return len(text) + 1
-        raise
-    except RecursionError as error:
-        raise ValueError(one_line(error)) from None
+        is_cut = error.msg.startswith("Unterminated string") or error.pos > len(text) - LONGEST_JSON_WORD
+        return len(text) + 1 if is_cut else 0
+    except RecursionError:
+        return 0
 
 
 def _split(pieces: Iterable[bytes], separator: bytes) -> Iterator[bytes]:
@@ -381,12 +358,12 @@ def _plain(path: Path, pieces: Iterator[bytes], reading: Reading, tally: Tally) 
 
 def _json_rows(path: Path, rows: Iterator[bytes], reading: Reading, tally: Tally) -> Iterator[bytes]:
     for number, row in enumerate(rows, 1):
-        if row.strip():
-            try:
-                document = _json_text(row, reading.text_field, f"{path}, line {number}")
-            except ValueError as error:
-                tally.fault(error, reading)
-                continue
+        try:
+            document = _json_text(row, reading.text_field, f"{path}, line {number}") if row.strip() else None
+        except ValueError as error:
+            tally.fault(error, reading)
+            continue
+        if document is not None:
             yield document
 
 
@@ -395,21 +372,19 @@ def _json_values(pieces: Iterator[bytes]) -> Iterator[bytes]:
     held, at, num_gone = next(pieces, b"").decode("latin-1"), 0, 0
     gap, later = (ARRAY_START, ARRAY_NEXT) if ARRAY_START.match(held) else (BLANK, BLANK)
     while True:
-        found, end, is_blank = gap.match(held, at), len(held) + 1, not held[at : at + LONGEST_JSON_WORD].strip()
-        try:
-            if not is_blank and (found is None or (found[1] and found.end() < len(held))):
-                raise ValueError("a comma or the end of the array is not where it must be")
-            if found is not None and not found[1] and found.end() < len(held):
-                end = _value_end(held, found.end())
-        except ValueError as error:
-            raise OSError(f"not JSON at byte {num_gone + at}: {one_line(error)}") from None
-        if found is not None and end <= len(held):
-            yield held[found.end() : end].encode("latin-1")
+        found, end = gap.match(held, at), len(held) + 1
+        behind, is_last = (found.end(), bool(found[1])) if found else (at, False)
+        if found and not is_last and behind < len(held):
+            end = _value_end(held, behind)
+        if not end or (is_last and behind < len(held)) or (not found and held[at : at + LONGEST_JSON_WORD].strip()):
+            raise OSError(f"not JSON at byte {num_gone + behind}")
+        if end <= len(held):
+            yield held[behind:end].encode("latin-1")
             at, gap = end, later
             continue
         # As much again as there is, so that a long value is not parsed at each piece.
         more = b"".join(islice(pieces, max(1, (len(held) - at) // PIECE_BYTES)))
-        if not more and (found is None or found.end() < len(held) or (later is ARRAY_NEXT and not found[1])):
+        if not more and (not found or behind < len(held) or (later is ARRAY_NEXT and not is_last)):
             raise OSError(f"its JSON is cut off after byte {num_gone + at}")
         if not more:
             return
@@ -418,10 +393,9 @@ def _json_values(pieces: Iterator[bytes]) -> Iterator[bytes]:
 
 def _json_text(row: bytes, text_field: str, place: str) -> bytes:
     try:
-        text = row.decode("utf-8", "surrogatepass")
-        is_valid = True
+        text, splits = row.decode("utf-8", "surrogatepass"), re.compile("(?!)")
     except UnicodeDecodeError:
-        text, is_valid = row.decode("utf-8", "surrogateescape"), False
+        text, splits = row.decode("utf-8", "surrogateescape"), INVALID_BYTES
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -430,13 +404,11 @@ def _json_text(row: bytes, text_field: str, place: str) -> bytes:
         raise ValueError(f"{place}: a JSON {type(value).__name__}, not an object; write one JSON object a row, or {EXCLUDE}")
     found = _field(value, text_field, place)
     if found is not None and not isinstance(found, str):
-        kind = type(found).__name__
-        remedy = ONE_STRING if kind == "list" else f"set text_field to a field of strings, or {SKIP}"
-        raise ValueError(f"{place}: field {text_field!r} is of type {kind}, not a string; {remedy}")
-    # What was no UTF-8 in the file is that again, and what was written as \\ud800 is kept as it always was.
-    parts = [found or ""] if is_valid else INVALID_BYTES.split(found or "")
+        remedy = ONE_STRING if isinstance(found, list) else f"set text_field to a field of strings, or {SKIP}"
+        raise ValueError(f"{place}: field {text_field!r} is of type {type(found).__name__}, not a string; {remedy}")
+    # Bytes that are no UTF-8 stay as they are; half a surrogate pair that is written as an escape has its own three bytes.
     errors = ("surrogatepass", "surrogateescape")
-    return b"".join(part.encode("utf-8", errors[number % 2]) for number, part in enumerate(parts))
+    return b"".join(part.encode("utf-8", errors[number % 2]) for number, part in enumerate(splits.split(found or "")))
 
 
 def _field(value: dict, text_field: str, place: str) -> Any:
@@ -480,18 +452,27 @@ def _table(path: Path, pieces: Iterator[bytes], reading: Reading, tally: Tally) 
 
 def _parquet(path: Path, reading: Reading, tally: Tally) -> Iterator[bytes]:
     with pq.ParquetFile(path, buffer_size=PIECE_BYTES) as file:
-        names = _column(file.schema_arrow, reading.text_field, path)
+        names = _column_names(file.schema_arrow, reading.text_field, path)
         for group in range(file.num_row_groups):
             place = f"{path}, row group {group}"
             batches = file.iter_batches(PARQUET_BATCH_ROWS, row_groups=[group], columns=[reading.text_field])
             try:
                 for batch in batches:
-                    yield from _texts(batch, names, place)
+                    column: Any = batch.column(names[0])
+                    if names[1:]:
+                        column = pc.call_function("struct_field", [column], pc.StructFieldOptions(names[1:]))
+                    column = column.storage if isinstance(column, pa.ExtensionArray) else column
+                    column = column.dictionary_decode() if isinstance(column, pa.DictionaryArray) else column
+                    # As binary: pyarrow does not look whether its strings are UTF-8, and a Python string would refuse them.
+                    for value in column.cast(pa.large_binary()):
+                        if "binary" in str(column.type):
+                            _refuse_binary(place, value.as_py() or b"")
+                        yield value.as_py() or b""
             except (OSError, pa.ArrowException) as error:
                 tally.fault(ValueError(f"{place} cannot be read ({one_line(error)}); {SKIP}, or {EXCLUDE}"), reading)
 
 
-def _column(schema: pa.Schema, text_field: str, path: Path) -> list[str]:
+def _column_names(schema: pa.Schema, text_field: str, path: Path) -> list[str]:
     """The names on the path to the text. Raises ValueError if they lead to no text."""
     kind: Any = pa.struct(list(schema))
     names = [text_field] if text_field in schema.names else text_field.split(".")
@@ -505,17 +486,3 @@ def _column(schema: pa.Schema, text_field: str, path: Path) -> list[str]:
         remedy = ONE_STRING if "list" in str(kind)[:10] else "set text_field to a column of strings"
         raise ValueError(f"{path}: column {text_field!r} is of type {str(kind)[:80]}, not a string; {remedy}")
     return names
-
-
-def _texts(batch: pa.RecordBatch, names: list[str], place: str) -> Iterator[bytes]:
-    column = batch.column(names[0])
-    column = pc.call_function("struct_field", [column], pc.StructFieldOptions(names[1:])) if names[1:] else column
-    column = column.storage if isinstance(column, pa.ExtensionArray) else column
-    column = column.dictionary_decode() if isinstance(column, pa.DictionaryArray) else column
-    is_binary = "binary" in str(column.type)
-    # As binary: pyarrow does not look whether its strings are UTF-8, and a Python string would refuse them.
-    for value in column.cast(pa.large_binary()):
-        document = value.as_py() or b""
-        if is_binary:
-            _refuse_binary(place, document)
-        yield document

@@ -16,7 +16,7 @@ import pytest
 from conftest import Planted
 
 from ds import tokenizer as bpe
-from ds.corpus import corpus_files, documents, is_held_out
+from ds.corpus import Reading, Tally, corpus_files, documents, is_held_out
 from ds.shards import TokenStream, open_shard, write_shard
 from scripts import prepare_data
 from scripts.config import TrainingConfig
@@ -78,7 +78,7 @@ def texts_of(stream: TokenStream | None, data: Data) -> list[bytes]:
 def test_shards_hold_every_document_in_order_each_in_one_split(tmp_path, vocab_size):
     config = config_in(tmp_path, vocab_size=vocab_size)
     data = prepare(config)
-    everything = list(documents(corpus_files(config.corpus, ()), "text"))
+    everything = list(documents(corpus_files(config.corpus, ()), Reading("text", None, False), Tally()))
     for stream, name, held_out in ((data.train, "train", False), (data.validation, "validation", True)):
         wanted = [document for document in everything if is_held_out(document, 0.25) == held_out]
         assert texts_of(stream, data) == wanted
@@ -229,6 +229,7 @@ def test_interrupted_build_is_built_again(built):
     [
         {"validation_fraction": 0.2}, {"tokens_per_shard": 501}, {"vocab_size": 301}, {"text_field": "body"},
         {"corpus_exclude": ("x", "y")}, {"tokenizer_sample_bytes": 9}, {"tokenizer_path": "x"},
+        {"document_separator": "|"}, {"validation_corpus": ("x",)}, {"skip_faulty_rows": True},
     ],
 )  # fmt: skip
 def test_changed_field_is_refused_by_name(built, changes):
@@ -236,6 +237,62 @@ def test_changed_field_is_refused_by_name(built, changes):
     ((name, value),) = changes.items()
     shown = list(value) if isinstance(value, tuple) else value
     assert f"{name}={shown!r} was" in message and "delete data_dir" in message
+
+
+def test_manifest_of_before_the_later_fields_opens_with_their_defaults(built):
+    path = Path(built.data_dir) / "manifest.json"
+    later = (*prepare_data.LATER_FIELDS, "validation_corpus_digest", "num_empty", "num_invalid", "num_faulty", "num_in_both")
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in manifest.items() if name not in later}))
+    assert open_data(built).train.num_tokens == manifest["train"]["num_tokens"]
+    assert "document_separator='|' was None" in refusal(replace(built, document_separator="|"))
+
+
+def write_rows(path: Path, numbers: range) -> None:
+    path.write_text("".join(json.dumps({"text": f"row {number} has {number**3} words"}) + "\n" for number in numbers))
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.25])
+def test_validation_corpus_is_held_out_whole_and_nothing_of_it_is_trained_on(tmp_path, fraction, capsys):
+    write_rows(tmp_path / "rows.jsonl", range(60))
+    write_rows(tmp_path / "held.jsonl", range(50, 70))
+    names = {"corpus": (f"{tmp_path}/rows.jsonl",), "validation_corpus": (f"{tmp_path}/held.jsonl",)}
+    config = config_in(tmp_path, **names, validation_fraction=fraction, vocab_size=262)
+    data = prepare(config)
+    held_out, trained = texts_of(data.validation, data), texts_of(data.train, data)
+    assert held_out == [b"row %d has %d words" % (number, number**3) for number in range(50, 70)]
+    assert trained == [b"row %d has %d words" % (number, number**3) for number in range(50)]
+    assert data.manifest["num_in_both"] == 10 and "10 left to held out" in capsys.readouterr().out
+    sampled = list(sample_documents(config, corpus_files(config.corpus, ())))
+    assert sampled and not set(sampled) & set(held_out)
+    write_rows(tmp_path / "held.jsonl", range(50, 71))
+    assert "corpus has changed" in refusal(config)
+
+
+def test_one_file_of_many_documents_is_cut_and_held_out_by_document(tmp_path, capsys):
+    stories = [f"story {number} ends after {number * number} days\n" for number in range(60)]
+    (tmp_path / "stories.txt").write_text("<|endoftext|>\n".join(stories))
+    config = config_in(tmp_path, corpus=(f"{tmp_path}/stories.txt",), vocab_size=257)
+    assert "document_separator cuts a file" in refusal(config)
+    said = capsys.readouterr().out
+    assert "note: only 1 documents" in said and "document_separator='<|endoftext|>'" in said
+    data = prepare(replace(config, document_separator="<|endoftext|>"))
+    found = texts_of(data.train, data) + texts_of(data.validation, data)
+    assert sorted(found) == sorted(story.strip().encode() for story in stories)
+    assert "note:" not in capsys.readouterr().out
+
+
+def test_what_is_skipped_and_what_is_no_utf8_is_told_and_kept_in_the_manifest(tmp_path, capsys):
+    write_rows(tmp_path / "rows.jsonl", range(30))
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write('{"text": null}\n{"text": ""}\n{"te\n')
+    config = config_in(tmp_path, corpus=(f"{tmp_path}/rows.jsonl", f"{tmp_path}/text"), vocab_size=257)
+    assert f"{tmp_path}/rows.jsonl, line 33: not JSON" in refusal(config)
+    data = prepare(replace(config, skip_faulty_rows=True))
+    said = capsys.readouterr().out
+    assert "documents: 70, 40 not UTF-8; 2 empty, 1 faulty rows skipped" in said
+    assert f"note: 1 faulty rows, the first: {tmp_path}/rows.jsonl, line 33" in said
+    assert [data.manifest[f"num_{kind}"] for kind in ("empty", "invalid", "faulty")] == [2, 40, 1]
 
 
 def test_all_changed_fields_are_listed(built):
@@ -338,7 +395,7 @@ def test_command_says_where_the_data_is_or_refuses_with_status_2(config, capsys,
     monkeypatch.setattr(prepare_data, "PRETRAIN", config)
     prepare_data.main()
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["corpus", "tokenizer", "shards", "data"]
+    assert [line.split(":")[0] for line in lines] == ["corpus", "tokenizer", "documents", "note", "shards", "data"]
     assert config.data_dir in lines[-1]
     monkeypatch.setattr(prepare_data, "PRETRAIN", replace(config, text_field="body"))
     with pytest.raises(SystemExit) as caught:
@@ -384,7 +441,7 @@ def test_command_prepares_the_preset_once(tmp_path, config):
     written = content(config.data_dir)
     assert {"manifest.json", "tokenizer.json", "train-00000.bin", "validation-00000.bin"} <= written.keys()
     *steps, last = done.stdout.splitlines()
-    assert [line.split(":")[0] for line in steps] == ["corpus", "tokenizer", "shards"]
+    assert [line.split(":")[0] for line in steps] == ["corpus", "tokenizer", "documents", "note", "shards"]
     assert last == f"data: {open_data(config).train.num_tokens:,} training tokens in {config.data_dir}"
     again = run(folder)
     assert (again.returncode, again.stdout, again.stderr) == (0, f"{last}\n", "") and content(config.data_dir) == written
