@@ -1,6 +1,7 @@
 """Byte-level BPE: train, load, fingerprint, compare, encode, decode. Gives back every byte string that it has encoded.
 
-Owns the vocabulary and the end-of-text id. Knows nothing of files other than tokenizer.json, nor of shards.
+Owns the vocabulary and the ids at the ends of documents, which stand in the post-processor: the token before documents, and
+among its special tokens the end of text, unless that is the usual one. Knows tokenizer.json and what is beside it, no shards.
 """
 
 import json
@@ -12,12 +13,13 @@ from itertools import groupby, tee, zip_longest
 from pathlib import Path
 
 import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from ds.corpus import one_line
 
 END_OF_TEXT = "<|endoftext|>"
 ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "<|im_end|>", "</s>")
+BEGINS_OF_TEXT = ("<|begin_of_text|>", "<｜begin▁of▁sentence｜>", "<s>")
 QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -66,22 +68,28 @@ def train(documents: Iterable[bytes], vocab_size: int) -> Tokenizer:
     return _finished(tokenizer.model)
 
 
-def load(path: str | Path) -> Tokenizer:
+def load(path: str | Path, *, begin_of_text: bool | None = None, end_of_text: str | None = None) -> Tokenizer:
     """The tokenizer in a tokenizer.json, or in the folder that holds one, without an NFC normalizer. So text stays byte
-    for byte what it is, and text that is in NFC gets the ids that a published model was trained on. Raises ValueError if it is
-    not there, `tokenizers` cannot read it, or it is not a lossless byte-level BPE with an end of text.
+    for byte what it is, and text that is in NFC gets the ids that a published model was trained on.
+
+    Documents begin with its begin-of-text id if `begin_of_text` (None: if its own template does). They end with `end_of_text`;
+    None: with the first of `ENDS_OF_TEXT`, else with what the files beside it name. Raises ValueError if it is not there,
+    `tokenizers` cannot read it, it is not a lossless byte-level BPE, or it lacks such a token.
     """
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise ValueError(f"{file} is not there; name a tokenizer.json or a folder that holds one")
     with _naming(file):
-        parts = _read_json(file)
+        parts = _read_object(file)
+        if not isinstance(parts.get("model"), dict):
+            raise ValueError("it has no model in it")
     _check_parts(parts, file)
     with _naming(file):
         tokenizer = Tokenizer.from_str(json.dumps(parts | {"normalizer": None}))
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()
         tokenizer.no_padding()
+    _choose_ends(tokenizer, file, begin_of_text, end_of_text)
     return _checked(tokenizer, file)
 
 
@@ -91,17 +99,20 @@ def vocab_size(tokenizer: Tokenizer) -> int:
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:
-    """The id of the first of `ENDS_OF_TEXT` that is a special token. Raises ValueError if there is none."""
-    special = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    for token in ENDS_OF_TEXT:
-        if token in special:
-            return special[token]
-    raise ValueError(f"tokenizer has no end-of-text token; add one of {', '.join(ENDS_OF_TEXT)} as a special token")
+    """The id that ends documents: that of the end of text that the post-processor names, else of the first usual one."""
+    special = _special_tokens(tokenizer)
+    return next(special[token] for token in (*_named_end(tokenizer), *ENDS_OF_TEXT) if token in special)
+
+
+def begin_of_text_id(tokenizer: Tokenizer) -> int | None:
+    """The id that begins documents, None if they begin with their text."""
+    begin = _begin(tokenizer)
+    return None if begin is None else tokenizer.token_to_id(begin)
 
 
 def encode(tokenizer: Tokenizer, document: bytes) -> np.ndarray:
-    """Bytes -> (T,) uint32. A special token spelled out in the document is ordinary text; no end of text is appended.
-    Raises ValueError if the tokenizer has no token for one of the bytes.
+    """Bytes -> (T,) uint32, first the begin-of-text id if documents have one. A special token spelled out in the document is
+    ordinary text; no end of text is appended. Raises ValueError if the tokenizer has no token for one of the bytes.
     """
     return next(encode_documents(tokenizer, [document]))
 
@@ -109,12 +120,14 @@ def encode(tokenizer: Tokenizer, document: bytes) -> np.ndarray:
 def encode_documents(tokenizer: Tokenizer, documents: Iterable[bytes]) -> Iterator[np.ndarray]:
     """`encode` of each document, with its errors, on all cores; long ones are cut at line ends, which no token crosses."""
     assert tokenizer.encode_special_tokens, "a tokenizer that this module did not make"
+    begin = begin_of_text_id(tokenizer)
+    head = np.array([] if begin is None else [begin], np.uint32)
     pieces_of = _pieces if tokenizer.get_vocab_size() > 257 else lambda document: [document]
     checked = _refusing_missing_bytes(documents, _missing_bytes(tokenizer))
     numbered, to_encode = tee((number, piece) for number, document in enumerate(checked) for piece in pieces_of(document))
     encoded = _encode_pieces(tokenizer, (piece for _, piece in to_encode))
     for _, of_document in groupby(zip(numbered, encoded, strict=True), key=lambda pair: pair[0][0]):
-        yield np.concatenate([ids for _, ids in of_document])
+        yield np.concatenate([head, *(ids for _, ids in of_document)])
 
 
 def with_end_of_text(ids: np.ndarray, end_of_text_id: int) -> np.ndarray:
@@ -229,14 +242,14 @@ def _naming(file: Path) -> Iterator[None]:
         raise ValueError(f"{file} cannot be read as a tokenizer ({one_line(error)}); name another tokenizer.json") from error
 
 
-def _read_json(file: Path) -> dict:
+def _read_object(file: Path) -> dict:
     num_bytes = file.stat().st_size
     if num_bytes > LARGEST_FILE_BYTES:
         raise ValueError(f"{num_bytes} bytes are more than the {LARGEST_FILE_BYTES} that one may have")
-    parts = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(parts, dict) or not isinstance(parts.get("model"), dict):
-        raise ValueError("it is not a JSON object with a model in it")
-    return parts
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError("it is not a JSON object")
+    return found
 
 
 def _check_parts(parts: dict, file: Path) -> None:
@@ -275,21 +288,95 @@ def _checked(tokenizer: Tokenizer, file: Path) -> Tokenizer:
     missing = _missing_bytes(tokenizer).translate(None, RARE_BYTES)
     if missing:
         raise ValueError(f"{file} has no token for {len(missing)} of the 256 bytes, the first is 0x{missing[0]:02x}; {REMEDY}")
-    try:
-        end_of_text_id(tokenizer)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
     probes = (
         b"a",
         bytes(range(256)).translate(None, _missing_bytes(tokenizer)),
         "a  b\t\r\n\n ß 漢 🂡 e\u0301 \u2028 It's 123 x_y;  ".encode(),
         "  ".join(["", *(token.content for token in tokenizer.get_added_tokens_decoder().values()), ""]).encode(),
+        *(token.encode() for token in (_begin(tokenizer), *_named_end(tokenizer)) if token),
     )
     with _naming(file):
         changed = any(decode(tokenizer, encode(tokenizer, probe)) != probe for probe in probes)
     if changed:
         raise ValueError(f"{file} does not give back the text that it is given; {REMEDY}")
     return tokenizer
+
+
+def _template(tokenizer: Tokenizer) -> dict:
+    part = json.loads(tokenizer.post_processor.__getstate__()) if tokenizer.post_processor else {}
+    parts = [one for one in part.get("processors", [part]) if one.get("type") == "TemplateProcessing"]
+    return parts[0] if parts else {"single": [], "pair": [], "special_tokens": {}}
+
+
+def _begin(tokenizer: Tokenizer) -> str | None:
+    return next((part.get("SpecialToken", {}).get("id") for part in _template(tokenizer)["single"]), None)
+
+
+def _named_end(tokenizer: Tokenizer) -> list[str]:
+    """The special tokens that a template names and puts nowhere."""
+    template = _template(tokenizer)
+    used = [part.get("SpecialToken", {}).get("id") for part in template["single"] + template["pair"]]
+    return [token for token in template["special_tokens"] if token not in used]
+
+
+def _special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    return {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+
+
+def _choose_ends(tokenizer: Tokenizer, file: Path, begin_of_text: bool | None, end_of_text: str | None) -> None:
+    special, begin = _special_tokens(tokenizer), _begin(tokenizer)
+    usual = [token for token in ENDS_OF_TEXT if token in special]
+    names = [end_of_text] if end_of_text else [*_named_end(tokenizer), *usual, *_named_beside(file, "eos")]
+    end = next(_tokens(tokenizer, names), None)
+    listed = f"its special tokens are {', '.join(map(repr, [*special][:SHOWN_CHARACTERS])) or 'none'}"
+    if end is None:
+        words = f"no token {end_of_text!r}" if end_of_text else "no end-of-text token that is known"
+        raise ValueError(f"{file} has {words}; name one of its own in end_of_text: {listed}")
+    names = [begin, *_named_beside(file, "bos"), *(token for token in BEGINS_OF_TEXT if token in special)]
+    found = next((token for token in _tokens(tokenizer, names) if token != end), None)
+    if begin_of_text and found is None:
+        words = f"begin_of_text=True: {file} has no begin-of-text token beside its end of text {end!r}"
+        raise ValueError(f"{words}; {listed}; set begin_of_text=None")
+    is_own = begin is not None and begin != end or True in _named_beside(file, "add_bos")[:1]
+    _set_ends(tokenizer, found if (is_own if begin_of_text is None else begin_of_text) else None, end)
+
+
+def _named_beside(file: Path, kind: str) -> list:
+    """The `kind`_token and `kind`_token_id of transformers' files beside a tokenizer.json; one that cannot be read has none."""
+    found = []
+    for name in ("tokenizer_config.json", "config.json", "generation_config.json"):
+        try:
+            part = _read_object(file.with_name(name))
+        except (OSError, ValueError, RecursionError):
+            part = {}
+        token, ids = part.get(f"{kind}_token"), part.get(f"{kind}_token_id")
+        found += [token.get("content") if isinstance(token, dict) else token, *(ids if isinstance(ids, list) else [ids])]
+    return found
+
+
+def _tokens(tokenizer: Tokenizer, names: Iterable) -> Iterator[str]:
+    """Those that are tokens, of tokens, ids and other things."""
+    for name in names:
+        is_id = isinstance(name, int) and not isinstance(name, bool) and 0 <= name < LARGEST_VOCABULARY_IDS
+        token = tokenizer.id_to_token(name) if is_id else name
+        if isinstance(token, str) and tokenizer.token_to_id(token) is not None:
+            yield token
+
+
+def _set_ends(tokenizer: Tokenizer, begin: str | None, end: str) -> None:
+    new = {token for token in (begin, end) if token} - _special_tokens(tokenizer).keys()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in sorted(new)])
+    tokenizer.post_processor = None
+    is_usual = end == next((token for token in ENDS_OF_TEXT if token in _special_tokens(tokenizer)), None)
+    named = [token for token in (begin, None if is_usual else end) if token]
+    if named:
+        first, second = ({"Sequence": {"id": name, "type_id": number}} for number, name in enumerate("AB"))
+        start = [{"SpecialToken": {"id": begin, "type_id": 0}}] if begin else []
+        tokens = {token: {"id": token, "ids": [tokenizer.token_to_id(token)], "tokens": [token]} for token in named}
+        part = {"type": "TemplateProcessing", "single": [*start, first], "pair": [*start, first, second]}
+        template = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+        template.__setstate__(json.dumps(part | {"special_tokens": tokens}).encode())
+        tokenizer.post_processor = template
 
 
 def _missing_bytes(tokenizer: Tokenizer) -> bytes:

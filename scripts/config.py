@@ -116,6 +116,8 @@ class TrainingConfig:
     tokens_per_shard: int = 2**26
     vocab_size: int = 2048
     tokenizer_path: str | None = None
+    begin_of_text: bool | None = None
+    end_of_text: str | None = None
     tokenizer_sample_bytes: int = 2**26
 
     context_length: int = 256
@@ -561,6 +563,11 @@ def _check_data(config: TrainingConfig) -> None:
         raise ValueError(f'run_dir and data_dir are both {config.run_dir!r}; nearest is data_dir="{config.data_dir}-data"')
     if config.tokenizer_path is not None and config.vocab_size == 257:
         raise ValueError("vocab_size=257 means raw bytes and tokenizer_path names a tokenizer; set tokenizer_path=None")
+    if config.end_of_text == "":
+        raise ValueError("end_of_text is empty; the default is None")
+    if config.tokenizer_path is None and (config.begin_of_text or config.end_of_text is not None):
+        name = "begin_of_text" if config.begin_of_text else "end_of_text"
+        raise ValueError(f"{name}={getattr(config, name)!r} has no effect without a tokenizer_path; set {name}=None")
 
 
 def _check_teacher(config: TrainingConfig) -> None:
@@ -579,11 +586,12 @@ LAWS = (
 )  # fmt: skip
 
 FOR_CARDS = {
-    "validation_fraction": 0.005, "vocab_size": 32768, "tokenizer_path": None, "tokenizer_sample_bytes": 2**28, "qk_norm": True,
-    "tie_embeddings": True, "init_std": 0.02, "schedule": "cosine", "decay_steps": None, "beta1": 0.9, "beta2": 0.95,
-    "precision": "bf16", "offload_optimizer": True, "accumulate_on": "cpu", "accumulation_precision": "fp32",
-    "loss_chunk_rows": 1024, "log_every_steps": 1, "eval_every_steps": 500, "eval_tokens": 2**20, "sample_every_steps": 500,
-    "save_every_steps": 500, "keep_checkpoints": 2, "init_from": None, "teacher_dir": None, "teacher_top_k": None,
+    "validation_fraction": 0.005, "vocab_size": 32768, "tokenizer_path": None, "begin_of_text": None, "end_of_text": None,
+    "tokenizer_sample_bytes": 2**28, "qk_norm": True, "tie_embeddings": True, "init_std": 0.02, "schedule": "cosine",
+    "decay_steps": None, "beta1": 0.9, "beta2": 0.95, "precision": "bf16", "offload_optimizer": True, "accumulate_on": "cpu",
+    "accumulation_precision": "fp32", "loss_chunk_rows": 1024, "log_every_steps": 1, "eval_every_steps": 500,
+    "eval_tokens": 2**20, "sample_every_steps": 500, "save_every_steps": 500, "keep_checkpoints": 2, "init_from": None,
+    "teacher_dir": None, "teacher_top_k": None,
 }  # fmt: skip
 
 PRETRAIN = TrainingConfig()

@@ -36,7 +36,7 @@ LEAST_BLOCK_TOKENS = 64
 # The fields that decide the data: the manifest holds them, and data made with other values is refused.
 FIELDS = (
     "corpus", "corpus_exclude", "text_field", "validation_fraction", "tokens_per_shard", "vocab_size", "tokenizer_path",
-    "tokenizer_sample_bytes",
+    "begin_of_text", "end_of_text", "tokenizer_sample_bytes",
 )  # fmt: skip
 # Those that came later; a manifest without them was made with their defaults.
 LATER_FIELDS = ("document_separator", "skip_faulty_rows", "validation_corpus")
@@ -76,7 +76,7 @@ class Data(NamedTuple):
 
     def refuse_other_tokenizer(self, model_dir: str | Path, what: str) -> None:
         """Raises ValueError, which begins with `what`, unless the tokenizer of the model in `model_dir` is the shards'."""
-        found = bpe.difference(self.tokenizer, bpe.load(model_dir))
+        found = bpe.difference(self.tokenizer, bpe.load(model_dir, end_of_text=self.manifest.get("end_of_text")))
         if found is not None:
             raise ValueError(
                 f"{what}: its tokenizer is not that of the shards in {self._folder}: {found}; prepare the data in another"
@@ -335,7 +335,7 @@ def _make_tokenizer(config: TrainingConfig, files: list[Path]) -> Tokenizer:
         return bpe.raw_bytes()
     if config.tokenizer_path is None:
         return bpe.train(sample_documents(config, files), config.vocab_size)
-    tokenizer = bpe.load(config.tokenizer_path)
+    tokenizer = bpe.load(config.tokenizer_path, begin_of_text=config.begin_of_text, end_of_text=config.end_of_text)
     num_ids = bpe.vocab_size(tokenizer)
     if config.vocab_size not in (num_ids, _padded_vocab_size(config.tokenizer_path, num_ids)):
         raise ValueError(
@@ -345,9 +345,10 @@ def _make_tokenizer(config: TrainingConfig, files: list[Path]) -> Tokenizer:
 
 
 def _padded_vocab_size(path: str, num_ids: int) -> int | None:
-    """The rows of the embedding of the model whose folder `path` is: some models have more than their tokenizer has ids."""
+    """The rows of the embedding of the model whose folder or tokenizer `path` is: some have more than there are ids."""
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
     try:
-        size = json.loads((Path(path) / "config.json").read_text())["vocab_size"]
+        size = json.loads((folder / "config.json").read_text())["vocab_size"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return size if isinstance(size, int) and size > num_ids else None
@@ -407,7 +408,8 @@ def _check_corpus(config: TrainingConfig, manifest: dict) -> None:
 
 def _open_tokenizer(config: TrainingConfig, manifest: dict) -> Tokenizer:
     try:
-        tokenizer = bpe.load(Path(config.data_dir) / "tokenizer.json")
+        is_old = "begin_of_text" not in manifest  # its documents begin with their text, whatever the template says
+        tokenizer = bpe.load(Path(config.data_dir) / "tokenizer.json", begin_of_text=False if is_old else None)
     except ValueError as error:
         raise ValueError(f"{str(error).split(';')[0]}; {_delete(config)}") from error
     if bpe.fingerprint(tokenizer) != manifest.get("tokenizer_fingerprint"):

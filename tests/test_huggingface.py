@@ -1,6 +1,7 @@
 """Laws of scripts/model/huggingface.py: transformers' own numbers both ways, and nothing that is not computed exactly."""
 
 import json
+import random
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from test_decoder import CPU, TINY, configs, fresh, logits_of, some_ids
+from test_tokenizer import BYTE_LEVEL, PUBLISHED, SMOLLM_LACKS, placed
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from scripts.config import DISTILL, PRETRAIN
 from scripts.model.decoder import Decoder, empty_model
@@ -24,6 +26,8 @@ from scripts.model.huggingface import (
     tensor_shapes,
     transformers_config,
 )
+from scripts.prepare_data import Data, prepare
+from scripts.run.checkpoint import model_texts
 
 LLAMA = transformers_config(replace(TINY, qk_norm=False), 256)
 VARIANTS = (
@@ -61,8 +65,9 @@ def assert_same_logits_and_gradients(model: Decoder, theirs, ids: torch.Tensor) 
     (logits * gradient).sum().backward()
     (theirs(ids).logits * gradient).sum().backward()
     wanted = {name: weight.grad for name, weight in theirs.named_parameters()}
+    rounding = 1e-5 * torch.stack([each.norm() for each in wanted.values()]).norm()  # all that queries of one position get
     for name, weight in model.named_parameters():
-        assert (weight.grad - wanted[name]).norm() <= 1e-4 * wanted[name].norm() + 1e-4, name
+        assert (weight.grad - wanted[name]).norm() <= 1e-4 * wanted[name].norm() + rounding, name
 
 
 @given(config=configs(), rows=st.integers(1, 3), data=st.data())
@@ -141,3 +146,111 @@ def test_reading_a_folder_changes_nothing_in_it(tmp_path):
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     load_weights(empty_model(TINY, CPU), tmp_path)
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+SIZES = {"raw": 257, "own": 400, "qwen3": 603, "llama3": 601, "smollm": 580, "gpt2": 600, "deepseek": 602}
+
+
+def drawn_texts() -> list[str]:
+    """1,000 texts of words, whitespace, digits, apostrophes, and characters of every plane; none is empty."""
+    draw = random.Random(0)
+    words = [
+        "don't",
+        " the",
+        "\n\n",
+        "  ",
+        "\t",
+        "12345",
+        "'LL",
+        "caf\u00e9",
+        "e\u0301",
+        "\u6f22\u5b57",
+        "return",
+        "\r\n",
+        "<think>",
+    ]
+
+    def part() -> str:
+        numbers = draw.choice((range(1, 0x7F), range(0x80, 0x800), range(0x800, 0xD800), range(0xE000, 0x110000)))
+        return draw.choice(words) if draw.random() < 0.7 else chr(draw.choice(numbers))
+
+    return [f"{number}" + "".join(part() for _ in range(draw.randrange(30))) for number in range(1000)]
+
+
+TEXTS = drawn_texts()
+
+
+def kept_texts(name: str) -> list[str]:
+    return [text for text in TEXTS if name != "smollm" or not set(text.encode()) & set(SMOLLM_LACKS)]
+
+
+def prepared(folder: Path, name: str, **changes) -> Data:
+    """Shards of `kept_texts`."""
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in kept_texts(name))
+    (folder / "corpus.jsonl").write_text(lines)
+    tokenizer = str(placed(folder, name, PUBLISHED[name])) if name in PUBLISHED else None
+    fields = {"data_dir": f"{folder}/data", "run_dir": f"{folder}/run", "corpus": (f"{folder}/corpus.jsonl",)}
+    fields |= {"validation_fraction": 0.0, "eval_every_steps": None, "vocab_size": SIZES[name], "tokenizer_path": tokenizer}
+    return prepare(replace(TINY, **(fields | changes)))
+
+
+def documents_of(data: Data) -> list[list[int]]:
+    """The ids of each document in the shards, without the end of text."""
+    found: list[list[int]] = [[]]
+    for number in data.train.read(0, data.train.num_tokens).tolist():
+        if number == data.end_of_text_id:
+            found.append([])
+        else:
+            found[-1].append(number)
+    assert found.pop() == []
+    return found
+
+
+@pytest.mark.parametrize("begin_of_text", [None, False])
+@pytest.mark.parametrize("name", SIZES)
+def test_the_exported_tokenizer_gives_a_text_the_ids_of_its_document_in_the_shards(tmp_path, name, begin_of_text):
+    data, folder = prepared(tmp_path, name, begin_of_text=begin_of_text), tmp_path / "model"
+    folder.mkdir()
+    for file, text in model_texts(replace(TINY, vocab_size=SIZES[name]), data.tokenizer_json, data.end_of_text_id).items():
+        (folder / file).write_text(text)
+    theirs, documents = AutoTokenizer.from_pretrained(folder), documents_of(data)
+    assert [theirs(text).input_ids for text in kept_texts(name)] == documents
+    assert [data.encode(text) for text in kept_texts(name)[:50]] == documents[:50]
+    spelled = "a<|endoftext|><|im_end|> <|begin_of_text|>"
+    assert theirs(spelled, split_special_tokens=True).input_ids == data.encode(spelled)
+    begins = name in ("llama3", "deepseek") and begin_of_text is None
+    assert {ids[0] for ids in documents} == {599} if begins else 599 not in {ids[0] for ids in documents}
+    for each in (theirs, AutoConfig.from_pretrained(folder)):
+        assert (each.bos_token_id, each.eos_token_id) == (599 if begins else data.end_of_text_id, data.end_of_text_id)
+
+
+def test_data_from_before_begin_of_text_opens_as_it_was_made_whatever_its_template_says(tmp_path):
+    data = prepared(tmp_path, "llama3", begin_of_text=False)
+    folder = tmp_path / "data"
+    manifest = {name: value for name, value in data.manifest.items() if name not in ("begin_of_text", "end_of_text")}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "tokenizer.json").write_text(json.dumps(PUBLISHED["llama3"]))
+    again = prepared(tmp_path, "llama3")
+    assert again.encode(TEXTS[7]) == documents_of(again)[7] and 599 not in again.encode(TEXTS[7])
+    again.refuse_other_tokenizer(tmp_path, "teacher_dir")
+
+
+@pytest.mark.parametrize("place", ["", "tokenizer.json"])
+def test_a_tokenizer_and_its_folder_mean_the_same_and_so_do_their_padded_vocabularies(tmp_path, place):
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 640}))
+    placed(tmp_path, "gpt2", PUBLISHED["gpt2"])
+    assert prepared(tmp_path, "gpt2", vocab_size=640, tokenizer_path=str(tmp_path / place)).train.num_tokens > 1000
+
+
+def test_a_teachers_end_of_text_that_only_the_configuration_names_is_known_again(tmp_path):
+    end = "<\uff5cend\u2581of\u2581sentence\uff5c>"
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    (teacher / "tokenizer.json").write_text(json.dumps(PUBLISHED["deepseek"]))
+    data = prepared(tmp_path, "deepseek", tokenizer_path=str(teacher), end_of_text=end)
+    assert data.end_of_text_id == 600
+    data.refuse_other_tokenizer(teacher, "teacher_dir")
+    with pytest.raises(ValueError, match="is not that of the shards"):
+        data.refuse_other_tokenizer(
+            placed(tmp_path, "deepseek", PUBLISHED["deepseek"] | {"pre_tokenizer": BYTE_LEVEL}), "teacher_dir"
+        )

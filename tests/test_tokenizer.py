@@ -503,7 +503,28 @@ def smollm() -> dict:
     return state
 
 
-PUBLISHED = {"qwen3": qwen3(), "llama3": llama3(), "smollm": smollm()}
+def gpt2() -> dict:
+    return published([], ["<|endoftext|>"], []) | {"pre_tokenizer": BYTE_LEVEL}
+
+
+def deepseek() -> dict:
+    """Its tokenizer.json has no template: tokenizer_config.json beside it says what begins and ends a document."""
+    parts = [
+        split(r"\p{N}{1,3}"),
+        split("[\u4e00-\u9fa5\u3040-\u309f]+"),
+        split(LLAMA3_PATTERN),
+        BYTE_LEVEL | {"use_regex": False},
+    ]
+    return published(parts, ["<\uff5cbegin\u2581of\u2581sentence\uff5c>", DEEPSEEK_END], ["<think>"])
+
+
+DEEPSEEK_END = "<\uff5cend\u2581of\u2581sentence\uff5c>"
+DEEPSEEK_CONFIG = {
+    "add_bos_token": True,
+    "bos_token": {"content": "<\uff5cbegin\u2581of\u2581sentence\uff5c>"},
+    "eos_token": {"content": DEEPSEEK_END},
+}
+PUBLISHED = {"qwen3": qwen3(), "llama3": llama3(), "smollm": smollm(), "gpt2": gpt2(), "deepseek": deepseek()}
 
 
 @pytest.fixture(scope="module")
@@ -511,9 +532,15 @@ def read(tmp_path_factory) -> dict[str, Tokenizer]:
     path = tmp_path_factory.mktemp("published") / "tokenizer.json"
     tokenizers = {}
     for name, state in PUBLISHED.items():
-        path.write_text(json.dumps(state))
-        tokenizers[name] = bpe.load(path)
+        tokenizers[name] = bpe.load(placed(path.parent, name, state))
     return tokenizers
+
+
+def placed(folder: Path, name: str, state: dict) -> Path:
+    """A folder with a published tokenizer and what stands beside it."""
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    (folder / "tokenizer_config.json").write_text(json.dumps(DEEPSEEK_CONFIG if name == "deepseek" else {}))
+    return folder
 
 
 NFC_TEXT = "It's 2024, 12345 caf\u00e9s \u6f22\u5b57 \U0001f0a1\r\n\n\t <think> x_y;  \n Z"
@@ -527,7 +554,8 @@ def test_published_tokenizer_gives_text_in_nfc_the_ids_of_its_own_library(read, 
     assume(name != "smollm" or not set(text.encode()) & set(SMOLLM_LACKS))
     own = Tokenizer.from_str(json.dumps(PUBLISHED[name]))
     own.encode_special_tokens = True
-    assert bpe.encode(read[name], text.encode()).tolist() == own.encode(text, add_special_tokens=False).ids
+    begin = [599] if name == "deepseek" else []
+    assert bpe.encode(read[name], text.encode()).tolist() == begin + own.encode(text, add_special_tokens=True).ids
 
 
 @pytest.mark.parametrize("normalizer", [normalizers.NFC(), normalizers.Sequence([normalizers.NFC(), normalizers.NFC()])])
@@ -546,12 +574,85 @@ def test_published_tokenizer_keeps_its_sizes_and_its_end_of_text(read):
         "qwen3": 603,
         "llama3": 601,
         "smollm": 580,
+        "gpt2": 600,
+        "deepseek": 602,
     }
     assert {name: bpe.end_of_text_id(tokenizer) for name, tokenizer in read.items()} == {
         "qwen3": 599,
         "llama3": 600,
         "smollm": 0,
+        "gpt2": 599,
+        "deepseek": 600,
     }
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"tokenizer_config.json": {"eos_token": DEEPSEEK_END}},
+        {
+            "tokenizer_config.json": {"eos_token": {"content": DEEPSEEK_END, "lstrip": False}},
+            "config.json": {"eos_token_id": 9},
+        },
+        {"tokenizer_config.json": {"eos_token": None}, "config.json": {"eos_token_id": 600}},
+        {"tokenizer_config.json": {"eos_token": "absent"}, "generation_config.json": {"eos_token_id": [600, 599]}},
+        {"tokenizer_config.json": ["eos_token"], "config.json": {"eos_token_id": [True, -1, 2**64, {}, None, 600]}},
+    ],
+    ids=str,
+)
+def test_end_of_text_under_another_name_is_what_the_files_beside_say(tmp_path, beside):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(PUBLISHED["deepseek"]))
+    message = refusal(path)
+    assert "no end-of-text token that is known; name one of its own in end_of_text" in message and DEEPSEEK_END in message
+    for name, content in beside.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    for place in (path, tmp_path):
+        assert bpe.end_of_text_id(bpe.load(place)) == 600
+    assert bpe.end_of_text_id(bpe.load(path, end_of_text="<\uff5cbegin\u2581of\u2581sentence\uff5c>")) == 599
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("begin", [None, False, True])
+def test_tokenizer_json_alone_holds_where_documents_begin_and_end(tmp_path, name, begin):
+    folder = placed(tmp_path, name, PUBLISHED[name])
+    for end in (None, *bpe.load(folder).get_vocab().keys() & {"<|im_end|>", "<|begin_of_text|>", "<think>"}):
+        if begin and (name not in ("llama3", "deepseek") or end == "<|begin_of_text|>"):
+            with pytest.raises(ValueError, match="^begin_of_text=True: [^\n]+; set begin_of_text=None$"):
+                bpe.load(folder, begin_of_text=begin, end_of_text=end)
+            continue
+        first = bpe.load(folder, begin_of_text=begin, end_of_text=end)
+        (tmp_path / "alone").mkdir(exist_ok=True)
+        again = bpe.load(saved(first, tmp_path / "alone"))
+        assert bpe.to_json(again) == bpe.to_json(first)
+        ends = [(bpe.begin_of_text_id(each), bpe.end_of_text_id(each)) for each in (first, again)]
+        assert ends[0] == ends[1] and (end is None or ends[0][1] == first.token_to_id(end))
+        is_begun = begin is not False and name in ("llama3", "deepseek") and end != "<|begin_of_text|>"
+        assert ends[0][0] == (599 if is_begun else None)
+        assert bpe.token_bytes(first)[ends[0][1]] == b""
+
+
+def test_ends_of_documents_change_neither_fingerprint_nor_difference(tmp_path):
+    folder = placed(tmp_path, "llama3", PUBLISHED["llama3"])
+    wanted = bpe.fingerprint(Tokenizer.from_str(json.dumps(PUBLISHED["llama3"])))
+    for begin in (True, False):
+        for end in ("<|begin_of_text|>", "<|end_of_text|>"):
+            found = bpe.load(folder, begin_of_text=begin and end != "<|begin_of_text|>", end_of_text=end)
+            assert bpe.fingerprint(found) == wanted and bpe.difference(found, bpe.load(folder)) is None
+
+
+@pytest.mark.parametrize("token", ["a", "th", "de", "absent"])
+def test_end_of_text_that_text_may_hold_or_that_is_not_there_is_refused(tmp_path, token):
+    with pytest.raises(ValueError, match="tokenizer.json (does not give back the text|has no token 'absent'; name one)"):
+        bpe.load(saved(TRAINED, tmp_path), end_of_text=token)
+
+
+@given(document=BYTES)
+def test_begin_of_text_stands_before_a_document_and_counts_no_byte(read, document):
+    ids, lengths = bpe.encode(read["llama3"], document), [len(token) for token in bpe.token_bytes(read["llama3"])]
+    assert ids[0] == 599 and 599 not in ids[1:]
+    assert sum(lengths[number] for number in bpe.with_end_of_text(ids, 600)) == len(document)
+    assert bpe.decode(read["llama3"], ids) == document
 
 
 @given(document=BYTES, byte=st.sampled_from(list(SMOLLM_LACKS)), rest=BYTES)

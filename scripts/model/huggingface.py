@@ -57,12 +57,18 @@ def transformers_config(config: TrainingConfig, end_of_text_id: int) -> dict:
 
 def tokenizer_config(config: TrainingConfig, tokenizer_json: str, end_of_text_id: int) -> dict:
     """The contents of transformers' tokenizer_config.json for the tokenizer that `tokenizer_json` describes."""
-    added = json.loads(tokenizer_json)["added_tokens"]
-    end = next(token["content"] for token in added if token["id"] == end_of_text_id)
+    content = {token["id"]: token["content"] for token in json.loads(tokenizer_json)["added_tokens"]}
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end, "clean_up_tokenization_spaces": False,
-        "model_max_length": config.context_length,
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": content[first_id(tokenizer_json, end_of_text_id)],
+        "eos_token": content[end_of_text_id], "clean_up_tokenization_spaces": False, "model_max_length": config.context_length,
     }  # fmt: skip
+
+
+def first_id(tokenizer_json: str, end_of_text_id: int) -> int:
+    """What stands before the text of each document: the begin of text of `tokenizer_json`, without one the end of text."""
+    template = json.loads(tokenizer_json)["post_processor"] or {"single": [{}]}
+    token = template["single"][0].get("SpecialToken")
+    return template["special_tokens"][token["id"]]["ids"][0] if token else end_of_text_id
 
 
 def architecture_fields(description: dict) -> dict:
@@ -311,7 +317,7 @@ def _rope_scaling(description: dict, rope: dict) -> tuple[float, ...] | None:
 def _with_shape_of(described: bytes | None, config: TrainingConfig) -> TrainingConfig:
     found = vars(PRETRAIN) if described is None else parse_json(described, "it")
     shape = architecture_fields(found) if "model_type" in found else {name: found[name] for name in SHAPE_FIELDS}
-    alone = dict.fromkeys(("teacher_dir", "teacher_top_k", "init_from", "tokenizer_path"))
+    alone = dict.fromkeys(("teacher_dir", "teacher_top_k", "init_from", "tokenizer_path", "begin_of_text", "end_of_text"))
     return replace(config, **alone, **shape, activation_checkpointing="none")
 
 

@@ -23,7 +23,15 @@ from scripts.config import GIB, VERIFY_THREADS, TrainingConfig
 from scripts.engine import offload
 from scripts.engine.distributed import gather, gather_numbers, together
 from scripts.model.decoder import Decoder
-from scripts.model.huggingface import CODE_ENDINGS, read_into, read_json, tensors_in, tokenizer_config, transformers_config
+from scripts.model.huggingface import (
+    CODE_ENDINGS,
+    first_id,
+    read_into,
+    read_json,
+    tensors_in,
+    tokenizer_config,
+    transformers_config,
+)
 from scripts.plan.footprint import checkpoint_bytes
 from scripts.run.metrics import read_metrics, sync_metrics
 from scripts.run.run_dir import FOLDERS, checkpoint_folders, checkpoints_dir, config_record, metrics_path
@@ -184,9 +192,10 @@ def write_model(folder: Path, model: Decoder, texts: dict[str, str]) -> dict[str
 
 def model_texts(config: TrainingConfig, tokenizer_json: str, end_of_text_id: int) -> dict[str, str]:
     """The text files of a transformers folder, by name."""
+    first = {"bos_token_id": first_id(tokenizer_json, end_of_text_id)}
     described = {
-        "config.json": transformers_config(config, end_of_text_id),
-        "generation_config.json": {"bos_token_id": end_of_text_id, "eos_token_id": end_of_text_id},
+        "config.json": transformers_config(config, end_of_text_id) | first,
+        "generation_config.json": first | {"eos_token_id": end_of_text_id},
         "tokenizer_config.json": tokenizer_config(config, tokenizer_json, end_of_text_id),
     }
     texts = {name: json.dumps(value, indent=2) + "\n" for name, value in described.items()}
