@@ -32,7 +32,7 @@ AT_LEAST = {
     "micro_batch_rows": 1, "num_steps": 1, "warmup_steps": 0, "decay_steps": 1, "loss_chunk_rows": 1,
     "log_every_steps": 1, "eval_every_steps": 1, "eval_tokens": 1, "sample_every_steps": 1, "sample_tokens": 1,
     "sample_top_k": 1, "save_every_steps": 1, "keep_checkpoints": 1, "max_skipped_steps": 1, "spike_window_steps": 2,
-    "rank_timeout_minutes": 1, "silent_rank_seconds": 2, "seed": 0, "teacher_top_k": 1,
+    "shortest_document_characters": 1, "longest_document_characters": 1, "rank_timeout_minutes": 1, "silent_rank_seconds": 2, "seed": 0, "teacher_top_k": 1,
 }  # fmt: skip
 MAKE_TEACHER = "deepspeed scripts/train_pretrain.py makes a teacher, or name a Llama or Qwen3 folder of transformers' format"
 TORCH_OF_OLD_CARDS = "https://download.pytorch.org/whl/cu126"
@@ -89,7 +89,9 @@ SHORTEST_OFFERED_CONTEXT = 64
 OFFERED_MEMORY_SHARE = 0.9
 NUM_NAMED_DOCUMENTS = 3
 NAMED_DOCUMENT_TOKENS = 48
-FEW_DOCUMENTS = 10
+FEW_DOCUMENTS, CHECKED_DOCUMENTS = 10, 1000
+SHARD_WORKER_BYTES = 3 * 2**28
+PROGRESS_SECONDS = 60
 LABEL_ERROR_TOKENS = 8192
 
 
@@ -111,6 +113,8 @@ class TrainingConfig:
     text_field: str = "text"
     document_separator: str | None = None
     skip_faulty_rows: bool = False
+    shortest_document_characters: int | None = None
+    longest_document_characters: int | None = None
     validation_corpus: tuple[str, ...] = ()
     validation_fraction: float = 0.05
     tokens_per_shard: int = 2**26
@@ -119,6 +123,7 @@ class TrainingConfig:
     begin_of_text: bool | None = None
     end_of_text: str | None = None
     tokenizer_sample_bytes: int = 2**26
+    dask_scheduler: str | None = None
 
     context_length: int = 256
     hidden_size: int = 192
@@ -549,6 +554,9 @@ def _check_data(config: TrainingConfig) -> None:
             raise ValueError(f"{name}={value!r} holds a character that cannot be printed; write it without")
     if config.document_separator == "":
         raise ValueError("document_separator is empty and would cut nowhere; set document_separator=None to cut nothing")
+    shortest, longest = config.shortest_document_characters, config.longest_document_characters
+    if shortest is not None and longest is not None and shortest > longest:
+        raise ValueError(f"shortest_document_characters={shortest} is above longest_document_characters={longest}; swap them")
     if not config.corpus or not all(config.corpus):
         raise ValueError(f"corpus={config.corpus!r} is empty; name at least one file, folder or glob")
     if not all(config.validation_corpus):
