@@ -2,16 +2,18 @@
 
 import json
 import pickle
+import sysconfig
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 from conftest import Planted
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 
 from ds import tokenizer as bpe
 
@@ -664,3 +666,126 @@ def test_byte_without_a_token_is_refused_by_name_and_every_other_text_comes_back
     message = str(caught.value)
     assert "\n" not in message and "leave that document out" in message
     assert f"no token for the byte 0x{byte:02x}, which is byte {len(document)} of a document that begins" in message
+
+
+def fast(tokenizer: Tokenizer, documents: list[bytes], num_threads: int | None = 1) -> list[list[int]]:
+    """As `encode_documents` without the comparison that would hide a difference."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bpe, "CHECKED_PIECES", 0)
+        return [ids.tolist() for ids in bpe.encode_documents(tokenizer, documents, num_threads)]
+
+
+def encoders_made(tokenizer: Tokenizer) -> int:
+    """How many encoders of tiktoken a call makes."""
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            bpe.tiktoken, "Encoding", lambda *names, **fields: made.append(names) or tiktoken_encoding(*names, **fields)
+        )
+        list(bpe.encode_documents(tokenizer, [b"a b"]))
+    return len(made)
+
+
+tiktoken_encoding = tiktoken.Encoding
+TEXT = st.text(max_size=80) | st.text(
+    st.sampled_from("aA \t\r\n\u00a0\u2028'stvmlLrReE\u017f\u0130019\u0661.=<think>\u6f22\u00e9e\u0301"), max_size=80
+)
+
+
+@pytest.mark.parametrize("name", ["trained", *PUBLISHED])
+@given(documents=st.lists(TEXT.map(str.encode) | BYTES, max_size=4))
+@example(documents=[HOSTILE, NFC_TEXT.encode(), b"", bytes(range(256))])
+def test_many_documents_get_from_tiktoken_the_ids_that_tokenizers_gives_each(read, name, documents):
+    tokenizer = TRAINED if name == "trained" else read[name]
+    if name == "smollm":
+        documents = [document.translate(None, SMOLLM_LACKS) for document in documents]
+    assert fast(tokenizer, documents) == [bpe.encode(tokenizer, document).tolist() for document in documents]
+
+
+def test_tiktoken_encodes_where_one_pattern_cuts_and_tokenizers_elsewhere(read):
+    again = {name: Tokenizer.from_str(tokenizer.to_str()) for name, tokenizer in read.items()}
+    for tokenizer in again.values():
+        tokenizer.encode_special_tokens = True
+    fresh = bpe.train([SOURCE], 300)
+    assert {name: encoders_made(tokenizer) for name, tokenizer in again.items()} == {
+        "qwen3": 1, "llama3": 1, "gpt2": 1, "smollm": 0, "deepseek": 0,
+    }  # fmt: skip
+    assert (encoders_made(fresh), encoders_made(fresh), encoders_made(bpe.raw_bytes())) == (1, 0, 0)
+
+
+@st.composite
+def merged(draw) -> Tokenizer:
+    """A BPE of drawn merges, in any order, several for a token, over three letters; tokens that no merge makes, too."""
+    state = json.loads(bpe.to_json(RAW))
+    tokens, merges = ["a", "b", "c"], []
+    for _ in range(draw(st.integers(1, 8))):
+        pair = [draw(st.sampled_from(tokens)), draw(st.sampled_from(tokens))]
+        merges.append(pair)
+        tokens += [] if "".join(pair) in tokens else ["".join(pair)]
+    whole = draw(st.lists(st.text(st.sampled_from("abc"), min_size=2, max_size=5), max_size=3))
+    if draw(st.booleans()):
+        merges = draw(st.permutations(merges))
+    names = draw(st.permutations(list(dict.fromkeys([*tokens[3:], *whole]))))
+    state["model"] |= {"merges": merges, "ignore_merges": draw(st.booleans())}
+    state["model"]["vocab"] |= {token: 257 + number for number, token in enumerate(names)}
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+@given(tokenizer=merged(), documents=st.lists(st.text(st.sampled_from("aaabbc "), max_size=30).map(str.encode), max_size=9))
+@settings(max_examples=300)
+def test_any_merges_give_the_ids_of_tokenizers(tokenizer, documents):
+    assert fast(tokenizer, documents) == [bpe.encode(tokenizer, document).tolist() for document in documents]
+
+
+LIBRARY = [path.read_bytes() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-e]*.py"))]
+
+
+@pytest.mark.parametrize("num_threads", [1, None])
+def test_sources_of_the_standard_library_keep_their_ids(num_threads):
+    tokenizer = bpe.train(LIBRARY[:9], 1024)
+    assert fast(tokenizer, LIBRARY, num_threads) == [
+        tokenizer.encode(document.decode(), add_special_tokens=False).ids for document in LIBRARY
+    ]
+
+
+@pytest.mark.parametrize("text", ["a", " ", "\n", "7", "\u6f22", "=", " a", " \t", "\r\n", "'s"], ids=repr)
+def test_the_longest_piece_of_one_kind_is_encoded(read, text):
+    document = (text * 2**16)[: 2**16 + 9].encode()
+    for tokenizer in (TRAINED, read["gpt2"], read["llama3"]):
+        assert fast(tokenizer, [document]) == [bpe.encode(tokenizer, document).tolist()]
+
+
+@pytest.mark.parametrize("kind", [r"\p{L}", r"\p{N}", r"\s"])
+def test_both_libraries_know_the_same_letters_numbers_and_spaces(kind):
+    numbers = [
+        *range(0x3400),
+        *range(0x4DB0, 0x4E10),
+        *range(0x9FF0, 0xD800, 4),
+        *range(0xE000, 0x20000),
+        *range(0x2A6D0, 0x33500, 8),
+    ]
+    every = "".join(map(chr, numbers))
+    theirs = pre_tokenizers.Split(Regex(kind + "+"), "removed").pre_tokenize_str(every)
+    bytes_alone = {bytes([byte]): byte for byte in range(256)}
+    found = tiktoken.Encoding("bytes", pat_str=kind + "+", mergeable_ranks=bytes_alone, special_tokens={}).encode_ordinary(
+        every
+    )
+    assert {*every} - {*"".join(text for text, _ in theirs)} == {*bytes(found).decode()}
+
+
+def test_first_documents_that_differ_get_the_ids_of_tokenizers_and_a_line(monkeypatch, capsys):
+    class Wrong(tiktoken.Encoding):
+        def encode_ordinary(self, text: str) -> list[int]:
+            return super().encode_ordinary(text)[::-1]
+
+    monkeypatch.setattr(bpe.tiktoken, "Encoding", Wrong)
+    tokenizer = bpe.train([SOURCE], 400)
+    documents = [b"a", b"some words\nmore", b"and so on"]
+    found = [ids.tolist() for ids in bpe.encode_documents(tokenizer, documents, 1)]
+    assert found == [bpe.encode(tokenizer, document).tolist() for document in documents]
+    assert (
+        capsys.readouterr().out == "tokenizer: tiktoken gives other ids for 'some words\\nmore'; tokenizers encodes instead\n"
+    )
+    assert fast(tokenizer, documents) != found
