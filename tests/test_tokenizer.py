@@ -711,12 +711,26 @@ def test_tiktoken_encodes_where_one_pattern_cuts_and_tokenizers_elsewhere(read):
         "qwen3": 1, "llama3": 1, "gpt2": 1, "smollm": 0, "deepseek": 0,
     }  # fmt: skip
     assert (encoders_made(fresh), encoders_made(fresh), encoders_made(bpe.raw_bytes())) == (1, 0, 0)
+    for part, made in ((BYTE_LEVEL, 1), (BYTE_LEVEL | {"use_regex": False}, 0), (QWEN2_CUTS, 1), (None, 0)):
+        again = changed(lambda state, part=part: state.update(pre_tokenizer=part))
+        again.encode_special_tokens = True
+        assert encoders_made(again) == made, part
+
+
+def of_merges(merges: list[list[str]], more: list[str], ignore_merges: bool, part: dict | None = None) -> Tokenizer:
+    """RAW with merges and the ids of what they make and of `more`, in this order, and another pre-tokenizer."""
+    state = json.loads(bpe.to_json(RAW)) | ({"pre_tokenizer": part} if part else {})
+    state["model"] |= {"merges": merges, "ignore_merges": ignore_merges}
+    names = dict.fromkeys([*more, *map("".join, merges)])
+    state["model"]["vocab"] |= {token: 257 + number for number, token in enumerate(names)}
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
 @st.composite
 def merged(draw) -> Tokenizer:
     """A BPE of drawn merges, in any order, several for a token, over three letters; tokens that no merge makes, too."""
-    state = json.loads(bpe.to_json(RAW))
     tokens, merges = ["a", "b", "c"], []
     for _ in range(draw(st.integers(1, 8))):
         pair = [draw(st.sampled_from(tokens)), draw(st.sampled_from(tokens))]
@@ -725,20 +739,38 @@ def merged(draw) -> Tokenizer:
     whole = draw(st.lists(st.text(st.sampled_from("abc"), min_size=2, max_size=5), max_size=3))
     if draw(st.booleans()):
         merges = draw(st.permutations(merges))
-    names = draw(st.permutations(list(dict.fromkeys([*tokens[3:], *whole]))))
-    state["model"] |= {"merges": merges, "ignore_merges": draw(st.booleans())}
-    state["model"]["vocab"] |= {token: 257 + number for number, token in enumerate(names)}
-    tokenizer = Tokenizer.from_str(json.dumps(state))
-    tokenizer.encode_special_tokens = True
-    return tokenizer
+    return of_merges(merges, draw(st.permutations([*tokens[3:], *whole])), draw(st.booleans()))
 
 
+TWICE_MADE = [["a", "bc"], ["a", "b"], ["c", "a"], ["b", "c"], ["ab", "c"]]
+
+
+@example(tokenizer=of_merges(TWICE_MADE, [], False), documents=[b"abca"])
 @given(tokenizer=merged(), documents=st.lists(st.text(st.sampled_from("aaabbc "), max_size=30).map(str.encode), max_size=9))
-@settings(max_examples=300)
+@settings(max_examples=200)
 def test_any_merges_give_the_ids_of_tokenizers(tokenizer, documents):
     assert fast(tokenizer, documents) == [bpe.encode(tokenizer, document).tolist() for document in documents]
 
 
+GPT2_CUTS, CUT_CHARACTERS = BYTE_LEVEL, "aLstlveRmd'1. \n"
+QWEN2_CUTS, LLAMA3_CUTS = (
+    {"type": "Sequence", "pretokenizers": [split(pattern), BYTE_LEVEL | {"use_regex": False}]}
+    for pattern in (bpe.QWEN2_PATTERN, LLAMA3_PATTERN)
+)
+
+
+@pytest.mark.parametrize("part", [GPT2_CUTS, QWEN2_CUTS, LLAMA3_CUTS], ids=["gpt2", "qwen2", "llama3"])
+@given(text=st.text(st.sampled_from(CUT_CHARACTERS), max_size=40))
+@example(text="".join(f"a'{end} 1111 'a \n " for end in ("s", "t", "Re", "ve", "m", "ll", "d", "sd")))
+def test_patterns_cut_alike_where_every_two_characters_are_a_token(part, text):
+    symbols = [bpe.BYTE_SYMBOLS[ord(character)] for character in CUT_CHARACTERS]
+    tokenizer = EVERY_PAIR.setdefault(
+        json.dumps(part), of_merges([[one, other] for one in symbols for other in symbols], [], False, part)
+    )
+    assert fast(tokenizer, [text.encode()]) == [bpe.encode(tokenizer, text.encode()).tolist()]
+
+
+EVERY_PAIR: dict[str, Tokenizer] = {}
 LIBRARY = [path.read_bytes() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-e]*.py"))]
 
 
