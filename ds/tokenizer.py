@@ -35,7 +35,7 @@ PIECE_CHARACTERS = 2**16
 # How much text is encoded at once, on all cores; the ids are the same.
 BATCH_CHARACTERS = 2**21
 # So many texts of each call are encoded by both libraries.
-CHECKED_PIECES = 64
+CHECKED_PIECES = 16
 INVALID_BYTES = re.compile("([\udc80-\udcff]+)")
 # No pre-token of QWEN2_PATTERN holds a line end and what stands after it, so here a text can be cut without a trace.
 LAST_LINE_END = re.compile(r"(?s:.*)\n(?=\S)")
