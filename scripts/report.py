@@ -42,7 +42,7 @@ def draw_losses(metrics: Path, picture: Path) -> None:
     held_out = [record for record in records if record["kind"] == "eval"]
     teacher = next((record for record in records if record.get("event") == "teacher"), None)
     figure = Figure(figsize=(9, 8), dpi=120)
-    figure.subplots_adjust(left=0.1, right=0.97, bottom=0.07, top=0.97, hspace=0.06)
+    figure.subplots_adjust(left=0.13, right=0.97, bottom=0.07, top=0.97, hspace=0.13)
     loss, rate, norm = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
     _plot_losses(loss, train, held_out, teacher)
     _plot_line(rate, train, "learning_rate", unit="learning rate", color=RATE)
@@ -177,7 +177,7 @@ def _plot_line(axes: Axes, records: list[dict], name: str, *, unit: str, color: 
     marker = "." if len(records) == 1 else None
     axes.plot(_values(records, "tokens"), _values(records, name), color=color, linewidth=1, marker=marker, label=label)
     axes.set_ylabel(unit)
-    axes.yaxis.set_label_coords(-0.07, 0.5)
+    axes.yaxis.set_label_coords(-0.11, 0.5)
     axes.grid(alpha=0.25)
 
 

@@ -65,8 +65,9 @@ def assert_same_logits_and_gradients(model: Decoder, theirs, ids: torch.Tensor) 
     (logits * gradient).sum().backward()
     (theirs(ids).logits * gradient).sum().backward()
     wanted = {name: weight.grad for name, weight in theirs.named_parameters()}
+    rounding = 1e-5 * torch.stack([each.norm() for each in wanted.values()]).norm()  # all that queries of one position get
     for name, weight in model.named_parameters():
-        assert (weight.grad - wanted[name]).norm() <= 1e-4 * wanted[name].norm() + 1e-4, name
+        assert (weight.grad - wanted[name]).norm() <= 1e-4 * wanted[name].norm() + rounding, name
 
 
 @given(config=configs(), rows=st.integers(1, 3), data=st.data())

@@ -18,6 +18,7 @@ import platform
 import re
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -469,7 +470,9 @@ def measure_job(changes: str) -> dict[str, Any]:
         config.write(f"\nPRETRAIN = replace(PRETRAIN, {changes})\n")
     variables = os.environ | {"PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ["PYTHONPATH"]])}
     started = time.perf_counter()
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "scripts/train_pretrain.py"]
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", port, "scripts/train_pretrain.py"]
     done = subprocess.run(command, env=variables, check=False)
     if done.returncode:
         raise SystemExit(done.returncode)
