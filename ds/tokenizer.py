@@ -1,22 +1,18 @@
-"""Byte-level BPE: train, load, fingerprint, compare, encode, decode. Gives back every byte string that it has encoded.
+"""Byte-level BPE: train, load, fingerprint, compare, cut into pieces, decode. What encodes them is in ds/encoder.py.
 
 Owns the vocabulary and the ids at the ends of documents, which stand in the post-processor: the token before documents, and
 among its special tokens the end of text, unless that is the usual one. Knows tokenizer.json and what is beside it, no shards.
 """
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from hashlib import sha256
-from itertools import compress, groupby, tee, zip_longest
+from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import tiktoken
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from ds.corpus import one_line
@@ -27,15 +23,8 @@ BEGINS_OF_TEXT = ("<|begin_of_text|>", "<｜begin▁of▁sentence｜>", "<s>")
 QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# The patterns that both libraries cut alike; GPT-2's is the one inside ByteLevel.
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-SPLIT_PATTERNS = (QWEN2_PATTERN, QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|"), GPT2_PATTERN)
 # Part of how text becomes ids: a text of so many characters without a line end is cut after them.
 PIECE_CHARACTERS = 2**16
-# How much text is encoded at once, on all cores; the ids are the same.
-BATCH_CHARACTERS = 2**21
-# So many texts of each call are encoded by both libraries.
-CHECKED_PIECES = 16
 INVALID_BYTES = re.compile("([\udc80-\udcff]+)")
 # No pre-token of QWEN2_PATTERN holds a line end and what stands after it, so here a text can be cut without a trace.
 LAST_LINE_END = re.compile(r"(?s:.*)\n(?=\S)")
@@ -69,7 +58,7 @@ def train(documents: Iterable[bytes], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = QWEN2_PRE_TOKENIZER
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=BYTE_SYMBOLS, show_progress=False)
-    texts = (piece for document in documents for piece in _pieces(document) if isinstance(piece, str))
+    texts = (piece for document in documents for piece in pieces(document) if isinstance(piece, str))
     tokenizer.train_from_iterator(texts, trainer)
     nearest = tokenizer.get_vocab_size() + 1
     if nearest != vocab_size:
@@ -119,23 +108,20 @@ def begin_of_text_id(tokenizer: Tokenizer) -> int | None:
     return None if begin is None else tokenizer.token_to_id(begin)
 
 
-def encode(tokenizer: Tokenizer, document: bytes) -> np.ndarray:
-    """Bytes -> (T,) uint32, first the begin-of-text id if documents have one. A special token spelled out in the document is
-    ordinary text; no end of text is appended. Raises ValueError if the tokenizer has no token for one of the bytes.
+def missing_bytes(tokenizer: Tokenizer) -> bytes:
+    """The bytes for which it has no token."""
+    return bytes(byte for byte, symbol in enumerate(BYTE_SYMBOLS) if tokenizer.token_to_id(symbol) is None)
+
+
+def pieces(document: bytes) -> Iterator[str | bytes]:
+    """A document as texts that no token crosses, cut at line ends or where they get too long, and as the bytes between them
+    that are not UTF-8, whose tokens are single bytes.
     """
-    return next(_encoded(tokenizer, [document], None, 1))
-
-
-def encode_documents(tokenizer: Tokenizer, documents: Iterable[bytes], num_threads: int | None = None) -> Iterator[np.ndarray]:
-    """`encode` of each document, with its errors, by tiktoken where that gives the same ids. Long ones are cut at line ends,
-    which no token crosses. `num_threads` is 1 or, for as many as there are cores, None.
-    """
-    return _encoded(tokenizer, documents, _fast_encoder(tokenizer), num_threads)
-
-
-def with_end_of_text(ids: np.ndarray, end_of_text_id: int) -> np.ndarray:
-    """The (T,) ids of a document -> (T + 1,), the end of text behind them: it is what separates documents in a shard."""
-    return np.append(ids, ids.dtype.type(end_of_text_id))
+    for part in INVALID_BYTES.split(document.decode("utf-8", "surrogateescape")):
+        if part and INVALID_BYTES.match(part):
+            yield part.encode("utf-8", "surrogateescape")
+        else:
+            yield from _cut(part)
 
 
 def decode(tokenizer: Tokenizer, ids: Iterable[int] | np.ndarray) -> bytes:
@@ -288,18 +274,21 @@ def _checked(tokenizer: Tokenizer, file: Path) -> Tokenizer:
     ids = tokenizer.get_vocab(with_added_tokens=False).values()
     if len(set(ids)) < len(ids):
         raise ValueError(f"{file} gives the same id to several tokens; {REMEDY}")
-    missing = _missing_bytes(tokenizer).translate(None, RARE_BYTES)
+    missing = missing_bytes(tokenizer).translate(None, RARE_BYTES)
     if missing:
         raise ValueError(f"{file} has no token for {len(missing)} of the 256 bytes, the first is 0x{missing[0]:02x}; {REMEDY}")
-    probes = (
-        b"a",
-        bytes(range(256)).translate(None, _missing_bytes(tokenizer)),
-        "a  b\t\r\n\n ß 漢 🂡 e\u0301 \u2028 It's 123 x_y;  ".encode(),
-        "  ".join(["", *(token.content for token in tokenizer.get_added_tokens_decoder().values()), ""]).encode(),
-        *(token.encode() for token in (_begin(tokenizer), *_named_end(tokenizer)) if token),
+    single = bytes(range(256)).translate(None, missing_bytes(tokenizer))
+    texts = (
+        "a",
+        single.decode(errors="ignore"),
+        "a  b\t\r\n\n ß 漢 🂡 e\u0301 \u2028 It's 123 x_y;  ",
+        "  ".join(["", *(token.content for token in tokenizer.get_added_tokens_decoder().values()), ""]),
+        *(token for token in (_begin(tokenizer), *_named_end(tokenizer)) if token),
     )
     with _naming(file):
-        changed = any(decode(tokenizer, encode(tokenizer, probe)) != probe for probe in probes)
+        given = [decode(tokenizer, tokenizer.encode(text, add_special_tokens=False).ids) for text in texts]
+        of_bytes = decode(tokenizer, [tokenizer.token_to_id(BYTE_SYMBOLS[byte]) or 0 for byte in single])
+        changed = [of_bytes, *given] != [single, *(text.encode() for text in texts)]
     if changed:
         raise ValueError(f"{file} does not give back the text that it is given; {REMEDY}")
     return tokenizer
@@ -382,30 +371,6 @@ def _set_ends(tokenizer: Tokenizer, begin: str | None, end: str) -> None:
         tokenizer.post_processor = template
 
 
-def _missing_bytes(tokenizer: Tokenizer) -> bytes:
-    return bytes(byte for byte, symbol in enumerate(BYTE_SYMBOLS) if tokenizer.token_to_id(symbol) is None)
-
-
-def _refusing_missing_bytes(documents: Iterable[bytes], missing: bytes) -> Iterator[bytes]:
-    for document in documents:
-        if missing and len(document.translate(None, missing)) < len(document):
-            at = next(place for place, byte in enumerate(document) if byte in missing)
-            raise ValueError(
-                f"the tokenizer has no token for the byte 0x{document[at]:02x}, which is byte {at} of a document that begins"
-                f" {document[:40]!r}; leave that document out, or use another tokenizer"
-            )
-        yield document
-
-
-def _pieces(document: bytes) -> Iterator[str | bytes]:
-    """Text that is valid as strings, bytes that are not UTF-8 as bytes; at least one piece."""
-    for part in INVALID_BYTES.split(document.decode("utf-8", "surrogateescape")):
-        if part and INVALID_BYTES.match(part):
-            yield part.encode("utf-8", "surrogateescape")
-        else:
-            yield from _cut(part)
-
-
 def _cut(text: str) -> Iterator[str]:
     start = 0
     while len(text) - start > PIECE_CHARACTERS:
@@ -414,124 +379,6 @@ def _cut(text: str) -> Iterator[str]:
         yield text[start : line_end.end() if line_end else end]
         start = line_end.end() if line_end else end
     yield text[start:]
-
-
-class _FastEncoder(NamedTuple):
-    """tiktoken's, the id of each of its ranks, and what finds in a text the added tokens that it does not know."""
-
-    encoding: tiktoken.Encoding
-    ids: np.ndarray
-    unknown: re.Pattern
-
-
-def _encoded(
-    tokenizer: Tokenizer, documents: Iterable[bytes], fast: _FastEncoder | None, num_threads: int | None
-) -> Iterator[np.ndarray]:
-    assert tokenizer.encode_special_tokens, "a tokenizer that this module did not make"
-    begin = begin_of_text_id(tokenizer)
-    head = np.array([] if begin is None else [begin], np.uint32)
-    pieces_of = _pieces if tokenizer.get_vocab_size() > 257 else lambda document: [document]
-    checked = _refusing_missing_bytes(documents, _missing_bytes(tokenizer))
-    numbered, to_encode = tee((number, piece) for number, document in enumerate(checked) for piece in pieces_of(document))
-    encoded = _encode_pieces(tokenizer, (piece for _, piece in to_encode), fast, num_threads)
-    for _, of_document in groupby(zip(numbered, encoded, strict=True), key=lambda pair: pair[0][0]):
-        yield np.concatenate([head, *(ids for _, ids in of_document)])
-
-
-def _encode_pieces(
-    tokenizer: Tokenizer, pieces: Iterable[str | bytes], fast: _FastEncoder | None, num_threads: int | None
-) -> Iterator[np.ndarray]:
-    byte_ids = np.array([tokenizer.token_to_id(symbol) or 0 for symbol in BYTE_SYMBOLS], dtype=np.uint32)
-    for number, batch in enumerate(_batches(pieces)):
-        texts = [piece for piece in batch if isinstance(piece, str)]
-        if fast and number == 0 and not _agrees(fast, tokenizer, texts[:CHECKED_PIECES]):
-            fast = None
-        encoded = iter(_encode_texts(tokenizer, texts, fast, num_threads))
-        for piece in batch:
-            yield next(encoded) if isinstance(piece, str) else byte_ids[np.frombuffer(piece, np.uint8)]
-
-
-def _encode_texts(
-    tokenizer: Tokenizer, texts: list[str], fast: _FastEncoder | None, num_threads: int | None
-) -> list[np.ndarray]:
-    if fast is None:
-        at_once = [[text] for text in texts] if num_threads == 1 else [texts]
-        encoded = (found for some in at_once for found in tokenizer.encode_batch_fast(some, add_special_tokens=False))
-        return [np.array(found.ids, np.uint32) for found in encoded]
-    is_known = [not fast.unknown.search(text) for text in texts]
-    known = list(compress(texts, is_known))
-    if num_threads == 1:
-        ranks = iter([fast.encoding.encode_ordinary(text) for text in known])
-    else:
-        ranks = iter(fast.encoding.encode_ordinary_batch(known, num_threads=num_threads or os.cpu_count() or 1))
-    others = iter(
-        _encode_texts(tokenizer, [text for text, known in zip(texts, is_known, strict=True) if not known], None, num_threads)
-    )
-    return [fast.ids[np.array(next(ranks), np.uint32)] if known else next(others) for known in is_known]
-
-
-def _agrees(fast: _FastEncoder, tokenizer: Tokenizer, texts: list[str]) -> bool:
-    for text, *ids in zip(texts, *(_encode_texts(tokenizer, texts, each, 1) for each in (fast, None)), strict=True):
-        if not np.array_equal(*ids):
-            print(
-                f"tokenizer: tiktoken gives other ids for {text[:SHOWN_CHARACTERS]!r}; tokenizers encodes instead", flush=True
-            )
-            return False
-    return True
-
-
-@lru_cache(maxsize=1)
-def _fast_encoder(tokenizer: Tokenizer) -> _FastEncoder | None:
-    """None unless it surely gives the ids of `tokenizers`. tiktoken merges any neighbours that make a token, lowest rank first.
-
-    What lies between two ends that no merge has crossed was merged as it would be alone. So where a token's own bytes merge to
-    it, neighbours that make it are always those of its own last merge, which both libraries know; where they merge to three
-    parts or more, it comes of no merge in either. Other tokens are left out, or are the reason for None.
-    """
-    state = json.loads(tokenizer.to_str())
-    pattern, model = _pattern(state["pre_tokenizer"]), state["model"]
-    made = [token for token, _ in groupby("".join(pair) for pair in model["merges"])]
-    if pattern is None or not made or len(set(made)) < len(made):
-        return None
-    is_whole = bool(model.get("ignore_merges"))
-    merging = Tokenizer.from_str(json.dumps(state | {"model": model | {"ignore_merges": False}})).model
-    whole = [token for token in model["vocab"] if is_whole and token and {*token} <= SYMBOL_BYTES.keys()]
-    num_parts = {token: len(merging.tokenize(token)) for token in dict.fromkeys([*made, *whole]) if len(token) > 1}
-    if is_whole and 2 in num_parts.values():
-        return None
-    kept = [*BYTE_SYMBOLS, *(token for token, number in num_parts.items() if is_whole or number == 1)]
-    ranks = {bytes(SYMBOL_BYTES[symbol] for symbol in token): rank for rank, token in enumerate(kept)}
-    added = [re.escape(token.content) for token in tokenizer.get_added_tokens_decoder().values() if not token.special]
-    return _FastEncoder(
-        tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}),
-        np.array([model["vocab"].get(token, 0) for token in kept], np.uint32),
-        re.compile("|".join(added) or "(?!)"),
-    )
-
-
-def _pattern(part: dict | None) -> str | None:
-    """What cuts as this pre-tokenizer does in both libraries, if it is one of SPLIT_PATTERNS."""
-    match part:
-        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
-            return GPT2_PATTERN
-        case {
-            "pretokenizers": [{"type": "Split"} as split, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]
-        }:
-            is_plain = (split["behavior"], split["invert"]) in (("Isolated", False), ("Removed", True))
-            return next((pattern for pattern in SPLIT_PATTERNS if is_plain and split["pattern"] == {"Regex": pattern}), None)
-    return None
-
-
-def _batches(pieces: Iterable[str | bytes]) -> Iterator[list[str | bytes]]:
-    batch, size = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _bytes_of(tokenizer: Tokenizer, ids: Iterable[int]) -> list[bytes]:

@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 
 from ds import tokenizer as bpe
 from ds.corpus import corpus_digest, corpus_files, documents, file_documents, fixed_part, is_held_out
+from ds.encoder import Encoder, disagreement, encode, encode_documents, encoder_of, plain_encoder, with_end_of_text
 from ds.loader import count_windows
 from ds.shards import LabelStream, TokenStream, open_shard, sync_folder, verify_shard, write_shard
 from scripts.config import PRETRAIN, TrainingConfig, refuse_arguments, refusing
@@ -65,7 +66,7 @@ class Data(NamedTuple):
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`."""
-        return bpe.encode(self.tokenizer, text.encode()).tolist()
+        return encode(plain_encoder(self.tokenizer), text.encode()).tolist()
 
     def token_num_bytes(self) -> list[int]:
         """How many bytes of text each id stands for: (V,)."""
@@ -267,9 +268,9 @@ def _build_in(folder: Path, config: TrainingConfig, files: list[Path]) -> None:
     fingerprint, end_of_text_id = bpe.fingerprint(tokenizer), bpe.end_of_text_id(tokenizer)
     train, validation = (_Split(name, folder, config, fingerprint) for name in ("train", "validation"))
     plain, to_encode = tee(documents(files, config.text_field))
-    for document, ids in zip(plain, bpe.encode_documents(tokenizer, to_encode), strict=True):
+    for document, ids in zip(plain, encode_documents(_make_encoder(tokenizer, config, files), to_encode), strict=True):
         split = validation if is_held_out(document, config.validation_fraction) else train
-        split.add(document, bpe.with_end_of_text(ids, end_of_text_id))
+        split.add(document, with_end_of_text(ids, end_of_text_id))
     train.write_waiting()
     validation.write_waiting()
     _check_windows(config, train.num_tokens, validation.num_tokens)
@@ -294,6 +295,15 @@ def _make_tokenizer(config: TrainingConfig, files: list[Path]) -> Tokenizer:
             f"vocab_size={config.vocab_size} is not that of tokenizer_path={config.tokenizer_path!r}; nearest is {num_ids}"
         )
     return tokenizer
+
+
+def _make_encoder(tokenizer: Tokenizer, config: TrainingConfig, files: list[Path]) -> Encoder:
+    encoder = encoder_of(tokenizer)
+    differing = disagreement(encoder, documents(files, config.text_field))
+    if differing is None:
+        return encoder
+    print(f"tokenizer: tiktoken gives other ids for {differing!r}; tokenizers encodes instead", flush=True)
+    return plain_encoder(tokenizer)
 
 
 def _padded_vocab_size(path: str, num_ids: int) -> int | None:

@@ -28,6 +28,7 @@ ENTRIES_IMPORT = {
 WITHIN = {
     "ds.corpus": set(),
     "ds.tokenizer": {"ds.corpus"},
+    "ds.encoder": {"ds.tokenizer"},
     "ds.shards": set(),
     "ds.loader": {"ds.shards"},
 }
@@ -37,8 +38,8 @@ MAY_KNOW = {
     "sys.argv": {f"scripts.{name}" for name in (*ENTRIES, "memory")},
     "matplotlib": {"scripts.report"},
     "safetensors": {"scripts.model.huggingface"},
-    "tokenizers": {"ds.tokenizer", "scripts.prepare_data", "scripts.generate"},
-    "tiktoken": {"ds.tokenizer"},
+    "tokenizers": {"ds.tokenizer", "ds.encoder", "scripts.prepare_data", "scripts.generate"},
+    "tiktoken": {"ds.encoder"},
     "np.memmap": {"ds.shards"},
     "transformers": set(),
 }
@@ -205,9 +206,10 @@ def test_no_private_name_is_used_outside_its_module(name):
 NOT_SETTINGS = {
     "ds.corpus": {"PARQUET_BATCH_ROWS", "FIXED_BYTES", "LENGTH_BYTES", "NUM_LINES"},
     "ds.tokenizer": {
-        "PIECE_CHARACTERS", "BATCH_CHARACTERS", "CHECKED_PIECES", "PRINTABLE_BYTES", "OTHER_BYTES", "BYTE_SYMBOLS",
-        "RARE_BYTES", "LARGEST_FILE_BYTES", "LARGEST_VOCABULARY_IDS", "SHOWN_CHARACTERS",
+        "PIECE_CHARACTERS", "PRINTABLE_BYTES", "OTHER_BYTES", "BYTE_SYMBOLS", "RARE_BYTES",
+        "LARGEST_FILE_BYTES", "LARGEST_VOCABULARY_IDS", "SHOWN_CHARACTERS",
     },
+    "ds.encoder": {"(BATCH_CHARACTERS, BATCH_PIECES)"},
     "ds.shards": {
         "(MAGIC, VERSION)", "(DIGEST_AT, DIGEST_BYTES)", "BLOCK_BYTES", "(LABEL_MAGIC, LABEL_VERSION)",
         "(HASHED_BYTES, HASHING_THREADS)",

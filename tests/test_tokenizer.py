@@ -2,20 +2,19 @@
 
 import json
 import pickle
-import sysconfig
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tiktoken
 from conftest import Planted
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
 from ds import tokenizer as bpe
+from ds.encoder import encode, plain_encoder
 
 SOURCE = Path(bpe.__file__).read_bytes()
 HOSTILE = (
@@ -29,6 +28,11 @@ BYTES = st.one_of(
 )
 TRAINED = bpe.train([SOURCE, HOSTILE], 600)
 RAW = bpe.raw_bytes()
+
+
+def plain_ids(tokenizer: Tokenizer, document: bytes) -> np.ndarray:
+    """The ids that `tokenizers` gives."""
+    return encode(plain_encoder(tokenizer), document)
 
 
 def foreign() -> Tokenizer:
@@ -59,29 +63,24 @@ def loaded(tmp_path_factory) -> Tokenizer:
 @example(document=HOSTILE)
 def test_decode_gives_back_every_byte_string(loaded, name, document):
     tokenizer = {"trained": TRAINED, "raw": RAW, "loaded": loaded}[name]
-    ids = bpe.encode(tokenizer, document)
+    ids = plain_ids(tokenizer, document)
     assert ids.dtype == np.uint32 and ids.ndim == 1
     assert bpe.decode(tokenizer, ids) == document
     table = bpe.token_bytes(tokenizer)
     assert b"".join(table[number] for number in ids) == document
 
 
-@given(document=BYTES)
-def test_raw_ids_are_the_bytes(document):
-    assert bytes(bpe.encode(RAW, document).tolist()) == document
-
-
 @pytest.mark.parametrize("tokenizer", [TRAINED, RAW], ids=["trained", "raw"])
 @given(document=BYTES)
 @example(document=b"<|endoftext|>")
 def test_no_text_holds_the_end_of_text(tokenizer, document):
-    assert bpe.end_of_text_id(tokenizer) not in bpe.encode(tokenizer, document)
+    assert bpe.end_of_text_id(tokenizer) not in plain_ids(tokenizer, document)
 
 
 def test_special_tokens_spelled_out_are_ordinary_text_in_a_foreign_tokenizer(loaded):
     special = {number for number, token in loaded.get_added_tokens_decoder().items() if token.special}
-    assert not special & set(bpe.encode(loaded, b"<|im_end|><|pad|>").tolist())
-    assert bpe.encode(loaded, b"<think>").tolist() == [loaded.token_to_id("<think>")]
+    assert not special & set(plain_ids(loaded, b"<|im_end|><|pad|>").tolist())
+    assert plain_ids(loaded, b"<think>").tolist() == [loaded.token_to_id("<think>")]
 
 
 def test_end_of_text_is_the_last_id_and_has_no_bytes(loaded):
@@ -93,43 +92,11 @@ def test_end_of_text_is_the_last_id_and_has_no_bytes(loaded):
     assert bpe.end_of_text_id(loaded) == loaded.token_to_id("<|im_end|>") != bpe.vocab_size(loaded) - 1
 
 
-@given(documents=st.lists(BYTES, max_size=8), batch=st.integers(1, 40))
-def test_many_documents_give_the_ids_of_each(documents, batch):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bpe, "BATCH_CHARACTERS", batch)
-        together = list(bpe.encode_documents(TRAINED, documents))
-    assert [ids.tolist() for ids in together] == [bpe.encode(TRAINED, document).tolist() for document in documents]
-
-
-@given(lines=st.lists(st.text(st.sampled_from("ab .,'\t\r\né1"), max_size=12).map(lambda text: text + "\nx"), min_size=1))
-def test_cuts_at_line_ends_leave_no_trace(lines):
-    document = "".join(lines).encode()
-    whole = bpe.encode(TRAINED, document)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bpe, "PIECE_CHARACTERS", 16)
-        assert bpe.encode(TRAINED, document).tolist() == whole.tolist()
-
-
-@given(document=BYTES, size=st.integers(1, 5))
-def test_cuts_anywhere_lose_nothing(document, size):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bpe, "PIECE_CHARACTERS", size)
-        assert bpe.decode(TRAINED, bpe.encode(TRAINED, document)) == document
-
-
-@given(document=BYTES)
-def test_end_of_text_comes_behind_a_document(document):
-    ids = bpe.encode(TRAINED, document)
-    ended = bpe.with_end_of_text(ids, 599)
-    assert ended.dtype == np.uint32 and ended.tolist() == [*ids.tolist(), 599]
-    assert bpe.decode(TRAINED, ended) == document
-
-
 def test_training_is_deterministic_and_compresses():
     again = bpe.train(iter([SOURCE, HOSTILE]), 600)
     assert bpe.to_json(again) == bpe.to_json(TRAINED)
     assert bpe.fingerprint(again) == bpe.fingerprint(TRAINED)
-    assert len(bpe.encode(TRAINED, SOURCE)) < len(SOURCE) / 2
+    assert len(plain_ids(TRAINED, SOURCE)) < len(SOURCE) / 2
 
 
 def test_vocabulary_that_the_corpus_cannot_fill_is_refused_with_the_nearest():
@@ -145,7 +112,7 @@ def test_file_gives_back_the_tokenizer(tmp_path, tokenizer):
         again = bpe.load(place)
         assert bpe.fingerprint(again) == bpe.fingerprint(tokenizer)
         assert bpe.to_json(again) == bpe.to_json(tokenizer)
-        assert bpe.encode(again, HOSTILE).tolist() == bpe.encode(tokenizer, HOSTILE).tolist()
+        assert plain_ids(again, HOSTILE).tolist() == plain_ids(tokenizer, HOSTILE).tolist()
 
 
 @given(pair=st.lists(st.integers(0, 598), min_size=2, max_size=2, unique=True))
@@ -425,7 +392,7 @@ def check_refusal_or_text(path: Path, changes: list[tuple]) -> None:
     except ValueError as error:
         assert str(path) in str(error) and "\n" not in str(error)
     else:
-        assert bpe.decode(tokenizer, bpe.encode(tokenizer, HOSTILE)) == HOSTILE
+        assert bpe.decode(tokenizer, plain_ids(tokenizer, HOSTILE)) == HOSTILE
 
 
 def put(state, place: tuple, value: object) -> None:
@@ -531,11 +498,12 @@ PUBLISHED = {"qwen3": qwen3(), "llama3": llama3(), "smollm": smollm(), "gpt2": g
 
 @pytest.fixture(scope="module")
 def read(tmp_path_factory) -> dict[str, Tokenizer]:
-    path = tmp_path_factory.mktemp("published") / "tokenizer.json"
-    tokenizers = {}
-    for name, state in PUBLISHED.items():
-        tokenizers[name] = bpe.load(placed(path.parent, name, state))
-    return tokenizers
+    return read_published(tmp_path_factory.mktemp("published"))
+
+
+def read_published(folder: Path) -> dict[str, Tokenizer]:
+    """What `load` makes of each of PUBLISHED."""
+    return {name: bpe.load(placed(folder, name, state)) for name, state in PUBLISHED.items()}
 
 
 def placed(folder: Path, name: str, state: dict) -> Path:
@@ -557,7 +525,7 @@ def test_published_tokenizer_gives_text_in_nfc_the_ids_of_its_own_library(read, 
     own = Tokenizer.from_str(json.dumps(PUBLISHED[name]))
     own.encode_special_tokens = True
     begin = [599] if name == "deepseek" else []
-    assert bpe.encode(read[name], text.encode()).tolist() == begin + own.encode(text, add_special_tokens=True).ids
+    assert plain_ids(read[name], text.encode()).tolist() == begin + own.encode(text, add_special_tokens=True).ids
 
 
 @pytest.mark.parametrize("normalizer", [normalizers.NFC(), normalizers.Sequence([normalizers.NFC(), normalizers.NFC()])])
@@ -567,8 +535,8 @@ def test_nfc_is_left_out_so_that_text_stays_what_it_is(tmp_path, normalizer):
     again = bpe.load(saved(tokenizer, tmp_path))
     assert again.normalizer is None and bpe.to_json(again) == bpe.to_json(TRAINED)
     document = "e\u0301 \u212b".encode()
-    assert tokenizer.encode(document.decode()).ids != bpe.encode(again, document).tolist()
-    assert bpe.decode(again, bpe.encode(again, document)) == document
+    assert tokenizer.encode(document.decode()).ids != plain_ids(again, document).tolist()
+    assert bpe.decode(again, plain_ids(again, document)) == document
 
 
 def test_published_tokenizer_keeps_its_sizes_and_its_end_of_text(read):
@@ -647,177 +615,3 @@ def test_ends_of_documents_change_neither_fingerprint_nor_difference(tmp_path):
 def test_end_of_text_that_text_may_hold_or_that_is_not_there_is_refused(tmp_path, token):
     with pytest.raises(ValueError, match="tokenizer.json (does not give back the text|has no token 'absent'; name one)"):
         bpe.load(saved(TRAINED, tmp_path), end_of_text=token)
-
-
-@given(document=BYTES)
-def test_begin_of_text_stands_before_a_document_and_counts_no_byte(read, document):
-    ids, lengths = bpe.encode(read["llama3"], document), [len(token) for token in bpe.token_bytes(read["llama3"])]
-    assert ids[0] == 599 and 599 not in ids[1:]
-    assert sum(lengths[number] for number in bpe.with_end_of_text(ids, 600)) == len(document)
-    assert bpe.decode(read["llama3"], ids) == document
-
-
-@given(document=BYTES, byte=st.sampled_from(list(SMOLLM_LACKS)), rest=BYTES)
-def test_byte_without_a_token_is_refused_by_name_and_every_other_text_comes_back(read, document, byte, rest):
-    tokenizer, document = read["smollm"], document.translate(None, SMOLLM_LACKS)
-    assert bpe.decode(tokenizer, bpe.encode(tokenizer, document)) == document
-    with pytest.raises(ValueError) as caught:
-        bpe.encode(tokenizer, document + bytes([byte]) + rest)
-    message = str(caught.value)
-    assert "\n" not in message and "leave that document out" in message
-    assert f"no token for the byte 0x{byte:02x}, which is byte {len(document)} of a document that begins" in message
-
-
-def fast(tokenizer: Tokenizer, documents: list[bytes], num_threads: int | None = 1) -> list[list[int]]:
-    """As `encode_documents` without the comparison that would hide a difference."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bpe, "CHECKED_PIECES", 0)
-        return [ids.tolist() for ids in bpe.encode_documents(tokenizer, documents, num_threads)]
-
-
-def encoders_made(tokenizer: Tokenizer) -> int:
-    """How many encoders of tiktoken a call makes."""
-    made = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            bpe.tiktoken, "Encoding", lambda *names, **fields: made.append(names) or tiktoken_encoding(*names, **fields)
-        )
-        list(bpe.encode_documents(tokenizer, [b"a b"]))
-    return len(made)
-
-
-tiktoken_encoding = tiktoken.Encoding
-TEXT = st.text(max_size=80) | st.text(
-    st.sampled_from("aA \t\r\n\u00a0\u2028'stvmlLrReE\u017f\u0130019\u0661.=<think>\u6f22\u00e9e\u0301"), max_size=80
-)
-
-
-@pytest.mark.parametrize("name", ["trained", *PUBLISHED])
-@given(documents=st.lists(TEXT.map(str.encode) | BYTES, max_size=4))
-@example(documents=[HOSTILE, NFC_TEXT.encode(), b"", bytes(range(256))])
-def test_many_documents_get_from_tiktoken_the_ids_that_tokenizers_gives_each(read, name, documents):
-    tokenizer = TRAINED if name == "trained" else read[name]
-    if name == "smollm":
-        documents = [document.translate(None, SMOLLM_LACKS) for document in documents]
-    assert fast(tokenizer, documents) == [bpe.encode(tokenizer, document).tolist() for document in documents]
-
-
-def test_tiktoken_encodes_where_one_pattern_cuts_and_tokenizers_elsewhere(read):
-    again = {name: Tokenizer.from_str(tokenizer.to_str()) for name, tokenizer in read.items()}
-    for tokenizer in again.values():
-        tokenizer.encode_special_tokens = True
-    fresh = bpe.train([SOURCE], 300)
-    assert {name: encoders_made(tokenizer) for name, tokenizer in again.items()} == {
-        "qwen3": 1, "llama3": 1, "gpt2": 1, "smollm": 0, "deepseek": 0,
-    }  # fmt: skip
-    assert (encoders_made(fresh), encoders_made(fresh), encoders_made(bpe.raw_bytes())) == (1, 0, 0)
-    for part, made in ((BYTE_LEVEL, 1), (BYTE_LEVEL | {"use_regex": False}, 0), (QWEN2_CUTS, 1), (None, 0)):
-        again = changed(lambda state, part=part: state.update(pre_tokenizer=part))
-        again.encode_special_tokens = True
-        assert encoders_made(again) == made, part
-
-
-def of_merges(merges: list[list[str]], more: list[str], ignore_merges: bool, part: dict | None = None) -> Tokenizer:
-    """RAW with merges and the ids of what they make and of `more`, in this order, and another pre-tokenizer."""
-    state = json.loads(bpe.to_json(RAW)) | ({"pre_tokenizer": part} if part else {})
-    state["model"] |= {"merges": merges, "ignore_merges": ignore_merges}
-    names = dict.fromkeys([*more, *map("".join, merges)])
-    state["model"]["vocab"] |= {token: 257 + number for number, token in enumerate(names)}
-    tokenizer = Tokenizer.from_str(json.dumps(state))
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
-
-@st.composite
-def merged(draw) -> Tokenizer:
-    """A BPE of drawn merges, in any order, several for a token, over three letters; tokens that no merge makes, too."""
-    tokens, merges = ["a", "b", "c"], []
-    for _ in range(draw(st.integers(1, 8))):
-        pair = [draw(st.sampled_from(tokens)), draw(st.sampled_from(tokens))]
-        merges.append(pair)
-        tokens += [] if "".join(pair) in tokens else ["".join(pair)]
-    whole = draw(st.lists(st.text(st.sampled_from("abc"), min_size=2, max_size=5), max_size=3))
-    if draw(st.booleans()):
-        merges = draw(st.permutations(merges))
-    return of_merges(merges, draw(st.permutations([*tokens[3:], *whole])), draw(st.booleans()))
-
-
-TWICE_MADE = [["a", "bc"], ["a", "b"], ["c", "a"], ["b", "c"], ["ab", "c"]]
-
-
-@example(tokenizer=of_merges(TWICE_MADE, [], False), documents=[b"abca"])
-@given(tokenizer=merged(), documents=st.lists(st.text(st.sampled_from("aaabbc "), max_size=30).map(str.encode), max_size=9))
-@settings(max_examples=200)
-def test_any_merges_give_the_ids_of_tokenizers(tokenizer, documents):
-    assert fast(tokenizer, documents) == [bpe.encode(tokenizer, document).tolist() for document in documents]
-
-
-GPT2_CUTS, CUT_CHARACTERS = BYTE_LEVEL, "aLstlveRmd'1. \n"
-QWEN2_CUTS, LLAMA3_CUTS = (
-    {"type": "Sequence", "pretokenizers": [split(pattern), BYTE_LEVEL | {"use_regex": False}]}
-    for pattern in (bpe.QWEN2_PATTERN, LLAMA3_PATTERN)
-)
-
-
-@pytest.mark.parametrize("part", [GPT2_CUTS, QWEN2_CUTS, LLAMA3_CUTS], ids=["gpt2", "qwen2", "llama3"])
-@given(text=st.text(st.sampled_from(CUT_CHARACTERS), max_size=40))
-@example(text="".join(f"a'{end} 1111 'a \n " for end in ("s", "t", "Re", "ve", "m", "ll", "d", "sd")))
-def test_patterns_cut_alike_where_every_two_characters_are_a_token(part, text):
-    symbols = [bpe.BYTE_SYMBOLS[ord(character)] for character in CUT_CHARACTERS]
-    tokenizer = EVERY_PAIR.setdefault(
-        json.dumps(part), of_merges([[one, other] for one in symbols for other in symbols], [], False, part)
-    )
-    assert fast(tokenizer, [text.encode()]) == [bpe.encode(tokenizer, text.encode()).tolist()]
-
-
-EVERY_PAIR: dict[str, Tokenizer] = {}
-LIBRARY = [path.read_bytes() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-e]*.py"))]
-
-
-@pytest.mark.parametrize("num_threads", [1, None])
-def test_sources_of_the_standard_library_keep_their_ids(num_threads):
-    tokenizer = bpe.train(LIBRARY[:9], 1024)
-    assert fast(tokenizer, LIBRARY, num_threads) == [
-        tokenizer.encode(document.decode(), add_special_tokens=False).ids for document in LIBRARY
-    ]
-
-
-@pytest.mark.parametrize("text", ["a", " ", "\n", "7", "\u6f22", "=", " a", " \t", "\r\n", "'s"], ids=repr)
-def test_the_longest_piece_of_one_kind_is_encoded(read, text):
-    document = (text * 2**16)[: 2**16 + 9].encode()
-    for tokenizer in (TRAINED, read["gpt2"], read["llama3"]):
-        assert fast(tokenizer, [document]) == [bpe.encode(tokenizer, document).tolist()]
-
-
-@pytest.mark.parametrize("kind", [r"\p{L}", r"\p{N}", r"\s"])
-def test_both_libraries_know_the_same_letters_numbers_and_spaces(kind):
-    numbers = [
-        *range(0x3400),
-        *range(0x4DB0, 0x4E10),
-        *range(0x9FF0, 0xD800, 4),
-        *range(0xE000, 0x20000),
-        *range(0x2A6D0, 0x33500, 8),
-    ]
-    every = "".join(map(chr, numbers))
-    theirs = pre_tokenizers.Split(Regex(kind + "+"), "removed").pre_tokenize_str(every)
-    bytes_alone = {bytes([byte]): byte for byte in range(256)}
-    found = tiktoken.Encoding("bytes", pat_str=kind + "+", mergeable_ranks=bytes_alone, special_tokens={}).encode_ordinary(
-        every
-    )
-    assert {*every} - {*"".join(text for text, _ in theirs)} == {*bytes(found).decode()}
-
-
-def test_first_documents_that_differ_get_the_ids_of_tokenizers_and_a_line(monkeypatch, capsys):
-    class Wrong(tiktoken.Encoding):
-        def encode_ordinary(self, text: str) -> list[int]:
-            return super().encode_ordinary(text)[::-1]
-
-    monkeypatch.setattr(bpe.tiktoken, "Encoding", Wrong)
-    tokenizer = bpe.train([SOURCE], 400)
-    documents = [b"a", b"some words\nmore", b"and so on"]
-    found = [ids.tolist() for ids in bpe.encode_documents(tokenizer, documents, 1)]
-    assert found == [bpe.encode(tokenizer, document).tolist() for document in documents]
-    assert (
-        capsys.readouterr().out == "tokenizer: tiktoken gives other ids for 'some words\\nmore'; tokenizers encodes instead\n"
-    )
-    assert fast(tokenizer, documents) != found
