@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby, tee
+from itertools import chain, groupby, tee
 from typing import NamedTuple
 
 import numpy as np
@@ -83,19 +83,26 @@ def encode(encoder: Encoder, document: bytes) -> np.ndarray:
     """Bytes -> (T,) uint32, first the begin-of-text id if documents have one. A special token spelled out in the document is
     ordinary text; no end of text is appended. Raises ValueError if the tokenizer has no token for one of the bytes.
     """
-    return next(encode_documents(encoder, [document], 1))
+    return _joined(encode_pieces(encoder, document, 1))
+
+
+def encode_pieces(encoder: Encoder, document: bytes, num_threads: int | None = None) -> Iterator[np.ndarray]:
+    """`encode`, with its errors, as arrays to be put together: first that of the begin-of-text id, which may be empty. Holds a
+    batch of the document at a time, whatever its length. `num_threads` is 1 or, for as many as there are cores, None.
+    """
+    found = _checked_pieces(encoder, document)
+    yield encoder.head
+    yield from _encoded(encoder, found, num_threads)
 
 
 def encode_documents(encoder: Encoder, documents: Iterable[bytes], num_threads: int | None = None) -> Iterator[np.ndarray]:
-    """`encode` of each document, with its errors; short ones share a batch. `num_threads` is 1 or, for as many
-    as there are cores, None.
-    """
+    """`encode` of each document, with its errors; short ones share a batch. `num_threads` as for `encode_pieces`."""
     numbered, to_encode = tee(
         (number, piece) for number, document in enumerate(documents) for piece in _checked_pieces(encoder, document)
     )
     encoded = _encoded(encoder, (piece for _, piece in to_encode), num_threads)
     for _, of_document in groupby(zip(numbered, encoded, strict=True), key=lambda pair: pair[0][0]):
-        yield np.concatenate([encoder.head, *(ids for _, ids in of_document)])
+        yield _joined(chain([encoder.head], (ids for _, ids in of_document)))
 
 
 def with_end_of_text(ids: np.ndarray, end_of_text_id: int) -> np.ndarray:
@@ -112,7 +119,7 @@ def _checked_pieces(encoder: Encoder, document: bytes) -> Iterator[str | bytes]:
             f" begins {document[:40]!r}; leave that document out, or use another tokenizer"
         )
     if encoder.is_raw:
-        return iter([document])
+        return (document[start : start + bpe.BLOCK_BYTES] for start in range(0, len(document) or 1, bpe.BLOCK_BYTES))
     return bpe.pieces(document)
 
 
@@ -154,7 +161,7 @@ def _encode_plainly(tokenizer: Tokenizer, texts: list[str], num_threads: int | N
 
 def _encode_fast(fast: Fast, texts: list[str], num_threads: int | None) -> list[np.ndarray]:
     def encode_each(some: list[str]) -> list[np.ndarray]:
-        return [fast.ids[np.array(fast.encoding.encode_ordinary(text), np.uint32)] for text in some]
+        return [fast.ids[fast.encoding.encode_to_numpy(text, disallowed_special=())] for text in some]
 
     threads = num_threads or os.cpu_count() or 1
     if threads == 1:
@@ -163,6 +170,14 @@ def _encode_fast(fast: Fast, texts: list[str], num_threads: int | None) -> list[
     with ThreadPoolExecutor(threads) as pool:
         found = list(pool.map(encode_each, [texts[first::groups] for first in range(groups)]))
     return [found[place % groups][place // groups] for place in range(len(texts))]
+
+
+def _joined(parts: Iterable[np.ndarray]) -> np.ndarray:
+    """One array of all, whose memory grows in place, where concatenation would hold every id twice."""
+    buffer = bytearray()
+    for ids in parts:
+        buffer += ids.data
+    return np.frombuffer(buffer, np.uint32)
 
 
 def _fast(tokenizer: Tokenizer) -> Fast | None:
@@ -187,7 +202,8 @@ def _fast(tokenizer: Tokenizer) -> Fast | None:
     kept = [*bpe.BYTE_SYMBOLS, *(token for token, number in num_parts.items() if is_whole or number == 1)]
     ranks = {bytes(bpe.SYMBOL_BYTES[symbol] for symbol in token): rank for rank, token in enumerate(kept)}
     added = [re.escape(token.content) for token in tokenizer.get_added_tokens_decoder().values() if not token.special]
-    encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    # A special token that is never allowed costs less than none: the pattern of none matches at every character.
+    encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={bpe.END_OF_TEXT: len(kept)})
     ids = np.array([model["vocab"].get(token, 0) for token in kept], np.uint32)
     return Fast(encoding, ids, re.compile("|".join(added) or "(?!)"))
 

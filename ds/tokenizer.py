@@ -6,6 +6,7 @@ among its special tokens the end of text, unless that is the usual one. Knows to
 
 import json
 import re
+from codecs import getincrementaldecoder
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
@@ -25,6 +26,8 @@ QWEN2_PATTERN = (
 )
 # Part of how text becomes ids: a text of so many characters without a line end is cut after them.
 PIECE_CHARACTERS = 2**16
+# How much of a document is text at once; the pieces are the same.
+BLOCK_BYTES = 2**18
 INVALID_BYTES = re.compile("([\udc80-\udcff]+)")
 # No pre-token of QWEN2_PATTERN holds a line end and what stands after it, so here a text can be cut without a trace.
 LAST_LINE_END = re.compile(r"(?s:.*)\n(?=\S)")
@@ -115,13 +118,18 @@ def missing_bytes(tokenizer: Tokenizer) -> bytes:
 
 def pieces(document: bytes) -> Iterator[str | bytes]:
     """A document as texts that no token crosses, cut at line ends or where they get too long, and as the bytes between them
-    that are not UTF-8, whose tokens are single bytes.
+    that are not UTF-8, whose tokens are single bytes. Holds a few blocks of it at a time.
     """
-    for part in INVALID_BYTES.split(document.decode("utf-8", "surrogateescape")):
-        if part and INVALID_BYTES.match(part):
-            yield part.encode("utf-8", "surrogateescape")
-        else:
-            yield from _cut(part)
+    decoder, rest = getincrementaldecoder("utf-8")("surrogateescape"), ""
+    for start in range(0, len(document), BLOCK_BYTES):
+        end = start + BLOCK_BYTES
+        *parts, rest = INVALID_BYTES.split(rest + decoder.decode(document[start:end], final=end >= len(document)))
+        for text, invalid in zip(parts[::2], parts[1::2], strict=True):
+            yield from _cut(text)
+            yield invalid.encode("utf-8", "surrogateescape")
+        *cut, rest = _cut(rest)
+        yield from cut
+    yield rest
 
 
 def decode(tokenizer: Tokenizer, ids: Iterable[int] | np.ndarray) -> bytes:

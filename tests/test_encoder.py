@@ -1,12 +1,17 @@
-"""Laws of ds/encoder.py: one document, one array of ids, by whichever library, in whatever batches."""
+"""Laws of ds/encoder.py: one document, one array of ids, by whichever library, in whatever batches, in bounded memory."""
 
 import json
+import subprocess
+import sys
 import sysconfig
+import tracemalloc
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiktoken
+from conftest import REPOSITORY
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_tokenizer import (
@@ -28,7 +33,7 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from ds import encoder as encoding
 from ds import tokenizer as bpe
-from ds.encoder import disagreement, encode, encode_documents, encoder_of, plain_encoder, with_end_of_text
+from ds.encoder import disagreement, encode, encode_documents, encode_pieces, encoder_of, plain_encoder, with_end_of_text
 
 TEXT = st.text(max_size=80) | st.text(
     st.sampled_from("aA \t\r\n\u00a0\u2028'stvmlLrReE\u017f\u0130019\u0661.=<think>\u6f22\u00e9e\u0301"), max_size=80
@@ -77,17 +82,53 @@ PUBLISHED_SMOLLM = json.dumps(PUBLISHED["smollm"])
 
 @pytest.mark.parametrize("name", ["trained", "raw", *PUBLISHED])
 @given(
-    documents=st.lists(BYTES, max_size=6), sizes=st.tuples(*[st.integers(1, 40)] * 2), num_threads=st.sampled_from([1, None])
+    documents=st.lists(BYTES, max_size=6), sizes=st.tuples(*[st.integers(1, 40)] * 3), num_threads=st.sampled_from([1, None])
 )
-def test_batches_give_the_ids_of_each_document(encoders, name, documents, sizes, num_threads):
+def test_batches_and_streams_give_the_ids_of_each_document(encoders, name, documents, sizes, num_threads):
     encoder, documents = encoders[name], [encodable(name, document) for document in documents]
     wanted = [encode(encoder, document).tolist() for document in documents]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoding, "BATCH_CHARACTERS", sizes[0])
         patch.setattr(encoding, "BATCH_PIECES", sizes[1])
+        patch.setattr(bpe, "BLOCK_BYTES", sizes[2])
         together = list(encode_documents(encoder, iter(documents), num_threads))
+        streamed = [list(encode_pieces(encoder, document, num_threads)) for document in documents]
     assert [ids.tolist() for ids in together] == wanted
-    assert all(ids.dtype == np.uint32 for ids in together)
+    assert [np.concatenate(arrays).tolist() for arrays in streamed] == wanted
+    assert all(ids.dtype == np.uint32 for ids in together + [ids for arrays in streamed for ids in arrays])
+    begin = bpe.begin_of_text_id(encoder.tokenizer)
+    assert all(arrays[0][:1].tolist() == ([] if begin is None else [begin]) for arrays in streamed)
+
+
+def joined(pieces: list[str | bytes]) -> list[str | bytes]:
+    """Without empty texts, and bytes that follow each other as one."""
+    found: list[str | bytes] = []
+    for piece in filter(None, pieces):
+        last = found[-1] if found else ""
+        if isinstance(piece, bytes) and isinstance(last, bytes):
+            found[-1] = last + piece
+        else:
+            found.append(piece)
+    return found
+
+
+INVALID_TEXT = st.lists(
+    TEXT.map(str.encode)
+    | st.sampled_from([b"\xff", b"\xe6\xbc", b"\xf0\x9f\x82", b"a\n", b"\n\n", b" "])
+    | st.binary(max_size=9)
+).map(b"".join)
+
+
+@given(document=INVALID_TEXT, size=st.integers(1, 9), block=st.integers(1, 12))
+@example(document=b"\xe6\xbc", size=4, block=1)
+def test_pieces_are_those_of_the_whole_document_whatever_the_block(document, size, block):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bpe, "PIECE_CHARACTERS", size)
+        whole = joined(list(bpe.pieces(document)))
+        patch.setattr(bpe, "BLOCK_BYTES", block)
+        assert joined(list(bpe.pieces(document))) == whole
+    assert b"".join(piece.encode() if isinstance(piece, str) else piece for piece in whole) == document
+    assert all(len(piece) <= size for piece in whole if isinstance(piece, str))
 
 
 @given(lines=st.lists(st.text(st.sampled_from("ab .,'\t\r\n\u00e91"), max_size=12).map(lambda text: text + "\nx"), min_size=1))
@@ -128,7 +169,7 @@ def test_byte_without_a_token_is_refused_by_name_and_every_other_text_comes_back
     encoder, document = encoders["smollm"], document.translate(None, SMOLLM_LACKS)
     assert bpe.decode(encoder.tokenizer, encode(encoder, document)) == document
     with pytest.raises(ValueError) as caught:
-        encode(encoder, document + bytes([byte]) + rest)
+        next(encode_pieces(encoder, document + bytes([byte]) + rest))
     message = str(caught.value)
     assert "\n" not in message and "leave that document out" in message
     assert f"no token for the byte 0x{byte:02x}, which is byte {len(document)} of a document that begins" in message
@@ -261,3 +302,62 @@ def test_first_text_that_differs_is_named(encoders):
     assert disagreement(encoder, documents) is None and disagreement(plain_encoder(TRAINED), documents) is None
     with pytest.raises(ValueError, match="no token for the byte 0x04"):
         disagreement(encoders["smollm"]._replace(fast=wrong.fast), [b"a\x04"])
+
+
+def peak_bytes(work) -> int:
+    """How much Python and numpy hold at most during `work` beside what they held before."""
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        work()
+        return tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["trained", "plain", "raw"])
+def test_a_long_document_takes_its_ids_and_no_more(encoders, monkeypatch, name):
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 2**14)
+    monkeypatch.setattr(bpe, "PIECE_CHARACTERS", 2**12)
+    monkeypatch.setattr(bpe, "BLOCK_BYTES", 2**13)
+    encoder = plain_encoder(TRAINED) if name == "plain" else encoders[name]
+    line = "def f(x):\n    return 'a \u6f22\u5b57 \U0001f0a1'\n\n".encode()
+    document = (line * 40 + b"\xff") * (2**20 // len(line) // 40)
+    num_ids, fixed_bytes = len(encode(encoder, document)), 2**19
+    assert num_ids * 4 > 2 * fixed_bytes
+    assert peak_bytes(lambda: encode(encoder, document)) < num_ids * 4 * 1.13 + fixed_bytes
+    assert peak_bytes(lambda: [None for _ in encode_pieces(encoder, document, 1)]) < fixed_bytes
+
+
+def test_many_empty_documents_take_no_more_than_a_batch_of_them(encoders, monkeypatch):
+    monkeypatch.setattr(encoding, "BATCH_PIECES", 2**7)
+    documents = repeat(b"", 2000)
+    assert peak_bytes(lambda: [None for _ in encode_documents(encoders["trained"], documents, 1)]) < 2**18
+
+
+MEASURED = r"""
+import resource, sys
+from ds import encoder as encoding, tokenizer as bpe
+kind, size = sys.argv[1], int(sys.argv[2])
+tokenizer = bpe.raw_bytes() if kind == "raw" else bpe.train([b"def f(x): return 'abc'" * 9], 270)
+make = encoding.plain_encoder if kind == "plain" else encoding.encoder_of
+encoder = make(tokenizer)
+line = b"x" * 20 + "def f(x): return '\u6f22\u5b57 \U0001f0a1'\n".encode()
+encoding.encode(encoder, line * (2**23 // len(line)))
+document = line * (size // len(line))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for ids in encoding.encode_pieces(encoder, document, 1): pass
+streamed = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+ids = encoding.encode(encoder, document)
+whole = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(ids.nbytes, *(1024 * (peak - before) for peak in (streamed, whole)))
+"""
+
+
+@pytest.mark.parametrize("kind", ["raw", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tiktoken", "tokenizers"))])
+def test_the_process_grows_by_no_more_than_the_ids_of_a_document_of_64_mebibytes(kind):
+    command = [sys.executable, "-c", MEASURED, kind.replace("tokenizers", "plain"), str(2**26)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    ids_bytes, streamed, whole = map(int, run.stdout.split())
+    fixed_bytes = 96 * 2**20
+    assert ids_bytes > 2 * fixed_bytes and streamed < fixed_bytes and whole < ids_bytes + fixed_bytes

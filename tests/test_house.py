@@ -206,7 +206,7 @@ def test_no_private_name_is_used_outside_its_module(name):
 NOT_SETTINGS = {
     "ds.corpus": {"PARQUET_BATCH_ROWS", "FIXED_BYTES", "LENGTH_BYTES", "NUM_LINES"},
     "ds.tokenizer": {
-        "PIECE_CHARACTERS", "PRINTABLE_BYTES", "OTHER_BYTES", "BYTE_SYMBOLS", "RARE_BYTES",
+        "PIECE_CHARACTERS", "BLOCK_BYTES", "PRINTABLE_BYTES", "OTHER_BYTES", "BYTE_SYMBOLS", "RARE_BYTES",
         "LARGEST_FILE_BYTES", "LARGEST_VOCABULARY_IDS", "SHOWN_CHARACTERS",
     },
     "ds.encoder": {"(BATCH_CHARACTERS, BATCH_PIECES)"},
