@@ -7,6 +7,7 @@ import sysconfig
 import tracemalloc
 from itertools import repeat
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -19,10 +20,12 @@ from test_tokenizer import (
     BYTES,
     HOSTILE,
     LLAMA3_PATTERN,
+    LONG,
     NFC_TEXT,
     PUBLISHED,
     RAW,
     SMOLLM_LACKS,
+    SOURCE,
     TRAINED,
     changed,
     plain_ids,
@@ -202,11 +205,43 @@ QWEN2_CUTS, LLAMA3_CUTS = (
 every_cut = pytest.mark.parametrize("part", [GPT2_CUTS, QWEN2_CUTS, LLAMA3_CUTS], ids=["gpt2", "qwen2", "llama3"])
 
 
-def with_parts(part: dict | None) -> Tokenizer:
-    """TRAINED with another pre-tokenizer."""
-    tokenizer = changed(lambda state: state.update(pre_tokenizer=part))
+def with_parts(part: dict | None, seed: int | None = None, ignore_merges: bool = False, added: bool = False) -> Tokenizer:
+    """TRAINED with another pre-tokenizer, its merges in another order, whole words and added tokens."""
+
+    def change(state: dict) -> None:
+        state.update(pre_tokenizer=part)
+        state["model"]["ignore_merges"] = ignore_merges
+        if seed is not None:
+            Random(seed).shuffle(state["model"]["merges"])
+        if ignore_merges:
+            state["model"]["vocab"] |= {"zqxj\u0120": 600, "qzq": 601}
+        if added:
+            names = [("<think>", False), ("\u00e9\u00e9", False), ("a a", False), ("<|im_end|>", True)]
+            state["added_tokens"] += [
+                LONG | {"id": 602 + number, "content": token, "special": special}
+                for number, (token, special) in enumerate(names)
+            ]
+
+    tokenizer = changed(change)
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+@every_cut
+@given(
+    documents=st.lists(TEXT.map(str.encode) | BYTES | st.just(b" <|im_end|><think>a a zqxj qzq\xc3\xa9\xc3\xa9 "), max_size=4),
+    seed=st.none() | st.integers(0, 99),
+    added=st.booleans(),
+    ignore_merges=st.booleans(),
+)
+@example(documents=[SOURCE, HOSTILE], seed=None, added=True, ignore_merges=True)
+@example(documents=[SOURCE, HOSTILE], seed=1, added=True, ignore_merges=False)
+def test_both_encoders_agree_with_merges_in_any_order(part, documents, seed, added, ignore_merges):
+    tokenizer = with_parts(part, seed, ignore_merges, added)
+    encoder = encoder_of(tokenizer)
+    assert encoder.fast is not None or ignore_merges and seed is not None
+    found = [ids.tolist() for ids in encode_documents(encoder, documents, 1)]
+    assert found == [plain_ids(tokenizer, document).tolist() for document in documents]
 
 
 def of_merges(merges: list[list[str]], more: list[str], ignore_merges: bool, part: dict | None = None) -> Tokenizer:
@@ -272,6 +307,13 @@ def test_the_longest_piece_of_one_kind_is_encoded(encoders, text):
     document = (text * 2**16)[: 2**16 + 9].encode()
     for name in ("trained", "gpt2", "llama3"):
         assert encode(encoders[name], document).tolist() == plain_ids(encoders[name].tokenizer, document).tolist()
+
+
+@pytest.mark.parametrize("text", [" ", "a"], ids=repr)
+def test_a_run_that_a_pattern_could_not_scan_whole_is_cut_and_encoded(encoders, text):
+    document = text.encode() * 2**20
+    ids = encode(encoders["trained"], document)
+    assert ids.tolist() == plain_ids(TRAINED, document).tolist() and bpe.decode(TRAINED, ids) == document
 
 
 @pytest.mark.parametrize("kind", [r"\p{L}", r"\p{N}", r"\s"])
