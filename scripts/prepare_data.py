@@ -279,7 +279,7 @@ def _recipe(build: _Build, tokenizer: Tokenizer) -> Recipe:
     first = islice(documents(_whole(build.files), _reading(config), Tally()), CHECKED_DOCUMENTS)
     words = disagreement(encoder_of(tokenizer), first)
     if words is not None:
-        print(f"tokenizer: tiktoken gives other ids for {words}; tokenizers encodes instead", flush=True)
+        print(f"tokenizer: tiktoken gives other ids for {words!r}; tokenizers encodes instead", flush=True)
     return Recipe(
         folder=str(build.folder.resolve()), fingerprint=bpe.fingerprint(tokenizer), is_fast=words is None, num_threads=None,
         vocab_size=config.vocab_size, tokens_per_shard=config.tokens_per_shard, reading=_reading(config),

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 from conftest import Planted
+from tokenizers import Tokenizer
 
 from ds import tokenizer as bpe
 from ds.corpus import Reading, Tally, corpus_files, documents, is_held_out
+from ds.encoder import Encoder, encoder_of
 from ds.shards import TokenStream, open_shard, write_shard
 from scripts import prepare_data
 from scripts.config import TrainingConfig
@@ -105,6 +107,23 @@ def test_building_is_deterministic_and_happens_once(built, capsys):
     assert again.fingerprint == open_data(built).fingerprint
     shutil.rmtree(built.data_dir)
     assert prepare(built).fingerprint == again.fingerprint
+    assert content(built.data_dir) == first
+
+
+def test_where_tiktoken_differs_tokenizers_encodes_and_a_line_says_so(built, monkeypatch, capsys):
+    first = content(built.data_dir)
+    shutil.rmtree(built.data_dir)
+
+    def wrong_encoder(tokenizer: Tokenizer) -> Encoder:
+        encoder = encoder_of(tokenizer)
+        assert encoder.fast is not None
+        return encoder._replace(fast=encoder.fast._replace(ids=encoder.fast.ids[::-1]))
+
+    monkeypatch.setattr(prepare_data, "encoder_of", wrong_encoder)
+    capsys.readouterr()
+    prepare(built)
+    line = "tokenizer: tiktoken gives other ids for 'document 0 says X+zr'; tokenizers encodes instead\n"
+    assert capsys.readouterr().out.count(line) == 1
     assert content(built.data_dir) == first
 
 
