@@ -327,7 +327,7 @@ def refuse_on_this_machine(config: TrainingConfig, world_size: int) -> None:
             raise ValueError(f"{name}={str(path)!r} cannot be written, because of {str(there)!r}; name another folder")
     if not (Path(config.data_dir) / "manifest.json").exists():
         for path in config.corpus + config.validation_corpus:
-            if not has_magic(path) and not Path(path).exists():
+            if "://" not in path and not has_magic(path) and not Path(path).exists():
                 raise ValueError(f"corpus: {path!r} is not there; name a file, folder or glob that exists")
 
 

@@ -24,7 +24,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ds import tokenizer as bpe
-from ds.corpus import Reading, Tally, corpus_digest, corpus_files, documents, file_documents, fixed_part, is_held_out
+from ds.corpus import Reading, Tally, documents, is_held_out, part_documents
+from ds.files import CorpusFile, Part, corpus_digest, corpus_files, fixed_part
 from ds.loader import count_windows
 from ds.shards import LabelStream, TokenStream, open_shard, sync_folder, verify_shard, write_shard
 from scripts.config import FEW_DOCUMENTS, PRETRAIN, TrainingConfig, refuse_arguments, refusing
@@ -139,16 +140,16 @@ def open_data(config: TrainingConfig) -> Data:
     return Data(manifest, train, validation, tokenizer, sha256(content).hexdigest())
 
 
-def sample_documents(config: TrainingConfig, files: list[Path]) -> Iterator[bytes]:
+def sample_documents(config: TrainingConfig, files: list[CorpusFile]) -> Iterator[bytes]:
     """Training documents for the tokenizer: each file gives in proportion to its size, tokenizer_sample_bytes in all."""
     held_out = _held_out_test(config)
-    corpus_bytes = sum(file.stat().st_size for file in files) or 1
+    corpus_bytes = sum(file.num_bytes for file in files) or 1
     num_due, num_taken = 0.0, 0
     for file in files:
-        num_due += config.tokenizer_sample_bytes * file.stat().st_size / corpus_bytes
+        num_due += config.tokenizer_sample_bytes * file.num_bytes / corpus_bytes
         if num_taken >= num_due:
             continue
-        for document in file_documents(file, _reading(config), Tally()):
+        for document in part_documents(Part(file.path, 0, None), _reading(config), Tally()):
             if held_out(document):
                 continue
             yield document[: config.tokenizer_sample_bytes - num_taken]
@@ -220,7 +221,7 @@ def _manifest_path(config: TrainingConfig) -> Path:
 def _build(config: TrainingConfig) -> None:
     _check_apart(config)
     files = corpus_files(config.corpus, config.corpus_exclude)
-    num_bytes = sum(file.stat().st_size for file in files)
+    num_bytes = sum(file.num_bytes for file in files)
     print(f"corpus: {len(files):,} files, {num_bytes / 1e6:.1f} MB", flush=True)
     try:
         with _building_folder(Path(config.data_dir)) as folder:
@@ -265,7 +266,7 @@ def _is_alive(process: int) -> bool:
     return process != os.getpid()
 
 
-def _build_in(folder: Path, config: TrainingConfig, files: list[Path]) -> None:
+def _build_in(folder: Path, config: TrainingConfig, files: list[CorpusFile]) -> None:
     tokenizer = _make_tokenizer(config, files)
     print(f"tokenizer: {config.vocab_size} tokens", flush=True)
     fingerprint, held_out, tally = bpe.fingerprint(tokenizer), _held_out_test(config), Tally()
@@ -303,13 +304,14 @@ def _held_out_test(config: TrainingConfig) -> Callable[[bytes], bool]:
     if not config.validation_corpus:
         return lambda document: is_held_out(document, config.validation_fraction)
     files = corpus_files(config.validation_corpus, config.corpus_exclude)
-    held_out = {sha256(document).digest() for document in documents(files, _reading(config), Tally())}
+    parts = [Part(file.path, 0, None) for file in files]
+    held_out = {sha256(document).digest() for document in documents(parts, _reading(config), Tally())}
     return lambda document: sha256(document).digest() in held_out
 
 
-def _encoded(config: TrainingConfig, tokenizer: Tokenizer, files: list[Path], tally: Tally) -> zip:
+def _encoded(config: TrainingConfig, tokenizer: Tokenizer, files: list[CorpusFile], tally: Tally) -> zip:
     """Each document with its (T,) ids and the end of text."""
-    plain, to_encode = tee(documents(files, _reading(config), tally))
+    plain, to_encode = tee(documents([Part(file.path, 0, None) for file in files], _reading(config), tally))
     end_of_text_id = bpe.end_of_text_id(tokenizer)
     encoded = (bpe.with_end_of_text(ids, end_of_text_id) for ids in bpe.encode_documents(tokenizer, to_encode))
     return zip(plain, encoded, strict=True)
@@ -330,7 +332,7 @@ def _report(config: TrainingConfig, tally: Tally, num_in_both: int) -> None:
         print(f"note: only {documents} documents, each held out whole or not at all; {CUT_OR_NAME}", flush=True)
 
 
-def _make_tokenizer(config: TrainingConfig, files: list[Path]) -> Tokenizer:
+def _make_tokenizer(config: TrainingConfig, files: list[CorpusFile]) -> Tokenizer:
     if config.vocab_size == 257:
         return bpe.raw_bytes()
     if config.tokenizer_path is None:
