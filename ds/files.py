@@ -284,7 +284,8 @@ def _remote_files(entry: str, exclude: tuple[str, ...]) -> list[CorpusFile]:
         system, path = url_to_fs(entry)
         is_glob = URL_WILDCARD.search(path) is not None and not system.exists(path)
         info = {} if is_glob or entry.endswith("/") else system.info(path)
-        if info.get("type") == "file":
+        is_index_page = info.get("mimetype") == "text/html" and file_name(entry).suffix not in (".html", ".htm")
+        if info.get("type") == "file" and not is_index_page:
             return [CorpusFile(entry, _num_bytes(system, path, info))]
         found = system.glob(path, detail=True) if is_glob else system.find(path, detail=True)
     root, names = _fixed_names(path.rstrip("/"), is_glob), path.split("/")

@@ -8,10 +8,12 @@ import json
 import lzma
 import pickle
 import re
+import tracemalloc
 import warnings
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import cast
 
@@ -33,6 +35,7 @@ JSON_TEXT = st.text(st.characters(exclude_categories=()), max_size=30)
 
 
 PLAIN = Reading("text", None, False)
+SKIPPING = PLAIN._replace(skip_faulty_rows=True)
 
 
 def whole(path: Path) -> Part:
@@ -51,6 +54,17 @@ def read_as(path: Path, content: bytes | str, **changes) -> list[bytes]:
     """The documents of a file with this content."""
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return list(part_documents(whole(path), PLAIN._replace(**changes), Tally()))
+
+
+@contextmanager
+def pieces_of(num_bytes: int, compressed: int = files.COMPRESSED_BYTES) -> Iterator[None]:
+    """Files are read in so small pieces, so that every boundary is met."""
+    before = files.PIECE_BYTES, files.COMPRESSED_BYTES
+    files.PIECE_BYTES, files.COMPRESSED_BYTES = num_bytes, compressed
+    try:
+        yield
+    finally:
+        files.PIECE_BYTES, files.COMPRESSED_BYTES = before
 
 
 def refusal(call, *arguments) -> str:
@@ -134,14 +148,14 @@ TEXT_KINDS = [
 
 @pytest.mark.parametrize("kind", TEXT_KINDS, ids=str)
 def test_parquet_gives_its_rows_without_nulls_and_empty_ones(tmp_path, kind):
-    texts, tally = ["a", None, "", "b", "ü"] * 1000, Tally()
+    texts, tally = ["a", None, "", "b", "ü"] * 200, Tally()
     values = pa.array(texts).cast(kind.value_type if isinstance(kind, pa.DictionaryType) else kind)
     column = values.dictionary_encode() if isinstance(kind, pa.DictionaryType) else values
     path = tmp_path / "t.parquet"
-    pq.write_table(pa.table({"n": range(5000), "text": column, "message": [{"content": "in"}] * 5000}), path)
+    pq.write_table(pa.table({"n": range(1000), "text": column, "message": [{"content": "in"}] * 1000}), path)
     assert list(documents([whole(path)], PLAIN, tally)) == [text.encode() for text in texts if text]
-    assert tally.counts == {"documents": 3000, "empty": 2000}
-    assert read([path], PLAIN._replace(text_field="message.content")) == [b"in"] * 5000
+    assert tally.counts == {"documents": 600, "empty": 400}
+    assert read([path], PLAIN._replace(text_field="message.content")) == [b"in"] * 1000
 
 
 def test_parquet_keeps_bytes_that_are_not_utf8(tmp_path):
@@ -256,16 +270,16 @@ def in_pieces(content: bytes, cuts: list[int]) -> list[bytes]:
     return [content[a:b] for a, b in zip([0, *places], [*places, len(content)], strict=True)]
 
 
-@given(content=st.text("ab\n", max_size=200), separator=st.text("ab\n", min_size=1, max_size=4), size=st.integers(1, 7))
+SEPARATORS = st.text("ab\n", min_size=1, max_size=4)
+
+
+@given(content=st.text("ab\n", max_size=200), separator=SEPARATORS, size=st.integers(1, 7))
+@example(content="a" * 10 + "abab" * 5, separator="abab", size=1)
 def test_separator_cuts_as_split_does_wherever_the_file_is_read(tmp_path_factory, content, separator, size):
     path = tmp_path_factory.getbasetemp() / "cut.txt"
-    before = files.PIECE_BYTES, files.COMPRESSED_BYTES
-    files.PIECE_BYTES, files.COMPRESSED_BYTES = size, size + 9
-    try:
+    with pieces_of(size, size + 9):
         found = read_as(path, content, document_separator=separator)
         assert found == read_as(path, gzip.compress(content.encode()), document_separator=separator)
-    finally:
-        files.PIECE_BYTES, files.COMPRESSED_BYTES = before
     assert found == [part.strip("\r\n").encode() for part in content.split(separator) if part.strip()]
 
 
@@ -278,23 +292,8 @@ def test_a_known_separator_that_does_not_cut_is_told(tmp_path, separator):
     assert read([path], PLAIN._replace(document_separator=separator)) == [b"one", b"two"]
 
 
-FORMATS = [
-    name + suffix
-    for name in (
-        "a.jsonl",
-        "a.ndjson",
-        "a.json",
-        "array.json",
-        "pretty.json",
-        "a.csv",
-        "a.tsv",
-        "a.parquet",
-        "A.JSONL",
-        "sep.txt",
-    )
-    for suffix in ("", *COMPRESS, ".GZ", " renamed")
-    if not (name == "a.parquet" and suffix)
-]
+NAMES = ("a.jsonl", "a.ndjson", "a.json", "array.json", "pretty.json", "a.csv", "a.tsv", "A.JSONL", "sep.txt")
+FORMATS = ["a.parquet", *(name + suffix for name in NAMES for suffix in ("", *COMPRESS, ".GZ", " renamed"))]
 WRITTEN = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0\ufeff\r"), max_size=12).filter(
     lambda t: not t or bool(t.strip())
 )
@@ -315,6 +314,8 @@ def written(name: str, texts: list[str]) -> bytes:
         sink = io.BytesIO()
         pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), sink, row_group_size=2)
         return sink.getvalue()
+    if name == "a.txt":
+        return "\n".join(texts).encode()
     if name.startswith("sep"):
         return "<|sep|>".join(texts).encode()
     return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
@@ -323,7 +324,7 @@ def written(name: str, texts: list[str]) -> bytes:
 @pytest.mark.parametrize("name", FORMATS)
 @given(texts=st.lists(WRITTEN, max_size=5))
 @example(texts=['two\nlines, "quoted"', "", "ü\t x"])
-@settings(max_examples=10)
+@settings(max_examples=5)
 def test_texts_come_back_from_every_format_and_compression(tmp_path_factory, name, texts):
     content = written(name, texts)
     suffix = name[name.rindex(".") :].lower()
@@ -333,6 +334,103 @@ def test_texts_come_back_from_every_format_and_compression(tmp_path_factory, nam
     found = read_as(path, COMPRESS[suffix](content) if suffix in COMPRESS else content, document_separator="<|sep|>")
     expected = [text.strip("\r\n") if name.startswith("sep") else text for text in texts]
     assert found == [text.encode() for text in expected if text]
+
+
+def cut(path: Path, cuts: list[int]) -> list[Part]:
+    places = sorted({place for place in cuts if 0 < place < path.stat().st_size})
+    return [Part(str(path), start, stop) for start, stop in zip([0, *places], [*places, None], strict=True)]
+
+
+def refuse_other_parts(path: Path, cuts: list[int], reading: Reading) -> None:
+    """The law of parts: together, in order, they give and count what the file does."""
+    by_part, by_file = Tally(), Tally()
+    found = [list(part_documents(part, reading, by_part)) for part in cut(path, cuts)]
+    assert list(chain(*found)) == list(part_documents(whole(path), reading, by_file))
+    assert (by_part.counts, by_part.first) == (by_file.counts, by_file.first)
+
+
+CUTS = st.lists(st.integers(1, 200), max_size=8)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", *NAMES, "a.txt", "a.jsonl.gz", "a.jsonl renamed", "sep.txt.zst", "a.json.gz"])
+@given(texts=st.lists(WRITTEN, max_size=6), cuts=CUTS, size=st.integers(1, 40))
+@example(texts=["one", "two\nlines", "", "\n", "ü\t x", "six"], cuts=list(range(1, 400)), size=7)
+@settings(max_examples=10)
+def test_the_parts_of_a_file_give_its_documents_wherever_it_is_cut(tmp_path_factory, name, texts, cuts, size):
+    path, content = tmp_path_factory.getbasetemp() / name.removesuffix(" renamed"), written(name, texts)
+    packed = name.endswith(("renamed", ".gz"))
+    path.write_bytes(gzip.compress(content) if packed else COMPRESS[".zst"](content) if name.endswith("zst") else content)
+    with pieces_of(size):
+        refuse_other_parts(path, cuts, PLAIN._replace(document_separator=None if name == "a.txt" else "<|sep|>"))
+
+
+LINES = st.lists(
+    st.sampled_from(
+        [
+            b'{"text": "a"}', b"", b" \r", b"{", b'{"x": 1}', b'{"text": "\xff"}', b'{"text": ""}', b'{"text": null}\r',
+            b'\xef\xbb\xbf{"text": "b"}', b"\xef\xbb\xbf", b'{"text": "long long long"}',
+        ]
+    )
+)  # fmt: skip
+
+
+@given(lines=LINES, cuts=CUTS, size=st.integers(1, 20))
+@example(lines=[b'{"text": "a"}', b"{", b"", b"{", b'{"text": "b"}', b""], cuts=list(range(1, 40)), size=3)
+def test_parts_skip_and_count_each_faulty_line_once(tmp_path_factory, lines, cuts, size):
+    path = tmp_path_factory.getbasetemp() / "a.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    with pieces_of(size):
+        refuse_other_parts(path, cuts, SKIPPING)
+
+
+@given(content=st.text("ab\n", max_size=60), separator=SEPARATORS, size=st.integers(1, 7), cuts=CUTS)
+@example(content="aab\naab\n\nb\n", separator="b\n", size=1, cuts=list(range(1, 12)))
+@example(content="aaaaaaaaaa", separator="aa", size=3, cuts=list(range(1, 12)))
+def test_the_parts_of_a_plain_file_are_cut_at_its_separators_alone(tmp_path_factory, content, separator, size, cuts):
+    path = tmp_path_factory.getbasetemp() / "cut.txt"
+    path.write_text(content)
+    with pieces_of(size):
+        refuse_other_parts(path, cuts, PLAIN._replace(document_separator=separator))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "sep.txt", "a.parquet"])
+def test_files_that_can_be_cut_give_every_part_its_share(tmp_path, name):
+    texts = [str(number) * 40 for number in range(100)]
+    (tmp_path / name).write_bytes(written(name, texts))
+    size = (tmp_path / name).stat().st_size
+    parts = cut(tmp_path / name, [size // 4, size // 2])
+    shares = [len(list(part_documents(part, PLAIN._replace(document_separator="<|sep|>"), Tally()))) for part in parts]
+    assert max(shares) < 80 and sum(shares) == 100
+
+
+@given(num_before=st.integers(0, 30), start=st.integers(1, 100), size=st.integers(1, 9))
+def test_a_faulty_line_in_a_later_part_is_named_by_its_number_in_the_file(tmp_path_factory, num_before, start, size):
+    path = tmp_path_factory.getbasetemp() / "a.jsonl"
+    path.write_bytes(b'{"text": "a"}\n' * num_before + b"\n{\n")
+    fault = len(path.read_bytes()) - 2
+    part, earlier = Part(str(path), min(start, fault), None), Part(str(path), 0, fault)
+    with pieces_of(size):
+        assert f"{path}, line {num_before + 2}: not JSON" in refusal(part_documents, part, PLAIN, Tally())
+        assert list(part_documents(earlier, PLAIN, Tally())) == [b"a"] * num_before
+
+
+def test_a_later_part_of_what_is_no_text_is_refused_or_skipped_as_the_first_is(tmp_path):
+    for name, content in (("a.txt", bytes(99)), ("b.parquet", b"not Parquet" * 9), ("c.jsonl.gz", b"not gzip" * 9)):
+        (tmp_path / name).write_bytes(content)
+    assert "binary" in refusal(part_documents, Part(f"{tmp_path}/a.txt", 9, None), PLAIN, Tally())
+    for name in ("b.parquet", "c.jsonl.gz"):
+        refuse_other_parts(tmp_path / name, [9, 20], SKIPPING)
+
+
+@pytest.mark.parametrize("separator", [None, "<|sep|>"])
+def test_a_document_is_read_in_the_memory_of_its_own_size(tmp_path, separator):
+    path, size = tmp_path / "a.txt", 2**24
+    path.write_bytes("ü".encode() * (size // 2))
+    tracemalloc.start()
+    assert len(next(iter(part_documents(whole(path), PLAIN._replace(document_separator=separator), Tally())))) == size
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.15 * size + 6 * 2**20
 
 
 @given(
@@ -347,11 +445,11 @@ def test_json_array_gives_what_json_lines_give_wherever_it_is_read(tmp_path_fact
     lines = "\n".join(json.dumps(row, ensure_ascii=ascii_only) for row in rows).encode("utf-8", "surrogatepass")
     array = json.dumps(rows, ensure_ascii=ascii_only, indent=indent).encode("utf-8", "surrogatepass")
     from_lines = read_as(folder / "a.jsonl", lines)
-    before, files.PIECE_BYTES = files.PIECE_BYTES, size
-    try:
+    with pieces_of(size):
         assert read_as(folder / "a.json", array) == from_lines
-    finally:
-        files.PIECE_BYTES = before
+    with pieces_of(size, size + 9):
+        stored = gzip.compress(array)
+        assert read_as(folder / "a.json", stored) == from_lines
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "a", "a.log", "a.txt.gz", "a.py"])
@@ -499,9 +597,6 @@ def test_a_list_of_messages_is_refused_with_what_fits(tmp_path, text_field):
         assert "by a chat template" in refusal(read, [tmp_path / name], PLAIN._replace(text_field=text_field))
 
 
-SKIPPING = PLAIN._replace(skip_faulty_rows=True)
-
-
 def test_faulty_rows_are_skipped_and_counted_only_where_that_is_set(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{\n[]\n{"x": 1}\n{"text": 3}\n{"text": "b"}\n')
     (tmp_path / "b.csv").write_text('id,text\n1\n2,c\n3,"d"e\n4,f\n')
@@ -528,12 +623,12 @@ def test_a_corrupt_row_group_is_skipped_by_its_number_and_the_others_stay(tmp_pa
 
 @pytest.mark.parametrize("suffix", COMPRESS)
 def test_what_stands_before_the_lost_end_of_a_compressed_file_is_kept_where_faults_are_skipped(tmp_path, suffix):
-    lines = [json.dumps({"text": sha256(b"%d" % number).hexdigest() * 20}) for number in range(3000)]
+    lines = [json.dumps({"text": sha256(b"%d" % number).hexdigest() * 20}) for number in range(900)]
     path, tally = tmp_path / f"a.jsonl{suffix}", Tally()
-    stored = COMPRESS[suffix]("\n".join(lines[:2000]).encode() + b"\n") + COMPRESS[suffix]("\n".join(lines[2000:]).encode())
+    stored = COMPRESS[suffix]("\n".join(lines[:600]).encode() + b"\n") + COMPRESS[suffix]("\n".join(lines[600:]).encode())
     path.write_bytes(stored[: len(stored) * 8 // 9])
     kept = list(part_documents(whole(path), SKIPPING, tally))
-    assert 2000 <= len(kept) < 3000 and kept == [json.loads(line)["text"].encode() for line in lines[: len(kept)]]
+    assert 600 <= len(kept) < 900 and kept == [json.loads(line)["text"].encode() for line in lines[: len(kept)]]
     assert 1 <= tally.counts["faulty"] <= 2 and "beyond byte" in tally.first["faulty"]
     assert "beyond byte" in refusal(read, [path])
     assert "cannot be read" in refusal(read, [tmp_path / "gone.txt"], SKIPPING)
