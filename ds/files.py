@@ -177,7 +177,7 @@ def overlaps_itself(separator: bytes) -> bool:
 def first_start(file: BinaryIO, part: Part, separator: bytes) -> int:
     """Where the first text of a part begins: at the start of the file, or behind a separator. sys.maxsize if there is none."""
     at = file.seek(max(0, part.start - len(separator)))
-    last, held = (part.stop or sys.maxsize) - 1, b""
+    last, held = part.stop or sys.maxsize, b""
     while part.start and (data := file.read(min(PIECE_BYTES, last - at))):
         at += len(data)
         held += data
@@ -189,12 +189,11 @@ def first_start(file: BinaryIO, part: Part, separator: bytes) -> int:
 
 
 def texts_from(file: BinaryIO, starts: range, separator: bytes) -> Iterator[bytes]:
-    """The texts between separators that start there; none at the end of a file, where a last separator leaves nothing."""
-    end, at = file.seek(0, io.SEEK_END), starts.start
-    file.seek(min(at, end))
-    for text in split_pieces(iter(lambda: file.read(PIECE_BYTES), b""), separator) if starts else ():
-        if at and at == end:
-            return
+    """The texts between separators that start there, the first of them at the first place."""
+    if not starts:
+        return
+    at = file.seek(starts.start)
+    for text in split_pieces(iter(lambda: file.read(PIECE_BYTES), b""), separator):
         yield text
         at += len(text) + len(separator)
         if at not in starts:

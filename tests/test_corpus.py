@@ -79,6 +79,7 @@ def is_text(content: bytes) -> bool:
     """Whether the bytes are neither of another encoding nor binary nor rows, and not white space alone."""
     starts = [re.compile(start, re.DOTALL) for start in corpus.BINARY_STARTS.values()]
     marked = content.startswith((corpus.UTF8_MARK, *corpus.MARKS.values())) or any(start.match(content) for start in starts)
+    marked = marked or content.startswith(b"PAR1")
     return not marked and b"\0" not in content and bool(content.strip()) and content.lstrip()[:1] not in (b"{", b"[")
 
 
@@ -97,7 +98,8 @@ def test_compressed_files_give_what_was_compressed(tmp_path, suffix):
     text = b"\xff text\n" * 1000
     (tmp_path / f"a.txt{suffix}").write_bytes(COMPRESS[suffix](text))
     lines = b"".join(json.dumps({"text": f"line {number}"}).encode() + b"\n" for number in range(3))
-    (tmp_path / f"b.jsonl{suffix}").write_bytes(COMPRESS[suffix](lines[:10]) + COMPRESS[suffix](lines[10:]))
+    padded = COMPRESS[suffix](lines[:10]) + bytes(16) + COMPRESS[suffix](lines[10:]) + bytes(4)
+    (tmp_path / f"b.jsonl{suffix}").write_bytes(padded)
     assert read(paths_of(tmp_path)) == [text, b"line 0", b"line 1", b"line 2"]
 
 
