@@ -515,6 +515,10 @@ def test_a_folder_of_source_code_is_text(tmp_path, name):
 def test_rows_that_are_none_are_refused_with_their_place(tmp_path, name, content, reason):
     message = refusal(read_as, tmp_path / name, content)
     assert str(tmp_path / name) in message and reason in message
+    if reason.startswith("not JSON at byte"):
+        with pieces_of(3):
+            late = content.replace("[", "[" + " " * files.COMPRESSED_BYTES, 1)
+            assert f"byte {int(reason.split()[-1]) + files.COMPRESSED_BYTES}" in refusal(read_as, tmp_path / name, late)
 
 
 @pytest.mark.parametrize("suffix", ["", *COMPRESS])
@@ -636,7 +640,7 @@ def test_what_stands_before_the_lost_end_of_a_compressed_file_is_kept_where_faul
     assert 600 <= len(kept) < 900 and kept == [json.loads(line)["text"].encode() for line in lines[: len(kept)]]
     assert 1 <= tally.counts["faulty"] <= 2 and "beyond byte" in tally.first["faulty"]
     assert "beyond byte" in refusal(read, [path])
-    assert "cannot be read" in refusal(read, [tmp_path / "gone.txt"], SKIPPING)
+    assert "cannot be read" in refusal(part_documents, whole(tmp_path / "gone.txt"), SKIPPING, Tally())
 
 
 def test_where_all_rows_are_faulty_the_first_is_told(tmp_path):
