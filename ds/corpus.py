@@ -1,43 +1,47 @@
-"""Files and folders -> documents as bytes. Owns which files are read, how they are cut, which documents are held out.
+"""Files -> documents as bytes. Owns how files are cut into documents, and which documents are held out.
 
-Knows nothing of tokens. A document keeps its bytes, valid UTF-8 or not, but for a byte-order mark, which is taken off. At one
-time there are in memory: one document (of JSON its row, a few times; of Parquet a batch of rows) and a few pieces of a file.
+Knows nothing of folders and tokens. A document keeps its bytes, valid UTF-8 or not, but for a byte-order mark, which is taken
+off. At one time there are in memory: one document (of JSON its row, a few times; of Parquet a batch of rows) and a few pieces.
 """
 
-import bz2
+import codecs
 import csv
 import io
 import json
-import lzma
-import os
 import re
 import sys
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from glob import has_magic
+from functools import cache
 from hashlib import sha256
-from heapq import heappop, heappush
 from itertools import chain, islice
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import zstandard
 
-# By ending: how such a file begins, and what decompresses one stream of it.
-COMPRESSIONS = {
-    ".gz": (re.compile(rb"\x1f\x8b\x08"), lambda: zlib.decompressobj(31)),
-    ".bz2": (re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), bz2.BZ2Decompressor),
-    ".xz": (re.compile(rb"\xfd7zXZ\0"), lzma.LZMADecompressor),
-    ".zst": (re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2aM\x18"), lambda: zstandard.ZstdDecompressor().decompressobj()),
-}
-READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, pa.ArrowException)
-# How much is read at once, and how much of a file shows what it is.
-PARQUET_BATCH_ROWS, PIECE_BYTES, COMPRESSED_BYTES, HEAD_BYTES = 64, 2**20, 2**14, 2**18
+from ds import files
+from ds.files import (
+    COMPRESSIONS,
+    EXCLUDE,
+    Part,
+    compression,
+    file_name,
+    first_start,
+    is_url,
+    num_line_ends,
+    one_line,
+    open_file,
+    overlaps_itself,
+    read_pieces,
+    split_pieces,
+    texts_from,
+)
+
+READ_ERRORS = (*files.DECOMPRESS_ERRORS, pa.ArrowException)
+# How much of a table is read at once, and how much of a file shows what it is.
+PARQUET_BATCH_ROWS, HEAD_BYTES = 64, 2**18
 # How files begin that hold no text.
 BINARY_STARTS = {
     "a pickle": rb"\x80[\2-\5]", "a zip archive": rb"PK(\x03\x04|\x05\x06)", "a PDF": rb"%PDF-", "a PNG image": rb"\x89PNG",
@@ -55,7 +59,6 @@ SEPARATORS |= {b"\n</s>\n": "</s>", b"\n</s>\r\n": "</s>"}
 LONGEST_JSON_WORD = 16
 BLANK, ARRAY_START, ARRAY_NEXT = (re.compile(gap) for gap in (r"\s*()", r"\s*\[\s*(\]?)\s*", r"\s*(?:,|(\]))\s*"))
 NAME, INVALID_BYTES = re.compile(r"[\w.-]+"), re.compile("([\udc80-\udcff]+)")
-EXCLUDE = "leave it out by corpus_exclude"
 SKIP = "mend it, or set skip_faulty_rows=True"
 ONE_STRING = "write each row's list into one string, such as by a chat template, and set text_field to that"
 TEXT_TYPE = re.compile(r"(large_)?(string|binary)(_view)?|fixed_size_binary.*|null")
@@ -88,39 +91,19 @@ class Tally:
         self.count("faulty", str(error))
 
 
-def corpus_files(corpus: tuple[str, ...], exclude: tuple[str, ...]) -> list[Path]:
-    """The files of all entries, sorted, each real file once. An entry is a file, a folder or a glob, of which `**` crosses
-    folders: `data`, `data/**` and `data/**/*` are the same. A name with `[`, `*` or `?` that is there is that file or folder.
-
-    Below a folder, or below the fixed part of a glob, links are followed, hidden names are left out, and so is every path that
-    has a part that matches a pattern of `exclude` (as in fnmatch). A file that an entry names itself is never left out. Of
-    several names of a file the first without a link counts, or the first. Raises ValueError if an entry is not there, a folder
-    cannot be read, or no file of an entry is left.
-    """
-    found = sorted((file for entry in corpus for file in _entry_files(entry, exclude)), key=lambda file: file[0])
-    return sorted({path.resolve(): path for _, path in reversed(found)}.values())
-
-
-def corpus_digest(files: Iterable[Path]) -> str:
-    """sha256 (hex) of the names, as given, and of the sizes in bytes. The contents are not read."""
-    digest = sha256()
-    for path in files:
-        digest.update(json.dumps([path.as_posix(), path.stat().st_size]).encode())
-    return digest.hexdigest()
-
-
-def documents(files: Iterable[Path], reading: Reading, tally: Tally) -> Iterator[bytes]:
-    """Every document, file by file. Raises ValueError as `file_documents` does, or if there is none."""
+def documents(parts: Iterable[Part], reading: Reading, tally: Tally) -> Iterator[bytes]:
+    """Every document, part by part. Raises ValueError as `part_documents` does, or if there is none."""
     before = tally.counts.get("documents", 0)
-    for path in files:
-        yield from file_documents(path, reading, tally)
+    for part in parts:
+        yield from part_documents(part, reading, tally)
     if tally.counts.get("documents", 0) == before:
         why = f"the first of its faulty rows is {tally.first['faulty']}" if "faulty" in tally.first else "every file is empty"
         raise ValueError(f"corpus holds no text: {why}; add files with text to corpus")
 
 
-def file_documents(path: Path, reading: Reading, tally: Tally) -> Iterator[bytes]:
-    """The documents of one file that are not null, empty or white space alone; `tally` counts those and what else was met.
+def part_documents(part: Part, reading: Reading, tally: Tally) -> Iterator[bytes]:
+    """The documents that start in one part of a file and are not null, empty or white space alone; `tally` counts those and
+    what else was met. The parts of a file give together, in order, what the whole file gives.
 
     - Rows: Parquet; .csv and .tsv, whose first row names the columns; .jsonl, .ndjson and .json as lines, as values one after
       the other or as one array. `text_field` names the text, or is a path to it ("message.content").
@@ -129,28 +112,30 @@ def file_documents(path: Path, reading: Reading, tally: Tally) -> Iterator[bytes
       `text_field`; it is counted ("json"). Refused, whatever their name, are plain files that begin with two JSON objects,
       with one that has `text_field`, with an array of objects, or with a line of names of columns, `text_field` among them.
     - Gzip, bzip2, xz, Zstandard and Parquet are known by their content. Bytes that are not UTF-8 are kept.
+    - A row group of Parquet starts at its first byte. JSON of one row a line, and plain text with a separator that does not
+      overlap itself, can be cut where they are not compressed. Of any other file all documents start at 0.
 
     Raises ValueError, with file and line, row group or byte, if the file cannot be read, is not what its name says, is binary
     or in another encoding, or a row is not text. With `skip_faulty_rows`, rows, row groups and the lost end of a compressed
     file are counted and skipped instead.
     """
     try:
-        for document in _reader(path, reading, tally):
-            document = document.removeprefix(UTF8_MARK)
-            if not document or document.isspace():
-                tally.count("empty", str(path))
-                continue
-            try:
-                document.decode()
-            except UnicodeDecodeError:
-                tally.count("invalid", str(path))
-            tally.count("documents", str(path))
-            yield document
-            del document
+        with open_file(part.path) as file:
+            for document in _reader(file, part, reading, tally):
+                document = document.removeprefix(UTF8_MARK)
+                if not document or document.isspace():
+                    tally.count("empty", part.path)
+                    continue
+                if not _is_utf8(document):
+                    tally.count("invalid", part.path)
+                tally.count("documents", part.path)
+                yield document
+                del document
     except READ_ERRORS as error:
-        is_there = reading.skip_faulty_rows and getattr(error, "errno", None) is None
-        words = f"{path} cannot be read ({one_line(error)}); repair it, or {EXCLUDE}"
-        tally.fault(ValueError(words), reading._replace(skip_faulty_rows=is_there))
+        if not part.start or not reading.skip_faulty_rows or not _is_content(error):
+            _refuse_unreadable(
+                error, f"{part.path} cannot be read ({one_line(error)}); repair it, or {EXCLUDE}", reading, tally
+            )
 
 
 def is_held_out(document: bytes, fraction: float) -> bool:
@@ -158,116 +143,69 @@ def is_held_out(document: bytes, fraction: float) -> bool:
     return int.from_bytes(sha256(document).digest()[:8], "big") / 2**64 < fraction
 
 
-def fixed_part(pattern: Path) -> Path:
-    """The folders before a glob's first wildcard; a folder whose own name looks like one is no wildcard."""
-    fixed = Path()
-    for part in pattern.parts:
-        if has_magic(part) and not (fixed / part).exists():
-            break
-        fixed /= part
-    return fixed
+def _is_utf8(document: bytes) -> bool:
+    decoder, view = codecs.getincrementaldecoder("utf-8")(), memoryview(document)
+    try:
+        for start in range(0, len(view), files.PIECE_BYTES):
+            decoder.decode(view[start : start + files.PIECE_BYTES])
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
-def one_line(error: BaseException) -> str:
-    """The words of an error in one line, for a refusal; its class if it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+def _is_content(error: BaseException) -> bool:
+    """Whether what the file holds is at fault, which may be skipped, and not the disk or the name."""
+    return getattr(error, "errno", None) is None
 
 
-def _entry_files(entry: str, exclude: tuple[str, ...]) -> list:
-    path = Path(entry)
-    if path.is_file():
-        return [(path.is_symlink(), path)]
-    if not path.is_dir() and not has_magic(entry):
-        raise ValueError(f"corpus: {entry!r} is not there; name a file, folder or glob that exists")
-    root = fixed_part(path)
-    parts = path.parts[len(root.parts) :] or ("**",)
-    pattern = (*parts, "*") if parts[-1] == "**" else parts
-    kept = _matching(root, pattern, exclude)
-    if not kept:
-        num_files = len(_matching(root, pattern, ()))
-        excluded = f"corpus_exclude leaves out all {num_files}" if num_files else "nothing is there"
-        raise ValueError(f"corpus: {entry!r} matches no file ({excluded}); name a file, folder or glob that holds text")
-    return kept
+def _refuse_unreadable(error: Exception, words: str, reading: Reading, tally: Tally) -> None:
+    may_skip = reading.skip_faulty_rows and _is_content(error)
+    tally.fault(ValueError(words), reading._replace(skip_faulty_rows=may_skip))
 
 
-def _matching(root: Path, pattern: tuple[str, ...], exclude: tuple[str, ...]) -> list:
-    """Whether a link led there, and the path, of each file; a folder is entered once, by its own path before any link to it."""
-    found, seen, waiting = [], set(), [(False, root, pattern)]
-    while waiting:
-        is_linked, folder, (part, *rest) = heappop(waiting)
-        place = (folder.resolve(), len(rest))
-        if place in seen:
-            continue
-        seen.add(place)
-        if part == "**":
-            heappush(waiting, (is_linked, folder, tuple(rest)))
-        try:
-            names = os.listdir(folder) if has_magic(part) and folder.is_dir() else [part]
-        except OSError as error:
-            raise ValueError(f"corpus: {folder} cannot be read ({error.strerror}); {EXCLUDE}") from error
-        for name in (name for name in names if not any(fnmatchcase(name, pattern) for pattern in exclude)):
-            path, below = folder / name, (part, *rest) if part == "**" else tuple(rest)
-            is_match = name == part or (fnmatchcase(name, part) and (part.startswith(".") or not name.startswith(".")))
-            if is_match and below and path.is_dir():
-                heappush(waiting, (is_linked or path.is_symlink(), path, below))
-            elif is_match and not below and path.is_file():
-                found.append((is_linked or path.is_symlink(), path))
-    return sorted(found)
-
-
-def _reader(path: Path, reading: Reading, tally: Tally) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        start = file.read(4)
-        file.seek(-min(4, path.stat().st_size), io.SEEK_END)
-        is_parquet = start == file.read(4) == b"PAR1"
-    if is_parquet or (path.suffix.lower() == ".parquet" and start):
-        return _parquet(path, reading, tally)
-    ending = (path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path).suffix.lower()
-    pieces = _pieces(path, reading, tally)
+def _reader(file: BinaryIO, part: Part, reading: Reading, tally: Tally) -> Iterator[bytes]:
+    begin, name = file.read(files.COMPRESSED_BYTES), file_name(part.path)
+    file.seek(-min(4, file.seek(0, io.SEEK_END)), io.SEEK_END)
+    is_parquet = begin[:4] == file.read(4) == b"PAR1"
+    if is_parquet or (name.suffix.lower() == ".parquet" and begin):
+        return _parquet(file, part, reading, tally)
+    is_compressed, is_named_so = compression(begin) is not None, name.suffix.lower() in COMPRESSIONS
+    if part.start and (is_compressed or is_named_so):
+        return iter(())
+    if is_named_so and begin and not is_compressed:
+        raise OSError(f"not {name.suffix[1:]} inside")
+    file.seek(0)
+    pieces = _readable(file, part.path, reading, tally)
     head = next(pieces, b"").removeprefix(UTF8_MARK)
-    _refuse_binary(str(path), head)
-    pieces = chain([head], pieces)
-    if ending in (".csv", ".tsv"):
-        return _table(path, pieces, reading, tally)
-    is_json = ending in (".jsonl", ".ndjson", ".json")
-    rows = _row_format(head, reading.text_field, is_json)
-    if rows is not None and not is_json:
-        raise ValueError(f"{path} looks like rows ({rows}), not like text; end its name in {rows}, or {EXCLUDE}")
-    if rows == ".json":
-        return _json_rows(path, _json_values(pieces), reading, tally)
-    if ending in (".jsonl", ".ndjson") or rows is not None:
-        return _json_rows(path, _split(pieces, b"\n"), reading, tally)
-    if is_json and head.strip():
-        tally.count("json", str(path))
-    return _plain(path, pieces, reading, tally)
+    _refuse_binary(part.path, head)
+    ending = (name.with_suffix("") if is_named_so else name).suffix.lower()
+    rows = _rows(head, ending, part.path, reading.text_field)
+    if rows is None and ending == ".json" and head.strip() and not part.start:
+        tally.count("json", part.path)
+    separator = b"\n" if rows == ".jsonl" else (reading.document_separator or "").encode() if rows is None else b""
+    pieces, begin = chain([head], pieces), 0
+    if separator and not is_compressed and not overlaps_itself(separator):
+        begin = first_start(file, part, separator)
+        texts = texts_from(file, range(begin, part.stop or sys.maxsize), separator)
+    elif part.start:
+        return iter(())
+    else:
+        texts = split_pieces(pieces, separator)
+    if rows == ".csv":
+        return _table(part.path, pieces, reading, tally)
+    if rows is not None:
+        texts = texts if rows == ".jsonl" else _json_values(pieces)
+        return _json_rows(part.path, texts, cache(lambda: num_line_ends(file, begin)), reading, tally)
+    return (text.strip(b"\r\n") for text in texts) if separator else _whole(part.path, pieces, tally)
 
 
-def _pieces(path: Path, reading: Reading, tally: Tally) -> Iterator[bytes]:
-    """What a file holds, decompressed: the head in the first piece, and all that can be read before what ends it too early."""
-    with path.open("rb") as file:
-        data, suffix = file.read(COMPRESSED_BYTES), path.suffix.lower()
-        make = next((make for begins, make in COMPRESSIONS.values() if begins.match(data)), None)
-        if make is None:
-            if data and suffix in COMPRESSIONS:
-                raise OSError(f"not {suffix[1:]} inside")
-            yield data + file.read(PIECE_BYTES)
-            yield from iter(lambda: file.read(PIECE_BYTES), b"")
-            return
-        decompressor, held = make(), io.BytesIO()
-        try:
-            while data:
-                decompressor = make() if decompressor.eof else decompressor
-                held.write(decompressor.decompress(data))
-                data = (decompressor.unused_data.lstrip(b"\0") if decompressor.eof else b"") or file.read(COMPRESSED_BYTES)
-                if held.tell() >= PIECE_BYTES:
-                    yield held.getvalue()
-                    held = io.BytesIO()
-            if not decompressor.eof:
-                raise EOFError("it ends too early")
-        except READ_ERRORS as error:
-            place = f"{path} cannot be read beyond byte {file.tell()}"
-            tally.fault(ValueError(f"{place} ({one_line(error)}); {SKIP}, or {EXCLUDE}"), reading)
-        yield held.getvalue()
+def _readable(file: BinaryIO, path: str, reading: Reading, tally: Tally) -> Iterator[bytes]:
+    try:
+        yield from read_pieces(file)
+    except READ_ERRORS as error:
+        words = f"{path} cannot be read beyond byte {file.tell()} ({one_line(error)}); {SKIP}, or {EXCLUDE}"
+        _refuse_unreadable(error, words, reading, tally)
 
 
 def _refuse_binary(place: str, head: bytes) -> None:
@@ -284,6 +222,17 @@ def _refuse_binary(place: str, head: bytes) -> None:
         raise ValueError(f"{place} is {encoding} text, not UTF-8; convert it by `{convert}`, or {EXCLUDE}")
     if kind is not None:
         raise ValueError(f"{place} is {kind}, not text, and nothing in it is run; {EXCLUDE} or move it away")
+
+
+def _rows(head: bytes, ending: str, path: str, text_field: str) -> str | None:
+    """How the rows of a file with this head and name are written: .csv (also for tabs), .jsonl or .json; None: it is plain."""
+    if ending in (".csv", ".tsv"):
+        return ".csv"
+    is_json = ending in (".jsonl", ".ndjson", ".json")
+    rows = _row_format(head, text_field, is_json)
+    if rows is not None and not is_json:
+        raise ValueError(f"{path} looks like rows ({rows}), not like text; end its name in {rows}, or {EXCLUDE}")
+    return ".jsonl" if ending in (".jsonl", ".ndjson") and rows is None else rows
 
 
 def _row_format(head: bytes, text_field: str, is_json: bool) -> str | None:
@@ -326,28 +275,7 @@ def _value_end(text: str, at: int) -> int:
         return 0
 
 
-def _split(pieces: Iterable[bytes], separator: bytes) -> Iterator[bytes]:
-    """What bytes.split gives for all pieces together."""
-    document, held = io.BytesIO(), b""
-    for piece in pieces:
-        first, *others = (held + piece).split(separator)
-        if others:
-            document.write(first)
-            yield document.getvalue()
-            document = io.BytesIO()
-            *whole, first = others
-            yield from whole
-        kept = max(0, len(first) - len(separator) + 1)
-        document.write(first[:kept])
-        held = first[kept:]
-    document.write(held)
-    yield document.getvalue()
-
-
-def _plain(path: Path, pieces: Iterator[bytes], reading: Reading, tally: Tally) -> Iterator[bytes]:
-    if reading.document_separator is not None:
-        yield from (document.strip(b"\r\n") for document in _split(pieces, reading.document_separator.encode()))
-        return
+def _whole(path: str, pieces: Iterable[bytes], tally: Tally) -> Iterator[bytes]:
     document = io.BytesIO()
     document.writelines(pieces)
     separator = next((name for written, name in SEPARATORS.items() if written in document.getvalue()), None)
@@ -356,12 +284,15 @@ def _plain(path: Path, pieces: Iterator[bytes], reading: Reading, tally: Tally) 
     yield document.getvalue()
 
 
-def _json_rows(path: Path, rows: Iterator[bytes], reading: Reading, tally: Tally) -> Iterator[bytes]:
+def _json_rows(
+    path: str, rows: Iterator[bytes], num_before: Callable[[], int], reading: Reading, tally: Tally
+) -> Iterator[bytes]:
     for number, row in enumerate(rows, 1):
+        row = row.removeprefix(UTF8_MARK)
         try:
-            document = _json_text(row, reading.text_field, f"{path}, line {number}") if row.strip() else None
+            document = _json_text(row, reading.text_field) if row and not row.isspace() else None
         except ValueError as error:
-            tally.fault(error, reading)
+            tally.fault(ValueError(f"{path}, line {num_before() + number}: {error}"), reading)
             continue
         if document is not None:
             yield document
@@ -383,7 +314,7 @@ def _json_values(pieces: Iterator[bytes]) -> Iterator[bytes]:
             at, gap = end, later
             continue
         # As much again as there is, so that a long value is not parsed at each piece.
-        more = b"".join(islice(pieces, max(1, (len(held) - at) // PIECE_BYTES)))
+        more = b"".join(islice(pieces, max(1, (len(held) - at) // files.PIECE_BYTES)))
         if not more and (not found or behind < len(held) or (later is ARRAY_NEXT and not is_last)):
             raise OSError(f"its JSON is cut off after byte {num_gone + at}")
         if not more:
@@ -391,7 +322,7 @@ def _json_values(pieces: Iterator[bytes]) -> Iterator[bytes]:
         held, at, num_gone = held[at:] + more.decode("latin-1"), 0, num_gone + at
 
 
-def _json_text(row: bytes, text_field: str, place: str) -> bytes:
+def _json_text(row: bytes, text_field: str) -> bytes:
     try:
         text, splits = row.decode("utf-8", "surrogatepass"), re.compile("(?!)")
     except UnicodeDecodeError:
@@ -399,19 +330,19 @@ def _json_text(row: bytes, text_field: str, place: str) -> bytes:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: not JSON ({one_line(error)}); {SKIP}, or {EXCLUDE}") from None
+        raise ValueError(f"not JSON ({one_line(error)}); {SKIP}, or {EXCLUDE}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{place}: a JSON {type(value).__name__}, not an object; write one JSON object a row, or {EXCLUDE}")
-    found = _field(value, text_field, place)
+        raise ValueError(f"a JSON {type(value).__name__}, not an object; write one JSON object a row, or {EXCLUDE}")
+    found = _field(value, text_field)
     if found is not None and not isinstance(found, str):
         remedy = ONE_STRING if isinstance(found, list) else f"set text_field to a field of strings, or {SKIP}"
-        raise ValueError(f"{place}: field {text_field!r} is of type {type(found).__name__}, not a string; {remedy}")
+        raise ValueError(f"field {text_field!r} is of type {type(found).__name__}, not a string; {remedy}")
     # Bytes that are no UTF-8 stay as they are; half a surrogate pair that is written as an escape has its own three bytes.
     errors = ("surrogatepass", "surrogateescape")
     return b"".join(part.encode("utf-8", errors[number % 2]) for number, part in enumerate(splits.split(found or "")))
 
 
-def _field(value: dict, text_field: str, place: str) -> Any:
+def _field(value: dict, text_field: str) -> Any:
     """What stands at the path. None where the path ends in a null; a list where it leads through one."""
     if text_field in value:
         return value[text_field]
@@ -420,17 +351,17 @@ def _field(value: dict, text_field: str, place: str) -> Any:
     if inner is None or isinstance(inner, list):
         return inner
     if isinstance(inner, dict):
-        return _field(inner, rest, place)
-    raise ValueError(f"{place}: no field {text_field!r}, there is {_names(value)}; set text_field to one of these")
+        return _field(inner, rest)
+    raise ValueError(f"no field {text_field!r}, there is {_names(value)}; set text_field to one of these")
 
 
 def _names(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names)) or "none"
 
 
-def _table(path: Path, pieces: Iterator[bytes], reading: Reading, tally: Tally) -> Iterator[bytes]:
+def _table(path: str, pieces: Iterable[bytes], reading: Reading, tally: Tally) -> Iterator[bytes]:
     csv.field_size_limit(sys.maxsize)
-    lines = (line.decode("utf-8", "surrogateescape") + "\n" for line in _split(pieces, b"\n"))
+    lines = (line.decode("utf-8", "surrogateescape") + "\n" for line in split_pieces(pieces, b"\n"))
     head = next((line for line in lines if line.strip()), "")
     rows = csv.reader(chain([head], lines), delimiter=max(",\t;|", key=head.count), strict=True)
     names = next(rows, [])
@@ -450,12 +381,15 @@ def _table(path: Path, pieces: Iterator[bytes], reading: Reading, tally: Tally) 
             yield cells[names.index(reading.text_field)].encode("utf-8", "surrogateescape")
 
 
-def _parquet(path: Path, reading: Reading, tally: Tally) -> Iterator[bytes]:
-    with pq.ParquetFile(path, buffer_size=PIECE_BYTES) as file:
-        names = _column_names(file.schema_arrow, reading.text_field, path)
-        for group in range(file.num_row_groups):
-            place = f"{path}, row group {group}"
-            batches = file.iter_batches(PARQUET_BATCH_ROWS, row_groups=[group], columns=[reading.text_field])
+def _parquet(file: BinaryIO, part: Part, reading: Reading, tally: Tally) -> Iterator[bytes]:
+    with pq.ParquetFile(file if is_url(part.path) else part.path, buffer_size=files.PIECE_BYTES) as table:
+        names = _column_names(table.schema_arrow, reading.text_field, part.path)
+        for group in range(table.num_row_groups):
+            first = table.metadata.row_group(group).column(0)
+            if (first.dictionary_page_offset or first.data_page_offset) not in range(part.start, part.stop or sys.maxsize):
+                continue
+            place = f"{part.path}, row group {group}"
+            batches = table.iter_batches(PARQUET_BATCH_ROWS, row_groups=[group], columns=[reading.text_field])
             try:
                 for batch in batches:
                     column: Any = batch.column(names[0])
@@ -469,10 +403,11 @@ def _parquet(path: Path, reading: Reading, tally: Tally) -> Iterator[bytes]:
                             _refuse_binary(place, value.as_py() or b"")
                         yield value.as_py() or b""
             except (OSError, pa.ArrowException) as error:
-                tally.fault(ValueError(f"{place} cannot be read ({one_line(error)}); {SKIP}, or {EXCLUDE}"), reading)
+                words = f"{place} cannot be read ({one_line(error)}); {SKIP}, or {EXCLUDE}"
+                _refuse_unreadable(error, words, reading, tally)
 
 
-def _column_names(schema: pa.Schema, text_field: str, path: Path) -> list[str]:
+def _column_names(schema: pa.Schema, text_field: str, path: str) -> list[str]:
     """The names on the path to the text. Raises ValueError if they lead to no text."""
     kind: Any = pa.struct(list(schema))
     names = [text_field] if text_field in schema.names else text_field.split(".")

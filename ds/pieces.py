@@ -28,7 +28,7 @@ import numpy as np
 from ds import tokenizer as bpe
 from ds.corpus import Reading, Tally, is_held_out, part_documents
 from ds.encoder import Encoder, encode_documents, encoder_of, plain_encoder, with_end_of_text
-from ds.files import Part, one_line
+from ds.files import CorpusFile, Part, corpus_pieces, one_line
 from ds.shards import TokenStream, open_shard, published, sync_folder, write_shard
 
 SPLITS = ("train", "validation")
@@ -122,6 +122,19 @@ class Done(NamedTuple):
 
     number: int
     result: Result
+
+
+def pieces_of(files: list[CorpusFile], held_out: list[CorpusFile]) -> list[Piece]:
+    """All pieces, those of `held_out` first, so that of a document in both the held-out one stays. Without any, the hashes of
+    documents decide which are held out. The files of an entry of the corpus stay together.
+    """
+    sizes, split = {file.path: file.num_bytes for file in files + held_out}, SPLITS[0] if held_out else None
+    found = [Piece(parts, 0, 0, SPLITS[1]) for parts in corpus_pieces(held_out, PIECE_BYTES)]
+    for source in range(1 + max((file.source for file in files), default=0)):
+        own = [file for file in files if file.source == source]
+        found += [Piece(parts, 0, source, split) for parts in corpus_pieces(own, PIECE_BYTES)]
+    lengths = [sum((part.stop or sizes[part.path]) - part.start for part in piece.parts) for piece in found]
+    return [piece._replace(num_bytes=length) for piece, length in zip(found, lengths, strict=True)]
 
 
 def name_of(recipe: Recipe, piece: Piece) -> str:

@@ -41,7 +41,7 @@ Array = TypeVar("Array")
 
 
 class Shard(NamedTuple):
-    """One token file of `num_tokens`, of `token_bytes` each; both digests are hex. No file stays open, however many there are."""
+    """One token file: `num_tokens` of `token_bytes` each; both digests are hex. It is not open, so there may be any number."""
 
     path: Path
     num_tokens: int

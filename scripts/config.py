@@ -29,10 +29,11 @@ STANDARD_LIBRARY = sysconfig.get_path("stdlib") + "/**/*.py"
 AT_LEAST = {
     "tokens_per_shard": 1, "tokenizer_sample_bytes": 1, "vocab_size": 257, "context_length": 1, "hidden_size": 1,
     "num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "head_size": 2, "mlp_size": 1, "tokens_per_step": 1,
-    "micro_batch_rows": 1, "num_steps": 1, "warmup_steps": 0, "decay_steps": 1, "loss_chunk_rows": 1,
-    "log_every_steps": 1, "eval_every_steps": 1, "eval_tokens": 1, "sample_every_steps": 1, "sample_tokens": 1,
-    "sample_top_k": 1, "save_every_steps": 1, "keep_checkpoints": 1, "max_skipped_steps": 1, "spike_window_steps": 2,
-    "shortest_document_characters": 1, "longest_document_characters": 1, "rank_timeout_minutes": 1, "silent_rank_seconds": 2, "seed": 0, "teacher_top_k": 1,
+    "micro_batch_rows": 1, "num_steps": 1, "warmup_steps": 0, "decay_steps": 1, "loss_chunk_rows": 1, "log_every_steps": 1,
+    "eval_every_steps": 1, "eval_tokens": 1, "sample_every_steps": 1, "sample_tokens": 1, "sample_top_k": 1,
+    "save_every_steps": 1, "keep_checkpoints": 1, "max_skipped_steps": 1, "spike_window_steps": 2,
+    "shortest_document_characters": 1, "longest_document_characters": 1, "rank_timeout_minutes": 1, "silent_rank_seconds": 2,
+    "seed": 0, "teacher_top_k": 1,
 }  # fmt: skip
 MAKE_TEACHER = "deepspeed scripts/train_pretrain.py makes a teacher, or name a Llama or Qwen3 folder of transformers' format"
 TORCH_OF_OLD_CARDS = "https://download.pytorch.org/whl/cu126"
@@ -89,9 +90,8 @@ SHORTEST_OFFERED_CONTEXT = 64
 OFFERED_MEMORY_SHARE = 0.9
 NUM_NAMED_DOCUMENTS = 3
 NAMED_DOCUMENT_TOKENS = 48
-FEW_DOCUMENTS, CHECKED_DOCUMENTS = 10, 1000
-SHARD_WORKER_BYTES = 3 * 2**28
-PROGRESS_SECONDS = 60
+FEW_DOCUMENTS = 10
+SHARD_WORKER_BYTES, PROGRESS_SECONDS = 3 * 2**28, 60
 LABEL_ERROR_TOKENS = 8192
 
 
@@ -332,7 +332,7 @@ def refuse_on_this_machine(config: TrainingConfig, world_size: int) -> None:
             raise ValueError(f"{name}={str(path)!r} cannot be written, because of {str(there)!r}; name another folder")
     if not (Path(config.data_dir) / "manifest.json").exists():
         for path in config.corpus + config.validation_corpus:
-            if not has_magic(path) and not Path(path).exists():
+            if "://" not in path and not has_magic(path) and not Path(path).exists():
                 raise ValueError(f"corpus: {path!r} is not there; name a file, folder or glob that exists")
 
 

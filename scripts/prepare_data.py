@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,41 +23,25 @@ import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from ds import pieces as making
 from ds import tokenizer as bpe
 from ds.corpus import Reading, Tally, documents, is_held_out, part_documents
 from ds.encoder import disagreement, encode, encoder_of, plain_encoder
-from ds.files import CorpusFile, Part, corpus_digest, corpus_files, corpus_pieces, fixed_part
+from ds.files import CorpusFile, Part, corpus_digest, corpus_files, fixed_part
 from ds.loader import count_windows
-from ds.pieces import (
-    PIECE_BYTES,
-    SPLITS,
-    Made,
-    Piece,
-    Recipe,
-    Result,
-    Workers,
-    completed,
-    contents,
-    drop_documents,
-    duplicates,
-    final_names,
-    finished,
-    met,
-    write_piece,
-)  # fmt: skip
+from ds.pieces import SPLITS, Made, Piece, Recipe, Result, Workers
 from ds.shards import TokenStream, open_shard, sync_folder, verify_shard
-from scripts.config import (
-    CHECKED_DOCUMENTS,
+from scripts.config import (  # fmt: skip
     PRETRAIN,
     PROGRESS_SECONDS,
     SHARD_WORKER_BYTES,
     TrainingConfig,
     refuse_arguments,
     refusing,
-)  # fmt: skip
+)
 from scripts.plan.machine import room_free
 from scripts.report import CUT_OR_NAME, data_notes, data_table, draw_data
-from scripts.run.storage import hold, write_text
+from scripts.run.storage import hold, link, write_text
 
 FORMAT_VERSION = 1
 BUILDING = "building"
@@ -243,9 +226,9 @@ def _build_in(build: _Build) -> None:
     config, folder, started = build.config, build.folder, time.monotonic()
     tokenizer = _kept_tokenizer(build)
     recipe = _recipe(build, tokenizer)
-    made = _distinct(config, recipe, _made(config, recipe, _pieces(build)))
-    manifest: dict = build.head | {"tokenizer_fingerprint": recipe.fingerprint} | contents(made, config.corpus)
-    for line in data_notes(config, manifest, met(made)):
+    made = _distinct(config, recipe, _made(config, recipe, making.pieces_of(build.files, build.held_out)))
+    manifest: dict = build.head | {"tokenizer_fingerprint": recipe.fingerprint} | making.contents(made, config.corpus)
+    for line in data_notes(config, manifest, making.met(made)):
         print(line, flush=True)
     try:
         _check_windows(config, *(manifest[split]["num_tokens"] for split in SPLITS))
@@ -253,7 +236,7 @@ def _build_in(build: _Build) -> None:
         shutil.rmtree(folder)
         raise
     draw_data(manifest, folder / "data.png")
-    _publish(folder, Path(config.data_dir), manifest, final_names(made))
+    _publish(folder, Path(config.data_dir), manifest, making.final_names(made))
     print(data_table(manifest, time.monotonic() - started), flush=True)
 
 
@@ -276,8 +259,7 @@ def _kept_tokenizer(build: _Build) -> Tokenizer:
 def _recipe(build: _Build, tokenizer: Tokenizer) -> Recipe:
     """How each piece is made; the first documents decide whether tiktoken may encode."""
     config = build.config
-    first = islice(documents(_whole(build.files), _reading(config), Tally()), CHECKED_DOCUMENTS)
-    words = disagreement(encoder_of(tokenizer), first)
+    words = disagreement(encoder_of(tokenizer), documents(_whole(build.files), _reading(config), Tally()))
     if words is not None:
         print(f"tokenizer: tiktoken gives other ids for {words!r}; tokenizers encodes instead", flush=True)
     return Recipe(
@@ -288,32 +270,23 @@ def _recipe(build: _Build, tokenizer: Tokenizer) -> Recipe:
     )  # fmt: skip
 
 
-def _pieces(build: _Build) -> list[Piece]:
-    """The held-out ones come first, so that what is held out is not trained on too."""
-    sizes, split = {file.path: file.num_bytes for file in build.files + build.held_out}, SPLITS[0] if build.held_out else None
-    found = [(0, SPLITS[1], parts) for parts in corpus_pieces(build.held_out, PIECE_BYTES)]
-    for source in range(len(build.config.corpus)):
-        own = [file for file in build.files if file.source == source]
-        found += [(source, split, parts) for parts in corpus_pieces(own, PIECE_BYTES)]
-    lengths = [sum((part.stop or sizes[part.path]) - part.start for part in parts) for _, _, parts in found]
-    return [Piece(parts, length, source, split) for length, (source, split, parts) in zip(lengths, found, strict=True)]
-
-
 def _made(config: TrainingConfig, recipe: Recipe, pieces: list[Piece]) -> list[Made]:
     """Every piece with what became of it, in order; those that are not there yet are made."""
-    results = {number: result for number, piece in enumerate(pieces) if (result := finished(recipe, piece))}
+    results = {number: result for number, piece in enumerate(pieces) if (result := making.finished(recipe, piece))}
     missing = [number for number in range(len(pieces)) if number not in results]
     workers = _workers(config, len(missing))
     recipe = recipe._replace(num_threads=None if workers == Workers(1, None) else 1)
-    results |= _run(workers, pieces, {number: partial(write_piece, recipe, pieces[number]) for number in missing}, "shards")
+    results |= _run(
+        workers, pieces, {number: partial(making.write_piece, recipe, pieces[number]) for number in missing}, "shards"
+    )
     return [Made(piece, results[number]) for number, piece in enumerate(pieces)]
 
 
 def _distinct(config: TrainingConfig, recipe: Recipe, made: list[Made]) -> list[Made]:
     """The same without the documents that repeat an earlier one."""
-    dropped = duplicates(Path(recipe.folder), [each.result.records for each in made])
+    dropped = making.duplicates(Path(recipe.folder), [each.result.records for each in made])
     pieces = [each.piece for each in made]
-    jobs = {number: partial(drop_documents, recipe, pieces[number], places) for number, places in dropped.items()}
+    jobs = {number: partial(making.drop_documents, recipe, pieces[number], places) for number, places in dropped.items()}
     results = _run(_workers(config, len(jobs)), pieces, jobs, "duplicates")
     return [each._replace(result=results.get(number, each.result)) for number, each in enumerate(made)]
 
@@ -329,7 +302,7 @@ def _run(workers: Workers, pieces: list[Piece], jobs: dict[int, partial], what: 
     results, total, started = {}, sum(pieces[number].num_bytes for number in jobs), time.monotonic()
     is_terminal, said = sys.stderr.isatty(), started
     with tqdm(total=total, desc=what, unit="B", unit_scale=True, dynamic_ncols=True, disable=not is_terminal) as bar:
-        for number, result in completed(jobs, workers):
+        for number, result in making.completed(jobs, workers):
             results[number] = result
             bar.update(pieces[number].num_bytes)
             done, now = sum(pieces[each].num_bytes for each in results), time.monotonic()
@@ -360,11 +333,7 @@ def _held_out_test(config: TrainingConfig) -> Callable[[bytes], bool]:
 def _publish(folder: Path, data_dir: Path, manifest: dict, names: dict[str, str]) -> None:
     """Gives data_dir what is finished, under its final names, the manifest last. After a kill the next launch does it again."""
     for name, final in {"tokenizer.json": "tokenizer.json", "data.png": "data.png", **names}.items():
-        (data_dir / final).unlink(missing_ok=True)
-        try:
-            os.link(folder / name, data_dir / final)
-        except OSError:  # There are no hard links here.
-            shutil.copyfile(folder / name, data_dir / final)
+        link(folder / name, data_dir / final)
     sync_folder(data_dir)
     write_text(data_dir / "manifest.json", json.dumps(manifest, indent=1) + "\n")
     sync_folder(data_dir)

@@ -22,7 +22,6 @@ from ds import tokenizer as bpe
 from ds.corpus import Reading
 from ds.files import Part
 from ds.pieces import RECORD, Made, Piece, Recipe, Result, Summary, WrittenShard, contents, duplicates, final_names, name_of
-from scripts import prepare_data
 from scripts.config import TrainingConfig
 from scripts.prepare_data import open_data, prepare
 
@@ -36,7 +35,7 @@ from ds import pieces
 from scripts import config, prepare_data
 from scripts.config import TrainingConfig
 
-prepare_data.PIECE_BYTES = 3000
+pieces.PIECE_BYTES = 3000
 prepare_data.PRETRAIN = {config!r}
 if __name__ == "__main__":
     prepare_data.main()
@@ -97,7 +96,7 @@ def alone(tmp_path_factory) -> TrainingConfig:
     """Prepared by one process, in which PIECE_BYTES makes small pieces."""
     config = config_in(tmp_path_factory.mktemp("alone"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_data, "PIECE_BYTES", 3000)
+        patch.setattr(pieces, "PIECE_BYTES", 3000)
         cores = os.sched_getaffinity(0)
         os.sched_setaffinity(0, sorted(cores)[:1])
         try:
@@ -152,9 +151,7 @@ def test_ten_kills_at_random_cost_only_what_was_under_way(alone, tmp_path):
         process = start(config, tmp_path)
         if kills < 10:
             seen = set(building.glob("*.json"))
-            wait_until(
-                lambda seen=seen: len({*building.glob("*.json")} - seen) > draw.random() * 4 or process.poll() is not None
-            )
+            wait_for_pieces(process, building, len(seen) + draw.randint(1, 4))
             time.sleep(draw.random() * 0.05)
             workers = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
             os.kill(process.pid, signal.SIGKILL) if kills % 2 else os.killpg(process.pid, signal.SIGKILL)
@@ -169,6 +166,10 @@ def test_ten_kills_at_random_cost_only_what_was_under_way(alone, tmp_path):
     process = start(config, tmp_path)
     assert process.communicate(timeout=300)[1] == "" and process.returncode == 0
     assert content(config.data_dir) == content(alone.data_dir)
+
+
+def wait_for_pieces(process: subprocess.Popen, building: Path, number: int) -> None:
+    wait_until(lambda: len([*building.glob("*.json")]) >= number or process.poll() is not None)
 
 
 def wait_until(happens) -> None:
@@ -287,7 +288,9 @@ def test_length_class_holds_a_document(num_characters):
 
 
 SUMMARIES = st.builds(
-    lambda lengths, sizes: Summary(sum(lengths.values()), 7 * sum(sizes), sum(sizes), lengths, [WrittenShard("", n, "") for n in sizes]),
+    lambda lengths, sizes: Summary(
+        sum(lengths.values()), 7 * sum(sizes), sum(sizes), lengths, [WrittenShard("", n, "") for n in sizes]
+    ),
     st.dictionaries(st.integers(0, 9).map(str), st.integers(1, 5), max_size=3), st.lists(st.integers(1, 9), max_size=3),
 )  # fmt: skip
 

@@ -12,16 +12,18 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
+import fsspec
 import pytest
 from conftest import Planted
 from tokenizers import Tokenizer
 
 from ds import tokenizer as bpe
-from ds.corpus import Reading, Tally, corpus_files, documents, is_held_out
+from ds.corpus import Reading, Tally, documents, is_held_out
 from ds.encoder import Encoder, encoder_of
+from ds.files import Part, corpus_files
 from ds.shards import TokenStream, open_shard, write_shard
 from scripts import prepare_data
-from scripts.config import TrainingConfig
+from scripts.config import TrainingConfig, refuse_on_this_machine
 from scripts.prepare_data import Data, open_data, prepare, sample_documents
 
 ROOT = Path(prepare_data.__file__).parents[1]
@@ -80,7 +82,8 @@ def texts_of(stream: TokenStream | None, data: Data) -> list[bytes]:
 def test_shards_hold_every_document_in_order_each_in_one_split(tmp_path, vocab_size):
     config = config_in(tmp_path, vocab_size=vocab_size)
     data = prepare(config)
-    everything = list(documents(corpus_files(config.corpus, ()), Reading("text", None, False), Tally()))
+    parts = [Part(file.path, 0, None) for file in corpus_files(config.corpus, ())]
+    everything = list(documents(parts, Reading("text", None, False), Tally()))
     for stream, name, held_out in ((data.train, "train", False), (data.validation, "validation", True)):
         wanted = [document for document in everything if is_held_out(document, 0.25) == held_out]
         assert texts_of(stream, data) == wanted
@@ -140,7 +143,7 @@ def test_held_out_documents_stay_held_out_when_the_corpus_grows(tmp_path, config
 def test_tokenizer_never_sees_held_out_documents(tmp_path):
     config = config_in(tmp_path)
     before = prepare(config).tokenizer
-    for path in corpus_files(config.corpus, ()):
+    for path in (Path(file.path) for file in corpus_files(config.corpus, ())):
         if is_held_out(path.read_bytes(), 0.25):
             path.unlink()
     sampled = list(sample_documents(config, corpus_files(config.corpus, ())))
@@ -152,7 +155,7 @@ def test_tokenizer_sample_is_bounded_and_spread_over_the_files(tmp_path, sample_
     config = config_in(tmp_path, tokenizer_sample_bytes=sample_bytes, validation_fraction=0.0, eval_every_steps=None)
     files = corpus_files(config.corpus, ())
     sampled = list(sample_documents(config, files))
-    corpus_bytes = sum(file.stat().st_size for file in files)
+    corpus_bytes = sum(file.num_bytes for file in files)
     assert min(sample_bytes, corpus_bytes) * 0.8 - 1 <= sum(map(len, sampled)) <= sample_bytes
     if sample_bytes == 1000:
         numbers = [int(text.split()[1]) for text in sampled]
@@ -285,6 +288,23 @@ def test_validation_corpus_is_held_out_whole_and_nothing_of_it_is_trained_on(tmp
     sampled = list(sample_documents(config, corpus_files(config.corpus, ())))
     assert sampled and not set(sampled) & set(held_out)
     write_rows(tmp_path / "held.jsonl", range(50, 71))
+    assert "corpus has changed" in refusal(config)
+
+
+def test_corpus_and_validation_corpus_may_lie_elsewhere(tmp_path):
+    rows = {"rows": range(60), "held": range(50, 70)}
+    for name, numbers in rows.items():
+        write_rows(tmp_path / f"{name}.jsonl", numbers)
+        fsspec.filesystem("memory").pipe(f"/elsewhere/{name}.jsonl", (tmp_path / f"{name}.jsonl").read_bytes())
+    names = {"corpus": ("memory://elsewhere/r*.jsonl",), "validation_corpus": ("memory://elsewhere/held.jsonl",)}
+    config = config_in(tmp_path, **names, vocab_size=262)
+    refuse_on_this_machine(config, 1)
+    data = prepare(config)
+    local = {"corpus": (f"{tmp_path}/rows.jsonl",), "validation_corpus": (f"{tmp_path}/held.jsonl",)}
+    other = prepare(replace(config, **local, data_dir=f"{tmp_path}/local"))
+    assert texts_of(data.train, data) == texts_of(other.train, other)
+    assert texts_of(data.validation, data) == texts_of(other.validation, other)
+    fsspec.filesystem("memory").pipe("/elsewhere/rows.jsonl", b"longer than it was" * 200)
     assert "corpus has changed" in refusal(config)
 
 

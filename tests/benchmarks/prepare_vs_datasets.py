@@ -1,7 +1,7 @@
-"""MB/s and memory of a preparation beside `datasets.map` with the same tokenizer and as many processes, and what takes the time.
+"""MB/s and memory of a preparation beside `datasets.map` with the same tokenizer and as many processes, and what takes time.
 
-`python tests/benchmarks/prepare_vs_datasets.py` needs `pip install datasets`, 12 GB of disk and half an hour; it prints a table
-and writes tests/benchmarks/results/prepare_vs_datasets.json. Rows of JSON from this Python's own sources, in turns; each process
+`python tests/benchmarks/prepare_vs_datasets.py` needs `pip install datasets`, 12 GB of disk and half an hour. It prints and
+writes tests/benchmarks/results/prepare_vs_datasets.json. Rows of JSON from this Python's own sources, in turns; each process
 begins with an empty cache of its own. Memory is the sum of what the processes hold alone and their shares of the rest (PSS).
 """
 
@@ -93,7 +93,9 @@ def main() -> None:
             rows.append(compare(folder, small, vocab_size))
         large = write_corpus(folder / "large.jsonl", LARGE_BYTES)
         taken = run(OURS, folder, large, folder / f"tokenizer-{VOCAB_SIZES[0]}.json", VOCAB_SIZES[0])
-        rows.append({"corpus_gb": LARGE_BYTES / 1e9, "mb_per_second": LARGE_BYTES / 1e6 / taken.seconds, "peak_gib": taken.peak_gib})
+        rows.append(
+            {"corpus_gb": LARGE_BYTES / 1e9, "mb_per_second": LARGE_BYTES / 1e6 / taken.seconds, "peak_gib": taken.peak_gib}
+        )
     publish(rows)
 
 
@@ -106,7 +108,9 @@ def compare(folder: Path, corpus: Path, vocab_size: int) -> dict:
         theirs.append(run(THEIRS, folder, corpus, tokenizer, vocab_size))
     megabytes = corpus.stat().st_size / 1e6
     words = [sys.executable, "-c", PARTS, str(corpus), "", str(tokenizer), ""]
-    done = subprocess.run(words, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        words, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True, text=True
+    )
     disk, read, fast, plain = map(float, done.stdout.split())
     return {
         "vocab_size": vocab_size,
