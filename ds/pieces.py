@@ -160,7 +160,7 @@ def write_piece(recipe: Recipe, piece: Piece) -> Result:
     """
     name, tally = name_of(recipe, piece), Tally()
     drafts = [_Draft(recipe, f"{name}-{split}") for split in SPLITS]
-    with published(Path(recipe.folder) / f"{name}.records") as file:
+    with published(Path(recipe.folder) / f"{name}.records", os.replace) as file:
         for some in _batches(_encoded(recipe, piece, tally)):
             records = np.concatenate([each.record for each in some])
             for split, draft in enumerate(drafts):
@@ -184,7 +184,7 @@ def drop_documents(recipe: Recipe, piece: Piece, dropped: np.ndarray) -> Result:
         for run in _runs(is_kept[is_mine]):
             ids = TokenStream(shards, recipe.fingerprint).parts(int(borders[run.start]), int(borders[run.stop]))
             draft.add(ids, records[is_mine][run])
-    with published(Path(recipe.folder) / f"{name}.records") as file:
+    with published(Path(recipe.folder) / f"{name}.records", os.replace) as file:
         file.write(records[is_kept].tobytes())
     left = result._replace(records=f"{name}.records", num_duplicates=result.num_duplicates + len(dropped))
     return _publish(recipe, name_of(recipe, piece), drafts, left)
@@ -361,7 +361,7 @@ def _end_with_parent() -> None:
 
 def _publish(recipe: Recipe, name: str, drafts: list[_Draft], result: Result) -> Result:
     whole = result._replace(splits={split: draft.finish() for split, draft in zip(SPLITS, drafts, strict=True)})
-    with published(Path(recipe.folder) / f"{name}.json") as file:
+    with published(Path(recipe.folder) / f"{name}.json", os.replace) as file:
         file.write(json.dumps(whole._asdict()).encode())
     sync_folder(Path(recipe.folder))
     return whole

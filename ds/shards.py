@@ -343,7 +343,7 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def published(path: Path, publish: Callable[[Path, Path], None] = os.replace) -> Iterator[IO[bytes]]:
+def published(path: Path, publish: Callable[[Path, Path], None]) -> Iterator[IO[bytes]]:
     """A temporary file beside `path`. When it is whole it is made durable, and `publish` gives it its name."""
     temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
     try:

@@ -36,8 +36,7 @@ AT_LEAST = {
     "seed": 0, "teacher_top_k": 1,
 }  # fmt: skip
 MAKE_TEACHER = "deepspeed scripts/train_pretrain.py makes a teacher, or name a Llama or Qwen3 folder of transformers' format"
-TORCH_OF_OLD_CARDS = "https://download.pytorch.org/whl/cu126"
-TORCH_OF_NEW_CARDS = "https://pytorch.org/get-started/locally"
+TORCH_OF_OLD_CARDS, TORCH_OF_NEW_CARDS = "https://download.pytorch.org/whl/cu126", "https://pytorch.org/get-started/locally"
 LARGEST_SEED, LARGEST_NUMBER = 2**32 - 1, 1e300
 NOT_NEGATIVE = ("validation_fraction", "min_learning_rate", "weight_decay", "sample_temperature")
 BELOW_ONE = ("validation_fraction", "beta1", "beta2")
@@ -88,9 +87,7 @@ OFFERED_TEACHER_TOP_K = 32
 FEWEST_OFFERED_CHUNK_ROWS = 64
 SHORTEST_OFFERED_CONTEXT = 64
 OFFERED_MEMORY_SHARE = 0.9
-NUM_NAMED_DOCUMENTS = 3
-NAMED_DOCUMENT_TOKENS = 48
-FEW_DOCUMENTS = 10
+NUM_NAMED_DOCUMENTS, NAMED_DOCUMENT_TOKENS, FEW_DOCUMENTS = 3, 48, 10
 SHARD_WORKER_BYTES, PROGRESS_SECONDS = 3 * 2**28, 60
 LABEL_ERROR_TOKENS = 8192
 
@@ -552,11 +549,14 @@ def _check_data(config: TrainingConfig) -> None:
             raise ValueError(f"{name} is empty; the default is {getattr(TrainingConfig, name)!r}")
         if name != "sample_prompt" and not value.isprintable():
             raise ValueError(f"{name}={value!r} holds a character that cannot be printed; write it without")
-    if config.document_separator == "":
-        raise ValueError("document_separator is empty and would cut nowhere; set document_separator=None to cut nothing")
+    for name in ("document_separator", "end_of_text", "dask_scheduler"):
+        if getattr(config, name) == "":
+            raise ValueError(f"{name} is empty; the default is None")
     shortest, longest = config.shortest_document_characters, config.longest_document_characters
     if shortest is not None and longest is not None and shortest > longest:
-        raise ValueError(f"shortest_document_characters={shortest} is above longest_document_characters={longest}; swap them")
+        raise ValueError(
+            f"shortest_document_characters={shortest} is above longest, {longest}; set longest_document_characters={shortest}"
+        )
     if not config.corpus or not all(config.corpus):
         raise ValueError(f"corpus={config.corpus!r} is empty; name at least one file, folder or glob")
     if not all(config.validation_corpus):
@@ -571,8 +571,6 @@ def _check_data(config: TrainingConfig) -> None:
         raise ValueError(f'run_dir and data_dir are both {config.run_dir!r}; nearest is data_dir="{config.data_dir}-data"')
     if config.tokenizer_path is not None and config.vocab_size == 257:
         raise ValueError("vocab_size=257 means raw bytes and tokenizer_path names a tokenizer; set tokenizer_path=None")
-    if config.end_of_text == "":
-        raise ValueError("end_of_text is empty; the default is None")
     if config.tokenizer_path is None and (config.begin_of_text or config.end_of_text is not None):
         name = "begin_of_text" if config.begin_of_text else "end_of_text"
         raise ValueError(f"{name}={getattr(config, name)!r} has no effect without a tokenizer_path; set {name}=None")

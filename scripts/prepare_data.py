@@ -216,7 +216,7 @@ def _building_folder(data_dir: Path) -> Iterator[Path]:
         yield folder
     except ValueError:
         if not any(folder.glob("*.records")):
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
         raise
     finally:
         os.close(descriptor)
@@ -244,14 +244,13 @@ def _kept_tokenizer(build: _Build) -> Tokenizer:
     """That of an earlier attempt at the same build, or a new one, which is kept."""
     path, head_path = build.folder / "tokenizer.json", build.folder / "head.json"
     try:
-        tokenizer = bpe.load(path)
-        if json.loads(head_path.read_bytes()) == build.head | {"tokenizer_fingerprint": bpe.fingerprint(tokenizer)}:
-            return tokenizer
+        tokenizer, head = bpe.load(path), json.loads(head_path.read_bytes())
     except (OSError, ValueError):
-        pass
-    tokenizer = _make_tokenizer(build.config, build.files)
-    write_text(path, bpe.to_json(tokenizer))
-    write_text(head_path, json.dumps(build.head | {"tokenizer_fingerprint": bpe.fingerprint(tokenizer)}))
+        tokenizer, head = None, None
+    if tokenizer is None or head != build.head | {"tokenizer_fingerprint": bpe.fingerprint(tokenizer)}:
+        tokenizer = _make_tokenizer(build.config, build.files)
+        write_text(path, bpe.to_json(tokenizer))
+        write_text(head_path, json.dumps(build.head | {"tokenizer_fingerprint": bpe.fingerprint(tokenizer)}))
     print(f"tokenizer: {build.config.vocab_size} tokens", flush=True)
     return tokenizer
 
@@ -273,12 +272,11 @@ def _recipe(build: _Build, tokenizer: Tokenizer) -> Recipe:
 def _made(config: TrainingConfig, recipe: Recipe, pieces: list[Piece]) -> list[Made]:
     """Every piece with what became of it, in order; those that are not there yet are made."""
     results = {number: result for number, piece in enumerate(pieces) if (result := making.finished(recipe, piece))}
-    missing = [number for number in range(len(pieces)) if number not in results]
-    workers = _workers(config, len(missing))
+    missing = {number: piece for number, piece in enumerate(pieces) if number not in results}
+    workers = _workers(config, [*missing.values()])
     recipe = recipe._replace(num_threads=None if workers == Workers(1, None) else 1)
-    results |= _run(
-        workers, pieces, {number: partial(making.write_piece, recipe, pieces[number]) for number in missing}, "shards"
-    )
+    jobs = {number: partial(making.write_piece, recipe, piece) for number, piece in missing.items()}
+    results |= _run(workers, pieces, jobs, "shards")
     return [Made(piece, results[number]) for number, piece in enumerate(pieces)]
 
 
@@ -287,14 +285,16 @@ def _distinct(config: TrainingConfig, recipe: Recipe, made: list[Made]) -> list[
     dropped = making.duplicates(Path(recipe.folder), [each.result.records for each in made])
     pieces = [each.piece for each in made]
     jobs = {number: partial(making.drop_documents, recipe, pieces[number], places) for number, places in dropped.items()}
-    results = _run(_workers(config, len(jobs)), pieces, jobs, "duplicates")
+    results = _run(_workers(config, [pieces[number] for number in jobs]), pieces, jobs, "duplicates")
     return [each._replace(result=results.get(number, each.result)) for number, each in enumerate(made)]
 
 
-def _workers(config: TrainingConfig, num_pieces: int) -> Workers:
-    """As many processes as there are cores, pieces, and room in memory for."""
+def _workers(config: TrainingConfig, pieces: list[Piece]) -> Workers:
+    """As many processes as there are cores, work and room in memory for; one for what only this process has in its memory."""
     room = room_free(config, torch.device("cpu")).host // SHARD_WORKER_BYTES
-    return Workers(max(1, min(num_pieces, len(os.sched_getaffinity(0)), room)), config.dask_scheduler)
+    work = -(-sum(piece.num_bytes for piece in pieces) // making.PIECE_BYTES)
+    is_here = any(part.path.startswith("memory:") for piece in pieces for part in piece.parts)
+    return Workers(1 if is_here else max(1, min(len(os.sched_getaffinity(0)), work, room)), config.dask_scheduler)
 
 
 def _run(workers: Workers, pieces: list[Piece], jobs: dict[int, partial], what: str) -> dict[int, Result]:

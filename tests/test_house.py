@@ -217,12 +217,15 @@ NOT_SETTINGS = {
         "(MAGIC, VERSION)", "(DIGEST_AT, DIGEST_BYTES)", "BLOCK_BYTES", "(LABEL_MAGIC, LABEL_VERSION)",
         "(HASHED_BYTES, HASHING_THREADS)",
     },
+    "ds.pieces": {"PIECE_BYTES", "BATCH_TOKENS", "COMPARED_DOCUMENTS", "LENGTH_CLASSES", "DASK_SECONDS"},
     "ds.loader": {"NUM_ROUNDS", "SCAN_TOKENS", "PERMUTED_ROWS", "REMEMBERED_COUNTS"},
     "scripts.model.huggingface": {"LARGEST_JSON_BYTES"},
     "scripts.model.losses": {"IGNORED", "HALF_GRADIENT_SCALE"},
     "scripts.model.sampling": {"LEAST_TEMPERATURE"},
     "scripts.plan.footprint": {"LABEL_CHUNK_BYTES", "LABEL_COPIES", "WINDOW_BYTES", "OPTIMIZER_BYTES"},
     "scripts.plan.machine": {"LARGEST_LIMIT", "BACKWARD_SHARE", "ADAM_BYTES"},
+    "scripts.report": {"SHOWN_CHARACTERS"},
+    "scripts.run.teacher": {"LEAST_BLOCK_TOKENS"},
     "scripts.memory": {"NAME_COLUMNS", "NUMBER_COLUMNS"},
     "scripts.engine.watch": {"STOPPED", "FAILED", "READ_BYTES"},
     "scripts.engine.distributed": {"MESSAGE_BYTES", "IS_VALUE_ERROR"},
@@ -234,7 +237,7 @@ NOT_SETTINGS = {
     "scripts.run.storage": {"HASH_BYTES", "DIGEST_BYTES"},
     "scripts.run.run_dir": {"FOLDERS"},
     "scripts.run.checkpoint": {"FORMAT", "TEXTS_BYTES", "LARGEST_STEP"},
-    "scripts.prepare_data": {"FORMAT_VERSION", "LEAST_BLOCK_TOKENS"},
+    "scripts.prepare_data": {"FORMAT_VERSION"},
 }  # fmt: skip
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import shutil
-import socket
 import subprocess
 import sys
 from base64 import b64encode
@@ -27,6 +26,10 @@ from scripts.config import TrainingConfig, refuse_on_this_machine
 from scripts.prepare_data import Data, open_data, prepare, sample_documents
 
 ROOT = Path(prepare_data.__file__).parents[1]
+TABLE = [
+    "documents", "bytes of text", "tokens", "bytes a token", "held out", "duplicates dropped", "empty, skipped",
+    "too short or long, skipped", "faulty rows, skipped", "not UTF-8, kept", "shards", "seconds",
+]  # fmt: skip
 
 
 def write_corpus(folder: Path, numbers: range) -> None:
@@ -97,7 +100,7 @@ def test_shards_are_full_but_the_last_and_only_known_names_are_written(built):
     assert len(sizes) > 2 and set(sizes[:-1]) == {500} and 0 < sizes[-1] <= 500
     assert sum(sizes) == data.train.num_tokens == data.manifest["train"]["num_tokens"]
     names = {shard["name"] for split in ("train", "validation") for shard in data.manifest[split]["shards"]}
-    assert set(content(built.data_dir)) == names | {"tokenizer.json", "manifest.json"}
+    assert set(content(built.data_dir)) == names | {"tokenizer.json", "manifest.json", "data.png"}
 
 
 def test_building_is_deterministic_and_happens_once(built, capsys):
@@ -228,22 +231,39 @@ def test_data_dir_inside_the_corpus_is_refused(tmp_path, config):
 
 
 def test_interrupted_build_is_built_again(built):
-    whole = content(built.data_dir)
-    folder = Path(built.data_dir)
-    (folder / "manifest.json").unlink()
-    (folder / "train-00001.bin").write_bytes(b"half")
-    with subprocess.Popen([sys.executable, "-c", ""]) as process:
-        process.wait()
-    owners = (process.pid, os.getppid(), f"other-host-{process.pid}")
-    left, alive, elsewhere = (folder / f"building-{socket.gethostname()}-{owner}" for owner in owners)
-    for path in (left, alive, elsewhere):
-        path.mkdir()
-        (path / "train-00000.bin").write_bytes(b"half")
+    """What a killed build may leave: shards without a manifest, and the folder where they waited, of this build or another."""
+    whole, folder = content(built.data_dir), Path(built.data_dir)
+    for head in ("", "{", (folder / "manifest.json").read_text()):
+        (folder / "manifest.json").unlink()
+        (folder / "train-00001.bin").write_bytes(b"half")
+        (folder / "building").mkdir()
+        (folder / "building" / "head.json").write_text(head)
+        (folder / "building" / "tokenizer.json").write_text('{"model"')
+        (folder / "building" / "0123.records.tmp").write_bytes(b"half")
+        prepare(built)
+        assert content(built.data_dir) == whole
+    (folder / "building").mkdir()
     prepare(built)
-    assert not left.exists() and alive.exists() and elsewhere.exists()
-    shutil.rmtree(alive)
-    shutil.rmtree(elsewhere)
     assert content(built.data_dir) == whole
+
+
+def test_tokenizer_of_an_interrupted_build_is_kept_only_for_the_same_build(built, monkeypatch):
+    whole, folder = content(built.data_dir), Path(built.data_dir)
+    train, trained = bpe.train, []
+    monkeypatch.setattr(bpe, "train", lambda *given: trained.append(given) or train(*given))
+    monkeypatch.setattr(prepare_data, "draw_data", stop)
+    (folder / "manifest.json").unlink()
+    for changes, num_trained in (({}, 1), ({}, 1), ({"tokenizer_sample_bytes": 900}, 2), ({}, 3)):
+        with pytest.raises(KeyboardInterrupt):
+            prepare(replace(built, **changes))
+        assert len(trained) == num_trained
+    monkeypatch.undo()
+    prepare(built)
+    assert content(built.data_dir) == whole
+
+
+def stop(*given) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(
@@ -263,9 +283,13 @@ def test_changed_field_is_refused_by_name(built, changes):
 
 def test_manifest_of_before_the_later_fields_opens_with_their_defaults(built):
     path = Path(built.data_dir) / "manifest.json"
-    later = (*prepare_data.LATER_FIELDS, "validation_corpus_digest", "num_empty", "num_invalid", "num_faulty", "num_in_both")
+    later = (*prepare_data.LATER_FIELDS, "validation_corpus_digest", "sources")
     manifest = json.loads(path.read_text())
-    path.write_text(json.dumps({name: value for name, value in manifest.items() if name not in later}))
+    for split in ("train", "validation"):
+        del manifest[split]["lengths"]
+        for shard in manifest[split]["shards"]:
+            del shard["source"]
+    path.write_text(json.dumps({name: value for name, value in manifest.items() if name not in later and "num_" not in name}))
     assert open_data(built).train.num_tokens == manifest["train"]["num_tokens"]
     assert "document_separator='|' was None" in refusal(replace(built, document_separator="|"))
 
@@ -284,7 +308,7 @@ def test_validation_corpus_is_held_out_whole_and_nothing_of_it_is_trained_on(tmp
     held_out, trained = texts_of(data.validation, data), texts_of(data.train, data)
     assert held_out == [b"row %d has %d words" % (number, number**3) for number in range(50, 70)]
     assert trained == [b"row %d has %d words" % (number, number**3) for number in range(50)]
-    assert data.manifest["num_in_both"] == 10 and "10 left to held out" in capsys.readouterr().out
+    assert data.manifest["num_duplicates"] == 10 and "duplicates dropped          10\n" in capsys.readouterr().out
     sampled = list(sample_documents(config, corpus_files(config.corpus, ())))
     assert sampled and not set(sampled) & set(held_out)
     write_rows(tmp_path / "held.jsonl", range(50, 71))
@@ -329,8 +353,9 @@ def test_what_is_skipped_and_what_is_no_utf8_is_told_and_kept_in_the_manifest(tm
     assert f"{tmp_path}/rows.jsonl, line 33: not JSON" in refusal(config)
     data = prepare(replace(config, skip_faulty_rows=True))
     said = capsys.readouterr().out
-    assert "documents: 70, 40 not UTF-8; 2 empty, 1 faulty rows skipped" in said
-    assert f"note: 1 faulty rows, the first: {tmp_path}/rows.jsonl, line 33" in said
+    lines = ("documents                   70", "not UTF-8, kept             40", "empty, skipped              2")
+    assert all(f"  {line}\n" in said for line in (*lines, "faulty rows, skipped        1"))
+    assert f"note: 1 faulty rows skipped, the first: {tmp_path}/rows.jsonl, line 33" in said
     assert [data.manifest[f"num_{kind}"] for kind in ("empty", "invalid", "faulty")] == [2, 40, 1]
 
 
@@ -434,7 +459,8 @@ def test_command_says_where_the_data_is_or_refuses_with_status_2(config, capsys,
     monkeypatch.setattr(prepare_data, "PRETRAIN", config)
     prepare_data.main()
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["corpus", "tokenizer", "documents", "note", "shards", "data"]
+    assert [line.split(":")[0] for line in lines if not line.startswith("  ")] == ["corpus", "tokenizer", "note", "data"]
+    assert [line[:30].strip() for line in lines if line.startswith("  ")] == TABLE
     assert config.data_dir in lines[-1]
     monkeypatch.setattr(prepare_data, "PRETRAIN", replace(config, text_field="body"))
     with pytest.raises(SystemExit) as caught:
@@ -480,7 +506,7 @@ def test_command_prepares_the_preset_once(tmp_path, config):
     written = content(config.data_dir)
     assert {"manifest.json", "tokenizer.json", "train-00000.bin", "validation-00000.bin"} <= written.keys()
     *steps, last = done.stdout.splitlines()
-    assert [line.split(":")[0] for line in steps] == ["corpus", "tokenizer", "documents", "note", "shards"]
+    assert [line.split(":")[0] for line in steps if not line.startswith("  ")] == ["corpus", "tokenizer", "note"]
     assert last == f"data: {open_data(config).train.num_tokens:,} training tokens in {config.data_dir}"
     again = run(folder)
     assert (again.returncode, again.stdout, again.stderr) == (0, f"{last}\n", "") and content(config.data_dir) == written

@@ -140,7 +140,7 @@ def write_corpus(path: Path, num_bytes: int) -> Path:
 
 
 def make_tokenizer(folder: Path, corpus: Path, vocab_size: int) -> Path:
-    """The tokenizer that a preparation of the corpus trains, without what marks documents, which `datasets` is not asked for."""
+    """The tokenizer that a preparation of the corpus trains; it marks no beginning of documents."""
     sys.path.insert(0, str(ROOT))
     from ds import tokenizer as bpe
     from ds.corpus import Reading, Tally, documents
