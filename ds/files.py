@@ -109,6 +109,11 @@ def corpus_pieces(files: Iterable[CorpusFile], piece_bytes: int) -> list[tuple[P
     return [*pieces, tuple(together)] if together else pieces
 
 
+def whole_parts(files: Iterable[CorpusFile]) -> list[Part]:
+    """Each file as one part."""
+    return [Part(file.path, 0, None) for file in files]
+
+
 def is_url(path: str) -> bool:
     """Whether the name has a scheme, so that fsspec reads it."""
     return URL.match(path) is not None

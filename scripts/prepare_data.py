@@ -27,7 +27,7 @@ from ds import pieces as making
 from ds import tokenizer as bpe
 from ds.corpus import Reading, Tally, documents, is_held_out, part_documents
 from ds.encoder import disagreement, encode, encoder_of, plain_encoder
-from ds.files import CorpusFile, Part, corpus_digest, corpus_files, fixed_part
+from ds.files import CorpusFile, Part, corpus_digest, corpus_files, fixed_part, is_url, whole_parts
 from ds.loader import count_windows
 from ds.pieces import SPLITS, Made, Piece, Recipe, Result, Workers
 from ds.shards import TokenStream, open_shard, sync_folder, verify_shard
@@ -258,7 +258,7 @@ def _kept_tokenizer(build: _Build) -> Tokenizer:
 def _recipe(build: _Build, tokenizer: Tokenizer) -> Recipe:
     """How each piece is made; the first documents decide whether tiktoken may encode."""
     config = build.config
-    words = disagreement(encoder_of(tokenizer), documents(_whole(build.files), _reading(config), Tally()))
+    words = disagreement(encoder_of(tokenizer), documents(whole_parts(build.files), _reading(config), Tally()))
     if words is not None:
         print(f"tokenizer: tiktoken gives other ids for {words!r}; tokenizers encodes instead", flush=True)
     return Recipe(
@@ -317,16 +317,12 @@ def _reading(config: TrainingConfig) -> Reading:
     return Reading(config.text_field, config.document_separator, config.skip_faulty_rows)
 
 
-def _whole(files: list[CorpusFile]) -> list[Part]:
-    return [Part(file.path, 0, None) for file in files]
-
-
 def _held_out_test(config: TrainingConfig) -> Callable[[bytes], bool]:
     """Tells whether a document of the corpus is held out: it is in validation_corpus, or its hash says so."""
     if not config.validation_corpus:
         return lambda document: is_held_out(document, config.validation_fraction)
     files = corpus_files(config.validation_corpus, config.corpus_exclude)
-    held_out = {sha256(document).digest() for document in documents(_whole(files), _reading(config), Tally())}
+    held_out = {sha256(document).digest() for document in documents(whole_parts(files), _reading(config), Tally())}
     return lambda document: sha256(document).digest() in held_out
 
 
@@ -396,6 +392,8 @@ def _check_fields(config: TrainingConfig, manifest: dict) -> None:
 
 
 def _check_corpus(config: TrainingConfig, manifest: dict) -> None:
+    if any(map(is_url, config.corpus + config.validation_corpus)):
+        return  # No launch waits for the network.
     try:
         files, held_out = (corpus_files(names, config.corpus_exclude) for names in (config.corpus, config.validation_corpus))
     except ValueError:
