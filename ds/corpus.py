@@ -1,92 +1,141 @@
-"""Files and folders -> documents as bytes. Owns which files are read, how they are cut, which documents are held out.
+"""Files -> documents as bytes. Owns how files are cut into documents, and which documents are held out.
 
-Knows nothing of tokens: a document is bytes, valid UTF-8 or not, and is never changed here.
+Knows nothing of folders and tokens. A document keeps its bytes, valid UTF-8 or not, but for a byte-order mark, which is taken
+off. At one time there are in memory: one document (of JSON its row, a few times; of Parquet a batch of rows) and a few pieces.
 """
 
-import bz2
-import gzip
+import codecs
+import csv
 import io
 import json
-import lzma
-import os
-import zlib
-from collections.abc import Iterable, Iterator
-from fnmatch import fnmatchcase
-from glob import has_magic, iglob
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
 from hashlib import sha256
-from itertools import product, takewhile
-from pathlib import Path
-from typing import IO
+from itertools import chain, islice
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-# pyarrow, because zstandard's own reader takes a truncated file for a complete one.
-OPENERS = {
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
-    ".zst": lambda path, _: io.BufferedReader(pa.input_stream(str(path), compression="zstd")),
-}
-# How many rows are in memory at once; the documents are the same.
-PARQUET_BATCH_ROWS = 1024
-PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-ZIP_START = b"PK\x03\x04"
-# The opcodes of pickle's protocols 0 to 5, by what follows each: so many bytes; a length of so many bytes, and as many bytes as
-# it says; so many lines.
-FIXED_BYTES = {
-    **dict.fromkeys(b"012()NQR]abdelostu}\x81\x85\x86\x87\x88\x89\x8f\x90\x91\x92\x93\x94\x97\x98", 0),
-    **dict.fromkeys(b"Khq\x80\x82", 1), **dict.fromkeys(b"M\x83", 2), **dict.fromkeys(b"Jjr\x84", 4),
-    **dict.fromkeys(b"G\x95", 8),
+from ds import files
+from ds.files import (
+    COMPRESSIONS,
+    EXCLUDE,
+    Part,
+    compression,
+    file_name,
+    first_start,
+    is_url,
+    num_line_ends,
+    one_line,
+    open_file,
+    overlaps_itself,
+    read_pieces,
+    split_pieces,
+    texts_from,
+)
+
+READ_ERRORS = (*files.DECOMPRESS_ERRORS, pa.ArrowException)
+# How much of a table is read at once, and how much of a file shows what it is.
+PARQUET_BATCH_ROWS, HEAD_BYTES = 64, 2**18
+# How files begin that hold no text.
+BINARY_STARTS = {
+    "a pickle": rb"\x80[\2-\5]", "a zip archive": rb"PK(\x03\x04|\x05\x06)", "a PDF": rb"%PDF-", "a PNG image": rb"\x89PNG",
+    "a JPEG image": rb"\xff\xd8\xff", "a GIF image": rb"GIF8[79]a", "an ELF object": rb"\x7fELF", "an archive": rb".{257}ustar",
+    "an archive of objects": rb"!<arch>\n", "sound": rb"ID3[\2-\4]|fLaC|OggS|RIFF.{4}WAVE", "an Arrow file": rb"ARROW1\0",
+    "compressed twice, or unknown": b"|".join([rb"\x04\x22M\x18|PAR1.*PAR1$", *(c[0].pattern for c in COMPRESSIONS.values())]),
 }  # fmt: skip
-LENGTH_BYTES = {**dict.fromkeys(b"UC\x8a\x8c", 1), **dict.fromkeys(b"TBX\x8b", 4), **dict.fromkeys(b"\x8d\x8e\x96", 8)}
-NUM_LINES = {**dict.fromkeys(b"FILPSVgp", 1), **dict.fromkeys(b"ci", 2)}
-STOP = ord(".")
-JSON_REMEDY = "write one JSON object a line"
+UTF8_MARK = b"\xef\xbb\xbf"
+# By iconv's names; the mark of UTF-32LE begins with that of UTF-16LE.
+MARKS = {"UTF-32LE": b"\xff\xfe\0\0", "UTF-32BE": b"\0\0\xfe\xff", "UTF-16LE": b"\xff\xfe", "UTF-16BE": b"\xfe\xff"}
+# What other tools write between documents, and the document_separator that cuts there.
+SEPARATORS = {mark.encode(): mark for mark in ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>")}
+SEPARATORS |= {b"\n</s>\n": "</s>", b"\n</s>\r\n": "</s>"}
+# Nearer than this to the end of what is read, an error may be a word that is cut off.
+LONGEST_JSON_WORD = 16
+BLANK, ARRAY_START, ARRAY_NEXT = (re.compile(gap) for gap in (r"\s*()", r"\s*\[\s*(\]?)\s*", r"\s*(?:,|(\]))\s*"))
+NAME, INVALID_BYTES = re.compile(r"[\w.-]+"), re.compile("([\udc80-\udcff]+)")
+SKIP = "mend it, or set skip_faulty_rows=True"
+ONE_STRING = "write each row's list into one string, such as by a chat template, and set text_field to that"
+TEXT_TYPE = re.compile(r"(large_)?(string|binary)(_view)?|fixed_size_binary.*|null")
 
 
-def corpus_files(corpus: tuple[str, ...], exclude: tuple[str, ...]) -> list[Path]:
-    """The files of all entries, sorted, each once. An entry is a file, a folder (read recursively) or a glob (`**` too).
+class Reading(NamedTuple):
+    """How files become documents: the fields of the configuration of these names."""
 
-    Below a folder, or below the fixed part of a glob, hidden names are left out, and so is every path with a part that matches
-    a pattern of `exclude` (as in fnmatch). A file that an entry names itself is never left out. Raises ValueError if
-    an entry is not there or no file of it is left.
+    text_field: str
+    document_separator: str | None
+    skip_faulty_rows: bool
+
+
+@dataclass
+class Tally:
+    """What was met: how often each kind, and where first. Kinds: "documents"; "empty", "faulty", which are skipped; "invalid",
+    which are not UTF-8; "separator", plain files with one of `SEPARATORS`; "json", .json files that are no rows.
     """
-    files = [path for entry in corpus for path in sorted(_entry_files(entry, exclude))]
-    return sorted({path.resolve(): path for path in reversed(files)}.values())
+
+    counts: dict[str, int] = field(default_factory=dict)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def count(self, kind: str, where: str) -> None:
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        self.first.setdefault(kind, where)
+
+    def fault(self, error: ValueError, reading: Reading) -> None:
+        if not reading.skip_faulty_rows:
+            raise error
+        self.count("faulty", str(error))
 
 
-def corpus_digest(files: Iterable[Path]) -> str:
-    """sha256 (hex) of the names, as given, and of the sizes in bytes. The contents are not read."""
-    digest = sha256()
-    for path in files:
-        digest.update(json.dumps([path.as_posix(), path.stat().st_size]).encode())
-    return digest.hexdigest()
+def documents(parts: Iterable[Part], reading: Reading, tally: Tally) -> Iterator[bytes]:
+    """Every document, part by part. Raises ValueError as `part_documents` does, or if there is none."""
+    before = tally.counts.get("documents", 0)
+    for part in parts:
+        yield from part_documents(part, reading, tally)
+    if tally.counts.get("documents", 0) == before:
+        why = f"the first of its faulty rows is {tally.first['faulty']}" if "faulty" in tally.first else "every file is empty"
+        raise ValueError(f"corpus holds no text: {why}; add files with text to corpus")
 
 
-def documents(files: Iterable[Path], text_field: str) -> Iterator[bytes]:
-    """Every document that is not empty, file by file. Raises ValueError as `file_documents` does, or if there is none."""
-    document = b""
-    for path in files:
-        for document in file_documents(path, text_field):
-            yield document
-    if not document:
-        raise ValueError("corpus holds no text: every file is empty; add files with text to corpus")
+def part_documents(part: Part, reading: Reading, tally: Tally) -> Iterator[bytes]:
+    """The documents that start in one part of a file and are not null, empty or white space alone; `tally` counts those and
+    what else was met. The parts of a file give together, in order, what the whole file gives.
 
+    - Rows: Parquet; .csv and .tsv, whose first row names the columns; .jsonl, .ndjson and .json as lines, as values one after
+      the other or as one array. `text_field` names the text, or is a path to it ("message.content").
+    - All else is plain: one document, or those between `document_separator`, without the line ends around them. So is a .json
+      file that is no row as source code has them for its settings: one object over several lines, or with comments, without
+      `text_field`; it is counted ("json"). Refused, whatever their name, are plain files that begin with two JSON objects,
+      with one that has `text_field`, with an array of objects, or with a line of names of columns, `text_field` among them.
+    - Gzip, bzip2, xz, Zstandard and Parquet are known by their content. Bytes that are not UTF-8 are kept.
+    - A row group of Parquet starts at its first byte. JSON of one row a line, and plain text with a separator that does not
+      overlap itself, can be cut where they are not compressed. Of any other file all documents start at 0.
 
-def file_documents(path: Path, text_field: str) -> Iterator[bytes]:
-    """The documents of one file that are not empty: a line of .jsonl or .ndjson, a row of .parquet, else the whole file.
-
-    The text is the string in `text_field`. Files that end in .gz, .bz2, .xz or .zst are decompressed first. Bytes that are
-    not UTF-8 are kept. Raises ValueError, with file and line, if the file cannot be read, is not what its name says, is a
-    pickle or a zip archive, or if a line or column is not text.
+    Raises ValueError, with file and line, row group or byte, if the file cannot be read, is not what its name says, is binary
+    or in another encoding, or a row is not text. With `skip_faulty_rows`, rows, row groups and the lost end of a compressed
+    file are counted and skipped instead.
     """
-    name = path.with_suffix("") if path.suffix.lower() in OPENERS else path
-    readers = {".jsonl": _json_lines, ".ndjson": _json_lines, ".parquet": _parquet}
     try:
-        yield from filter(None, readers.get(name.suffix.lower(), _whole_file)(path, text_field))
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
-        raise ValueError(f"{path} cannot be read ({one_line(error)}); repair it, or leave it out by corpus_exclude") from error
+        with open_file(part.path) as file:
+            for document in _reader(file, part, reading, tally):
+                document = document.removeprefix(UTF8_MARK)
+                if not document or document.isspace():
+                    tally.count("empty", part.path)
+                    continue
+                if not _is_utf8(document):
+                    tally.count("invalid", part.path)
+                tally.count("documents", part.path)
+                yield document
+                del document
+    except READ_ERRORS as error:
+        if not part.start or not reading.skip_faulty_rows or not _is_content(error):
+            _refuse_unreadable(
+                error, f"{part.path} cannot be read ({one_line(error)}); repair it, or {EXCLUDE}", reading, tally
+            )
 
 
 def is_held_out(document: bytes, fraction: float) -> bool:
@@ -94,105 +143,281 @@ def is_held_out(document: bytes, fraction: float) -> bool:
     return int.from_bytes(sha256(document).digest()[:8], "big") / 2**64 < fraction
 
 
-def fixed_part(pattern: Path) -> Path:
-    """The folders before a glob's first wildcard."""
-    return Path(*takewhile(lambda part: not has_magic(part), pattern.parts))
-
-
-def one_line(error: BaseException) -> str:
-    """The words of an error in one line, for a refusal; its class if it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _entry_files(entry: str, exclude: tuple[str, ...]) -> list[Path]:
-    path = Path(entry)
-    if path.is_file():
-        return [path]
-    if not path.is_dir() and not has_magic(entry):
-        raise ValueError(f"corpus: {entry!r} is not there; name a file, folder or glob that exists")
-    root = path if path.is_dir() else fixed_part(path)
-    files = _files_below(path) if path.is_dir() else [Path(name) for name in iglob(entry, recursive=True)]
-    files = [file for file in files if file.is_file()]
-    kept = [file for file in files if not any(fnmatchcase(*pair) for pair in product(file.relative_to(root).parts, exclude))]
-    if not kept:
-        excluded = f"corpus_exclude leaves out all {len(files)}" if files else "nothing is there"
-        raise ValueError(f"corpus: {entry!r} matches no file ({excluded}); name a file, folder or glob that holds text")
-    return kept
-
-
-def _files_below(root: Path) -> list[Path]:
-    files = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        files += [Path(folder, name) for name in names if not name.startswith(".")]
-    return files
-
-
-def _whole_file(path: Path, text_field: str) -> Iterator[bytes]:
-    with _open(path) as file:
-        content = file.read()
-    kind = "a pickle" if _begins_with_pickle(content) else "a zip archive" if content.startswith(ZIP_START) else None
-    if kind is not None:
-        raise ValueError(
-            f"{path} is {kind}, not text, and nothing in it is run; leave it out by corpus_exclude or move it away"
-        )
-    yield content
-
-
-def _begins_with_pickle(content: bytes) -> bool:
-    """Whether the bytes begin with a whole pickle of protocol 2 to 5: one opcode after the other, up to STOP."""
-    at = 2 if content.startswith(PICKLE_STARTS) else len(content)
-    while at < len(content) and content[at] != STOP:
-        opcode, at = content[at], at + 1
-        length = content[at : at + LENGTH_BYTES.get(opcode, 0)]
-        at += len(length) + int.from_bytes(length, "little")
-        for _ in range(NUM_LINES.get(opcode, 0)):
-            at = (content.find(b"\n", at) + 1) or len(content)
-        if opcode not in LENGTH_BYTES and opcode not in NUM_LINES:
-            at += FIXED_BYTES.get(opcode, len(content))
-    return at < len(content)
-
-
-def _json_lines(path: Path, text_field: str) -> Iterator[bytes]:
-    with _open(path) as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield _json_text(line, text_field, f"{path}, line {number}")
-
-
-def _json_text(line: bytes, text_field: str, place: str) -> bytes:
+def _is_utf8(document: bytes) -> bool:
+    decoder, view = codecs.getincrementaldecoder("utf-8")(), memoryview(document)
     try:
-        value = json.loads(line)
+        for start in range(0, len(view), files.PIECE_BYTES):
+            decoder.decode(view[start : start + files.PIECE_BYTES])
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _is_content(error: BaseException) -> bool:
+    """Whether what the file holds is at fault, which may be skipped, and not the disk or the name."""
+    return getattr(error, "errno", None) is None
+
+
+def _refuse_unreadable(error: Exception, words: str, reading: Reading, tally: Tally) -> None:
+    may_skip = reading.skip_faulty_rows and _is_content(error)
+    tally.fault(ValueError(words), reading._replace(skip_faulty_rows=may_skip))
+
+
+def _reader(file: BinaryIO, part: Part, reading: Reading, tally: Tally) -> Iterator[bytes]:
+    begin, name = file.read(files.COMPRESSED_BYTES), file_name(part.path)
+    file.seek(-min(4, file.seek(0, io.SEEK_END)), io.SEEK_END)
+    is_parquet = begin[:4] == file.read(4) == b"PAR1"
+    if is_parquet or (name.suffix.lower() == ".parquet" and begin):
+        return _parquet(file, part, reading, tally)
+    is_compressed, is_named_so = compression(begin) is not None, name.suffix.lower() in COMPRESSIONS
+    if part.start and (is_compressed or is_named_so):
+        return iter(())
+    if is_named_so and begin and not is_compressed:
+        raise OSError(f"not {name.suffix[1:]} inside")
+    file.seek(0)
+    pieces = _readable(file, part.path, reading, tally)
+    head = next(pieces, b"").removeprefix(UTF8_MARK)
+    _refuse_binary(part.path, head)
+    ending = (name.with_suffix("") if is_named_so else name).suffix.lower()
+    rows = _rows(head, ending, part.path, reading.text_field)
+    if rows is None and ending == ".json" and head.strip() and not part.start:
+        tally.count("json", part.path)
+    separator = b"\n" if rows == ".jsonl" else (reading.document_separator or "").encode() if rows is None else b""
+    pieces, begin = chain([head], pieces), 0
+    if separator and not is_compressed and not overlaps_itself(separator):
+        begin = first_start(file, part, separator)
+        texts = texts_from(file, range(begin, part.stop or sys.maxsize), separator)
+    elif part.start:
+        return iter(())
+    else:
+        texts = split_pieces(pieces, separator)
+    if rows == ".csv":
+        return _table(part.path, pieces, reading, tally)
+    if rows is not None:
+        texts = texts if rows == ".jsonl" else _json_values(pieces)
+        return _json_rows(part.path, texts, cache(lambda: num_line_ends(file, begin)), reading, tally)
+    return (text.strip(b"\r\n") for text in texts) if separator else _whole(part.path, pieces, tally)
+
+
+def _readable(file: BinaryIO, path: str, reading: Reading, tally: Tally) -> Iterator[bytes]:
+    try:
+        yield from read_pieces(file)
+    except READ_ERRORS as error:
+        words = f"{path} cannot be read beyond byte {file.tell()} ({one_line(error)}); {SKIP}, or {EXCLUDE}"
+        _refuse_unreadable(error, words, reading, tally)
+
+
+def _refuse_binary(place: str, head: bytes) -> None:
+    kind = next((kind for kind, begins in BINARY_STARTS.items() if re.match(begins, head, re.DOTALL)), None)
+    encoding = next((name for name, mark in MARKS.items() if head.startswith(mark)), None)
+    if kind is None and encoding is None and b"\0" in head[:HEAD_BYTES]:
+        kind, most = "binary, with NUL bytes", 0
+        for name, width in (("UTF-32LE", 4), ("UTF-32BE", 4), ("UTF-16LE", 2), ("UTF-16BE", 2)):
+            text = head[: min(len(head), HEAD_BYTES) // width * width].decode(name, "replace")
+            num_plain = 0 if "\0" in text or "\ufffd" in text[:-1] else sum(map(str.isascii, text))
+            encoding, most = (name, num_plain) if num_plain > most else (encoding, most)
+    if encoding is not None:
+        convert = f"iconv -f {encoding} -t UTF-8 FILE > NEW"
+        raise ValueError(f"{place} is {encoding} text, not UTF-8; convert it by `{convert}`, or {EXCLUDE}")
+    if kind is not None:
+        raise ValueError(f"{place} is {kind}, not text, and nothing in it is run; {EXCLUDE} or move it away")
+
+
+def _rows(head: bytes, ending: str, path: str, text_field: str) -> str | None:
+    """How the rows of a file with this head and name are written: .csv (also for tabs), .jsonl or .json; None: it is plain."""
+    if ending in (".csv", ".tsv"):
+        return ".csv"
+    is_json = ending in (".jsonl", ".ndjson", ".json")
+    rows = _row_format(head, text_field, is_json)
+    if rows is not None and not is_json:
+        raise ValueError(f"{path} looks like rows ({rows}), not like text; end its name in {rows}, or {EXCLUDE}")
+    return ".jsonl" if ending in (".jsonl", ".ndjson") and rows is None else rows
+
+
+def _row_format(head: bytes, text_field: str, is_json: bool) -> str | None:
+    """The ending of the files of rows that begin like this; None if it is none. `is_json`: the name says that it is JSON."""
+    text, word = head.decode("latin-1"), rf'"{re.escape(text_field.split(".")[-1])}"\s*:\s*"'
+    begin, array = len(text) - len(text.lstrip()), ARRAY_START.match(text)
+    if array is not None:
+        return ".json" if is_json or _begins_object(text, array.end()) else None
+    if not text.startswith("{", begin):
+        first = head.partition(b"\n")[0].decode("utf-8", "replace").strip()
+        rows = {ending: first.split(mark) for ending, mark in ((".csv", ","), (".tsv", "\t")) if not is_json}
+        looks = (ending for ending, row in rows.items() if row[1:] and text_field in row and all(map(NAME.fullmatch, row)))
+        return next(looks, None)
+    if not _begins_object(text, begin):
+        return ".jsonl" if is_json and re.search(word, text) else None
+    end = _value_end(text, begin)
+    is_line = "\n" not in text[begin:end] and not text[end:].partition("\n")[0].strip()
+    if end > len(text):
+        is_rows = re.search(word, text) is not None if is_json != is_line else is_json
+    else:
+        value = json.loads(head[begin:end].decode("utf-8", "replace"))
+        has_field = text_field in value or text_field.partition(".")[0] in value
+        is_rows = has_field or (is_json and is_line) or _begins_object(text, len(text) - len(text[end:].lstrip()))
+    return (".jsonl" if is_line else ".json") if is_rows else None
+
+
+def _begins_object(text: str, at: int) -> bool:
+    end = _value_end(text, at) if text.startswith("{", at) else 0
+    return 0 < end <= len(text) or end > len(text) >= HEAD_BYTES
+
+
+def _value_end(text: str, at: int) -> int:
+    """Where the JSON value at `at` ends; beyond the text where it is cut off; 0 where it is no JSON."""
+    try:
+        return json.JSONDecoder().raw_decode(text, at)[1]
+    except json.JSONDecodeError as error:
+        is_cut = error.msg.startswith("Unterminated string") or error.pos > len(text) - LONGEST_JSON_WORD
+        return len(text) + 1 if is_cut else 0
+    except RecursionError:
+        return 0
+
+
+def _whole(path: str, pieces: Iterable[bytes], tally: Tally) -> Iterator[bytes]:
+    document = io.BytesIO()
+    document.writelines(pieces)
+    separator = next((name for written, name in SEPARATORS.items() if written in document.getvalue()), None)
+    if separator is not None:
+        tally.count("separator", f"{path} holds {separator!r}; document_separator={separator!r} cuts there")
+    yield document.getvalue()
+
+
+def _json_rows(
+    path: str, rows: Iterator[bytes], num_before: Callable[[], int], reading: Reading, tally: Tally
+) -> Iterator[bytes]:
+    for number, row in enumerate(rows, 1):
+        row = row.removeprefix(UTF8_MARK)
+        try:
+            document = _json_text(row, reading.text_field) if row and not row.isspace() else None
+        except ValueError as error:
+            tally.fault(ValueError(f"{path}, line {num_before() + number}: {error}"), reading)
+            continue
+        if document is not None:
+            yield document
+
+
+def _json_values(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """The elements of an array, or values one after the other. Raises OSError, with the byte, at what is no JSON."""
+    held, at, num_gone = next(pieces, b"").decode("latin-1"), 0, 0
+    gap, later = (ARRAY_START, ARRAY_NEXT) if ARRAY_START.match(held) else (BLANK, BLANK)
+    while True:
+        found, end = gap.match(held, at), len(held) + 1
+        behind, is_last = (found.end(), bool(found[1])) if found else (at, False)
+        if found and not is_last and behind < len(held):
+            end = _value_end(held, behind)
+        if not end or (is_last and behind < len(held)) or (not found and held[at : at + LONGEST_JSON_WORD].strip()):
+            raise OSError(f"not JSON at byte {num_gone + behind}")
+        if end <= len(held):
+            yield held[behind:end].encode("latin-1")
+            at, gap = end, later
+            continue
+        # As much again as there is, so that a long value is not parsed at each piece.
+        more = b"".join(islice(pieces, max(1, (len(held) - at) // files.PIECE_BYTES)))
+        if not more and (not found or behind < len(held) or (later is ARRAY_NEXT and not is_last)):
+            raise OSError(f"its JSON is cut off after byte {num_gone + at}")
+        if not more:
+            return
+        held, at, num_gone = held[at:] + more.decode("latin-1"), 0, num_gone + at
+
+
+def _json_text(row: bytes, text_field: str) -> bytes:
+    try:
+        text, splits = row.decode("utf-8", "surrogatepass"), re.compile("(?!)")
+    except UnicodeDecodeError:
+        text, splits = row.decode("utf-8", "surrogateescape"), INVALID_BYTES
+    try:
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: not JSON ({error}); {JSON_REMEDY}, or leave the file out by corpus_exclude") from None
+        raise ValueError(f"not JSON ({one_line(error)}); {SKIP}, or {EXCLUDE}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{place}: a JSON {type(value).__name__}, not an object; {JSON_REMEDY}")
-    if text_field not in value:
-        raise ValueError(f"{place}: no field {text_field!r}, there is {_names(value)}; set text_field to one of these")
-    if not isinstance(value[text_field], str):
-        kind = type(value[text_field]).__name__
-        raise ValueError(f"{place}: field {text_field!r} is of type {kind}, not a string; set text_field to a field of strings")
-    return value[text_field].encode("utf-8", "surrogatepass")
+        raise ValueError(f"a JSON {type(value).__name__}, not an object; write one JSON object a row, or {EXCLUDE}")
+    found = _field(value, text_field)
+    if found is not None and not isinstance(found, str):
+        remedy = ONE_STRING if isinstance(found, list) else f"set text_field to a field of strings, or {SKIP}"
+        raise ValueError(f"field {text_field!r} is of type {type(found).__name__}, not a string; {remedy}")
+    # Bytes that are no UTF-8 stay as they are; half a surrogate pair that is written as an escape has its own three bytes.
+    errors = ("surrogatepass", "surrogateescape")
+    return b"".join(part.encode("utf-8", errors[number % 2]) for number, part in enumerate(splits.split(found or "")))
+
+
+def _field(value: dict, text_field: str) -> Any:
+    """What stands at the path. None where the path ends in a null; a list where it leads through one."""
+    if text_field in value:
+        return value[text_field]
+    name, _, rest = text_field.partition(".")
+    inner = value.get(name, "") if rest else ""
+    if inner is None or isinstance(inner, list):
+        return inner
+    if isinstance(inner, dict):
+        return _field(inner, rest)
+    raise ValueError(f"no field {text_field!r}, there is {_names(value)}; set text_field to one of these")
 
 
 def _names(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names)) or "none"
 
 
-def _parquet(path: Path, text_field: str) -> Iterator[bytes]:
-    with pq.ParquetFile(path) as file:
-        names = file.schema_arrow.names
-        if text_field not in names:
-            raise ValueError(f"{path}: no column {text_field!r}, there is {_names(names)}; set text_field to one of these")
-        column = file.schema_arrow.field(text_field).type
-        if (column.value_type if isinstance(column, pa.DictionaryType) else column) not in (pa.string(), pa.large_string()):
-            raise ValueError(
-                f"{path}: column {text_field!r} is of type {column}, not a string; set text_field to a column of strings"
-            )
-        for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=[text_field]):
-            # As binary: pyarrow does not look whether its strings are UTF-8, and a Python string would refuse them.
-            yield from (text for text in batch.column(0).cast(pa.large_binary()).to_pylist() if text is not None)
+def _table(path: str, pieces: Iterable[bytes], reading: Reading, tally: Tally) -> Iterator[bytes]:
+    csv.field_size_limit(sys.maxsize)
+    lines = (line.decode("utf-8", "surrogateescape") + "\n" for line in split_pieces(pieces, b"\n"))
+    head = next((line for line in lines if line.strip()), "")
+    rows = csv.reader(chain([head], lines), delimiter=max(",\t;|", key=head.count), strict=True)
+    names = next(rows, [])
+    if names and reading.text_field not in names:
+        raise ValueError(f"{path}: no column {reading.text_field!r}, there is {_names(names)}; set text_field to one of these")
+    while True:
+        try:
+            cells = next(rows, None)
+            if cells and len(cells) != len(names):
+                raise csv.Error(f"{len(cells)} columns, the first line names {len(names)}")
+        except csv.Error as error:
+            tally.fault(ValueError(f"{path}, line {rows.line_num}: not CSV ({one_line(error)}); {SKIP}"), reading)
+            continue
+        if cells is None:
+            return
+        if cells:
+            yield cells[names.index(reading.text_field)].encode("utf-8", "surrogateescape")
 
 
-def _open(path: Path) -> IO[bytes]:
-    return OPENERS.get(path.suffix.lower(), open)(path, "rb")
+def _parquet(file: BinaryIO, part: Part, reading: Reading, tally: Tally) -> Iterator[bytes]:
+    with pq.ParquetFile(file if is_url(part.path) else part.path, buffer_size=files.PIECE_BYTES) as table:
+        names = _column_names(table.schema_arrow, reading.text_field, part.path)
+        for group in range(table.num_row_groups):
+            first = table.metadata.row_group(group).column(0)
+            if (first.dictionary_page_offset or first.data_page_offset) not in range(part.start, part.stop or sys.maxsize):
+                continue
+            place = f"{part.path}, row group {group}"
+            batches = table.iter_batches(PARQUET_BATCH_ROWS, row_groups=[group], columns=[reading.text_field])
+            try:
+                for batch in batches:
+                    column: Any = batch.column(names[0])
+                    if names[1:]:
+                        column = pc.call_function("struct_field", [column], pc.StructFieldOptions(names[1:]))
+                    column = column.storage if isinstance(column, pa.ExtensionArray) else column
+                    column = column.dictionary_decode() if isinstance(column, pa.DictionaryArray) else column
+                    # As binary: pyarrow does not look whether its strings are UTF-8, and a Python string would refuse them.
+                    for value in column.cast(pa.large_binary()):
+                        if "binary" in str(column.type):
+                            _refuse_binary(place, value.as_py() or b"")
+                        yield value.as_py() or b""
+            except (OSError, pa.ArrowException) as error:
+                words = f"{place} cannot be read ({one_line(error)}); {SKIP}, or {EXCLUDE}"
+                _refuse_unreadable(error, words, reading, tally)
+
+
+def _column_names(schema: pa.Schema, text_field: str, path: str) -> list[str]:
+    """The names on the path to the text. Raises ValueError if they lead to no text."""
+    kind: Any = pa.struct(list(schema))
+    names = [text_field] if text_field in schema.names else text_field.split(".")
+    for name in names:
+        inner = {part.name: part.type for part in kind} if isinstance(kind, pa.StructType) else {}
+        if name not in inner and "list" not in str(kind)[:10]:
+            raise ValueError(f"{path}: no column {text_field!r}, there is {_names(inner)}; set text_field to one of these")
+        kind = inner.get(name, kind)
+    plain = kind.value_type if isinstance(kind, pa.DictionaryType) else getattr(kind, "storage_type", kind)
+    if not TEXT_TYPE.fullmatch(str(plain)):
+        remedy = ONE_STRING if "list" in str(kind)[:10] else "set text_field to a column of strings"
+        raise ValueError(f"{path}: column {text_field!r} is of type {str(kind)[:80]}, not a string; {remedy}")
+    return names

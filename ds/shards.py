@@ -41,12 +41,21 @@ Array = TypeVar("Array")
 
 
 class Shard(NamedTuple):
-    """One open token file: `ids` (num_tokens,) uint16 or uint32, memory-mapped; both digests are hex."""
+    """One token file: `num_tokens` of `token_bytes` each; both digests are hex. It is not open, so there may be any number."""
 
     path: Path
-    ids: np.ndarray
+    num_tokens: int
+    token_bytes: int
     fingerprint: str
     sha256: str
+
+    @property
+    def ids(self) -> np.ndarray:
+        """(num_tokens,) uint16 or uint32, memory-mapped as long as the array lives."""
+        kind = f"<u{self.token_bytes}"
+        if not self.num_tokens:
+            return np.empty(0, kind)
+        return np.memmap(self.path, kind, "r", HEADER.size, (self.num_tokens,)).view(np.ndarray)
 
 
 class ShardPart(NamedTuple):
@@ -72,7 +81,7 @@ class TokenStream:
     @cached_property
     def borders(self) -> np.ndarray:
         """(number of shards + 1,) int64: where each shard starts, and the end."""
-        return np.cumsum([0, *(len(shard.ids) for shard in self.shards)], dtype=np.int64)
+        return np.cumsum([0, *(shard.num_tokens for shard in self.shards)], dtype=np.int64)
 
     @property
     def num_tokens(self) -> int:
@@ -81,7 +90,11 @@ class TokenStream:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """The ids from `start` to before `stop`: (stop - start,) int64, across shard borders."""
-        return np.concatenate([np.empty(0, dtype=np.int64), *self.parts(start, stop)], dtype=np.int64)
+        ids, at = np.empty(stop - start, np.int64), 0
+        for part in self.parts(start, stop):
+            ids[at : at + len(part)] = part
+            at += len(part)
+        return ids
 
     def parts(self, start: int, stop: int) -> Iterator[np.ndarray]:
         """The same ids as each shard holds them: memory-mapped views (N,) uint16 or uint32, nothing is copied."""
@@ -187,7 +200,7 @@ class LabelStream:
         for file in self.files:
             if not file.path.exists():
                 packed = LABEL_HEADER.pack(LABEL_MAGIC, LABEL_VERSION, *file.header)
-                with _published(file.path, _link) as opened:
+                with published(file.path, _link) as opened:
                     opened.write(packed + sha256(packed).digest())
                     opened.truncate(file.num_bytes)
         sync_folder(self.folder)
@@ -273,7 +286,7 @@ def write_shard(path: Path, ids: np.ndarray | Iterable[np.ndarray], vocab_size: 
     if an id is outside the vocabulary.
     """
     token_bytes, table = _id_bytes(vocab_size), bytearray()
-    with _published(path, os.replace) as file:
+    with published(path, os.replace) as file:
         file.write(bytes(HEADER.size))
         for block in _blocks([ids] if isinstance(ids, np.ndarray) else ids, vocab_size, f"<u{token_bytes}"):
             file.write(block)
@@ -288,7 +301,7 @@ def write_shard(path: Path, ids: np.ndarray | Iterable[np.ndarray], vocab_size: 
 
 
 def open_shard(path: Path) -> Shard:
-    """Maps a file whose header and size are right; hashes nothing. Raises ValueError if they are not, or if it is not there."""
+    """Reads the header of a file; hashes nothing. Raises ValueError if it is not there, or its header or size is wrong."""
     header = _read_start(path, HEADER.size, MAGIC, "shard", REMEDY)
     _, version, token_bytes, num_tokens, fingerprint, digest = HEADER.unpack(header)
     if version != VERSION or token_bytes not in (2, 4):
@@ -296,16 +309,15 @@ def open_shard(path: Path) -> Shard:
     expected = HEADER.size + num_tokens * token_bytes + -(-num_tokens * token_bytes // BLOCK_BYTES) * DIGEST_BYTES
     if path.stat().st_size != expected:
         raise ValueError(f"{path} ends at byte {path.stat().st_size} and, by its header at byte 0, at {expected}; {REMEDY}")
-    kind = f"<u{token_bytes}"
-    ids = np.memmap(path, kind, "r", HEADER.size, (num_tokens,)).view(np.ndarray) if num_tokens else np.empty(0, kind)
-    return Shard(path, ids, fingerprint.hex(), digest.hex())
+    return Shard(path, num_tokens, token_bytes, fingerprint.hex(), digest.hex())
 
 
 def verify_shard(path: Path) -> None:
     """Hashes the whole file. Raises ValueError as `open_shard` does, or if a byte has changed: names the offset of the first
     bad block, of the first digest that is not that of its block, or of the header.
     """
-    num_bytes = open_shard(path).ids.nbytes
+    shard = open_shard(path)
+    num_bytes = shard.num_tokens * shard.token_bytes
     starts = range(0, num_bytes, BLOCK_BYTES)
     with path.open("rb") as file:
         header = file.read(HEADER.size)
@@ -331,7 +343,7 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _published(path: Path, publish: Callable[[Path, Path], None]) -> Iterator[IO[bytes]]:
+def published(path: Path, publish: Callable[[Path, Path], None]) -> Iterator[IO[bytes]]:
     """A temporary file beside `path`. When it is whole it is made durable, and `publish` gives it its name."""
     temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
     try:

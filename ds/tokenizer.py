@@ -1,4 +1,4 @@
-"""Byte-level BPE: train, load, fingerprint, compare, encode, decode. Gives back every byte string that it has encoded.
+"""Byte-level BPE: train, load, fingerprint, compare, cut into pieces, decode. What encodes them is in ds/encoder.py.
 
 Owns the vocabulary and the ids at the ends of documents, which stand in the post-processor: the token before documents, and
 among its special tokens the end of text, unless that is the usual one. Knows tokenizer.json and what is beside it, no shards.
@@ -6,16 +6,17 @@ among its special tokens the end of text, unless that is the usual one. Knows to
 
 import json
 import re
+from codecs import getincrementaldecoder
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
-from itertools import groupby, tee, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from ds.corpus import one_line
+from ds.files import one_line
 
 END_OF_TEXT = "<|endoftext|>"
 ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "<|im_end|>", "</s>")
@@ -25,8 +26,8 @@ QWEN2_PATTERN = (
 )
 # Part of how text becomes ids: a text of so many characters without a line end is cut after them.
 PIECE_CHARACTERS = 2**16
-# How much text is encoded at once, on all cores; the ids are the same.
-BATCH_CHARACTERS = 2**21
+# How much of a document is text at once; the pieces are the same.
+BLOCK_BYTES = 2**18
 INVALID_BYTES = re.compile("([\udc80-\udcff]+)")
 # No pre-token of QWEN2_PATTERN holds a line end and what stands after it, so here a text can be cut without a trace.
 LAST_LINE_END = re.compile(r"(?s:.*)\n(?=\S)")
@@ -60,7 +61,7 @@ def train(documents: Iterable[bytes], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = QWEN2_PRE_TOKENIZER
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=BYTE_SYMBOLS, show_progress=False)
-    texts = (piece for document in documents for piece in _pieces(document) if isinstance(piece, str))
+    texts = (piece for document in documents for piece in pieces(document) if isinstance(piece, str))
     tokenizer.train_from_iterator(texts, trainer)
     nearest = tokenizer.get_vocab_size() + 1
     if nearest != vocab_size:
@@ -110,29 +111,25 @@ def begin_of_text_id(tokenizer: Tokenizer) -> int | None:
     return None if begin is None else tokenizer.token_to_id(begin)
 
 
-def encode(tokenizer: Tokenizer, document: bytes) -> np.ndarray:
-    """Bytes -> (T,) uint32, first the begin-of-text id if documents have one. A special token spelled out in the document is
-    ordinary text; no end of text is appended. Raises ValueError if the tokenizer has no token for one of the bytes.
+def missing_bytes(tokenizer: Tokenizer) -> bytes:
+    """The bytes for which it has no token."""
+    return bytes(byte for byte, symbol in enumerate(BYTE_SYMBOLS) if tokenizer.token_to_id(symbol) is None)
+
+
+def pieces(document: bytes) -> Iterator[str | bytes]:
+    """A document as texts that no token crosses, cut at line ends or where they get too long, and as the bytes between them
+    that are not UTF-8, whose tokens are single bytes. Holds a few blocks of it at a time.
     """
-    return next(encode_documents(tokenizer, [document]))
-
-
-def encode_documents(tokenizer: Tokenizer, documents: Iterable[bytes]) -> Iterator[np.ndarray]:
-    """`encode` of each document, with its errors, on all cores; long ones are cut at line ends, which no token crosses."""
-    assert tokenizer.encode_special_tokens, "a tokenizer that this module did not make"
-    begin = begin_of_text_id(tokenizer)
-    head = np.array([] if begin is None else [begin], np.uint32)
-    pieces_of = _pieces if tokenizer.get_vocab_size() > 257 else lambda document: [document]
-    checked = _refusing_missing_bytes(documents, _missing_bytes(tokenizer))
-    numbered, to_encode = tee((number, piece) for number, document in enumerate(checked) for piece in pieces_of(document))
-    encoded = _encode_pieces(tokenizer, (piece for _, piece in to_encode))
-    for _, of_document in groupby(zip(numbered, encoded, strict=True), key=lambda pair: pair[0][0]):
-        yield np.concatenate([head, *(ids for _, ids in of_document)])
-
-
-def with_end_of_text(ids: np.ndarray, end_of_text_id: int) -> np.ndarray:
-    """The (T,) ids of a document -> (T + 1,), the end of text behind them: it is what separates documents in a shard."""
-    return np.append(ids, ids.dtype.type(end_of_text_id))
+    decoder, rest = getincrementaldecoder("utf-8")("surrogateescape"), ""
+    for start in range(0, len(document), BLOCK_BYTES):
+        end = start + BLOCK_BYTES
+        *parts, rest = INVALID_BYTES.split(rest + decoder.decode(document[start:end], final=end >= len(document)))
+        for text, invalid in zip(parts[::2], parts[1::2], strict=True):
+            yield from _cut(text)
+            yield invalid.encode("utf-8", "surrogateescape")
+        *cut, rest = _cut(rest)
+        yield from cut
+    yield rest
 
 
 def decode(tokenizer: Tokenizer, ids: Iterable[int] | np.ndarray) -> bytes:
@@ -285,18 +282,21 @@ def _checked(tokenizer: Tokenizer, file: Path) -> Tokenizer:
     ids = tokenizer.get_vocab(with_added_tokens=False).values()
     if len(set(ids)) < len(ids):
         raise ValueError(f"{file} gives the same id to several tokens; {REMEDY}")
-    missing = _missing_bytes(tokenizer).translate(None, RARE_BYTES)
+    missing = missing_bytes(tokenizer).translate(None, RARE_BYTES)
     if missing:
         raise ValueError(f"{file} has no token for {len(missing)} of the 256 bytes, the first is 0x{missing[0]:02x}; {REMEDY}")
-    probes = (
-        b"a",
-        bytes(range(256)).translate(None, _missing_bytes(tokenizer)),
-        "a  b\t\r\n\n ß 漢 🂡 e\u0301 \u2028 It's 123 x_y;  ".encode(),
-        "  ".join(["", *(token.content for token in tokenizer.get_added_tokens_decoder().values()), ""]).encode(),
-        *(token.encode() for token in (_begin(tokenizer), *_named_end(tokenizer)) if token),
+    single = bytes(range(256)).translate(None, missing_bytes(tokenizer))
+    texts = (
+        "a",
+        single.decode(errors="ignore"),
+        "a  b\t\r\n\n ß 漢 🂡 e\u0301 \u2028 It's 123 x_y;  ",
+        "  ".join(["", *(token.content for token in tokenizer.get_added_tokens_decoder().values()), ""]),
+        *(token for token in (_begin(tokenizer), *_named_end(tokenizer)) if token),
     )
     with _naming(file):
-        changed = any(decode(tokenizer, encode(tokenizer, probe)) != probe for probe in probes)
+        given = [decode(tokenizer, tokenizer.encode(text, add_special_tokens=False).ids) for text in texts]
+        of_bytes = decode(tokenizer, [tokenizer.token_to_id(BYTE_SYMBOLS[byte]) or 0 for byte in single])
+        changed = [of_bytes, *given] != [single, *(text.encode() for text in texts)]
     if changed:
         raise ValueError(f"{file} does not give back the text that it is given; {REMEDY}")
     return tokenizer
@@ -379,30 +379,6 @@ def _set_ends(tokenizer: Tokenizer, begin: str | None, end: str) -> None:
         tokenizer.post_processor = template
 
 
-def _missing_bytes(tokenizer: Tokenizer) -> bytes:
-    return bytes(byte for byte, symbol in enumerate(BYTE_SYMBOLS) if tokenizer.token_to_id(symbol) is None)
-
-
-def _refusing_missing_bytes(documents: Iterable[bytes], missing: bytes) -> Iterator[bytes]:
-    for document in documents:
-        if missing and len(document.translate(None, missing)) < len(document):
-            at = next(place for place, byte in enumerate(document) if byte in missing)
-            raise ValueError(
-                f"the tokenizer has no token for the byte 0x{document[at]:02x}, which is byte {at} of a document that begins"
-                f" {document[:40]!r}; leave that document out, or use another tokenizer"
-            )
-        yield document
-
-
-def _pieces(document: bytes) -> Iterator[str | bytes]:
-    """Text that is valid as strings, bytes that are not UTF-8 as bytes; at least one piece."""
-    for part in INVALID_BYTES.split(document.decode("utf-8", "surrogateescape")):
-        if part and INVALID_BYTES.match(part):
-            yield part.encode("utf-8", "surrogateescape")
-        else:
-            yield from _cut(part)
-
-
 def _cut(text: str) -> Iterator[str]:
     start = 0
     while len(text) - start > PIECE_CHARACTERS:
@@ -411,27 +387,6 @@ def _cut(text: str) -> Iterator[str]:
         yield text[start : line_end.end() if line_end else end]
         start = line_end.end() if line_end else end
     yield text[start:]
-
-
-def _encode_pieces(tokenizer: Tokenizer, pieces: Iterable[str | bytes]) -> Iterator[np.ndarray]:
-    byte_ids = np.array([tokenizer.token_to_id(symbol) or 0 for symbol in BYTE_SYMBOLS], dtype=np.uint32)
-    for batch in _batches(pieces):
-        texts = [piece for piece in batch if isinstance(piece, str)]
-        encoded = iter(tokenizer.encode_batch_fast(texts, add_special_tokens=False))
-        for piece in batch:
-            yield np.array(next(encoded).ids, np.uint32) if isinstance(piece, str) else byte_ids[np.frombuffer(piece, np.uint8)]
-
-
-def _batches(pieces: Iterable[str | bytes]) -> Iterator[list[str | bytes]]:
-    batch, size = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _bytes_of(tokenizer: Tokenizer, ids: Iterable[int]) -> list[bytes]:

@@ -29,14 +29,14 @@ STANDARD_LIBRARY = sysconfig.get_path("stdlib") + "/**/*.py"
 AT_LEAST = {
     "tokens_per_shard": 1, "tokenizer_sample_bytes": 1, "vocab_size": 257, "context_length": 1, "hidden_size": 1,
     "num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "head_size": 2, "mlp_size": 1, "tokens_per_step": 1,
-    "micro_batch_rows": 1, "num_steps": 1, "warmup_steps": 0, "decay_steps": 1, "loss_chunk_rows": 1,
-    "log_every_steps": 1, "eval_every_steps": 1, "eval_tokens": 1, "sample_every_steps": 1, "sample_tokens": 1,
-    "sample_top_k": 1, "save_every_steps": 1, "keep_checkpoints": 1, "max_skipped_steps": 1, "spike_window_steps": 2,
-    "rank_timeout_minutes": 1, "silent_rank_seconds": 2, "seed": 0, "teacher_top_k": 1,
+    "micro_batch_rows": 1, "num_steps": 1, "warmup_steps": 0, "decay_steps": 1, "loss_chunk_rows": 1, "log_every_steps": 1,
+    "eval_every_steps": 1, "eval_tokens": 1, "sample_every_steps": 1, "sample_tokens": 1, "sample_top_k": 1,
+    "save_every_steps": 1, "keep_checkpoints": 1, "max_skipped_steps": 1, "spike_window_steps": 2,
+    "shortest_document_characters": 1, "longest_document_characters": 1, "rank_timeout_minutes": 1, "silent_rank_seconds": 2,
+    "seed": 0, "teacher_top_k": 1,
 }  # fmt: skip
 MAKE_TEACHER = "deepspeed scripts/train_pretrain.py makes a teacher, or name a Llama or Qwen3 folder of transformers' format"
-TORCH_OF_OLD_CARDS = "https://download.pytorch.org/whl/cu126"
-TORCH_OF_NEW_CARDS = "https://pytorch.org/get-started/locally"
+TORCH_OF_OLD_CARDS, TORCH_OF_NEW_CARDS = "https://download.pytorch.org/whl/cu126", "https://pytorch.org/get-started/locally"
 LARGEST_SEED, LARGEST_NUMBER = 2**32 - 1, 1e300
 NOT_NEGATIVE = ("validation_fraction", "min_learning_rate", "weight_decay", "sample_temperature")
 BELOW_ONE = ("validation_fraction", "beta1", "beta2")
@@ -87,8 +87,8 @@ OFFERED_TEACHER_TOP_K = 32
 FEWEST_OFFERED_CHUNK_ROWS = 64
 SHORTEST_OFFERED_CONTEXT = 64
 OFFERED_MEMORY_SHARE = 0.9
-NUM_NAMED_DOCUMENTS = 3
-NAMED_DOCUMENT_TOKENS = 48
+NUM_NAMED_DOCUMENTS, NAMED_DOCUMENT_TOKENS, FEW_DOCUMENTS = 3, 48, 10
+SHARD_WORKER_BYTES, PROGRESS_SECONDS = 3 * 2**28, 60
 LABEL_ERROR_TOKENS = 8192
 
 
@@ -108,6 +108,11 @@ class TrainingConfig:
     corpus: tuple[str, ...] = (STANDARD_LIBRARY,)
     corpus_exclude: tuple[str, ...] = ("site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings")
     text_field: str = "text"
+    document_separator: str | None = None
+    skip_faulty_rows: bool = False
+    shortest_document_characters: int | None = None
+    longest_document_characters: int | None = None
+    validation_corpus: tuple[str, ...] = ()
     validation_fraction: float = 0.05
     tokens_per_shard: int = 2**26
     vocab_size: int = 2048
@@ -115,6 +120,7 @@ class TrainingConfig:
     begin_of_text: bool | None = None
     end_of_text: str | None = None
     tokenizer_sample_bytes: int = 2**26
+    dask_scheduler: str | None = None
 
     context_length: int = 256
     hidden_size: int = 192
@@ -195,6 +201,11 @@ class TrainingConfig:
     def head_width(self) -> int:
         """Features of one attention head."""
         return self.head_size or self.hidden_size // self.num_heads
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether documents are held out: those of `validation_corpus`, or if it is empty `validation_fraction` by hash."""
+        return bool(self.validation_corpus) or self.validation_fraction > 0
 
     @property
     def rows_per_step(self) -> int:
@@ -317,8 +328,8 @@ def refuse_on_this_machine(config: TrainingConfig, world_size: int) -> None:
         if not there.is_dir() or not os.access(there, os.W_OK):
             raise ValueError(f"{name}={str(path)!r} cannot be written, because of {str(there)!r}; name another folder")
     if not (Path(config.data_dir) / "manifest.json").exists():
-        for path in config.corpus:
-            if not has_magic(path) and not Path(path).exists():
+        for path in config.corpus + config.validation_corpus:
+            if "://" not in path and not has_magic(path) and not Path(path).exists():
                 raise ValueError(f"corpus: {path!r} is not there; name a file, folder or glob that exists")
 
 
@@ -538,20 +549,28 @@ def _check_data(config: TrainingConfig) -> None:
             raise ValueError(f"{name} is empty; the default is {getattr(TrainingConfig, name)!r}")
         if name != "sample_prompt" and not value.isprintable():
             raise ValueError(f"{name}={value!r} holds a character that cannot be printed; write it without")
+    for name in ("document_separator", "end_of_text", "dask_scheduler"):
+        if getattr(config, name) == "":
+            raise ValueError(f"{name} is empty; the default is None")
+    shortest, longest = config.shortest_document_characters, config.longest_document_characters
+    if shortest is not None and longest is not None and shortest > longest:
+        raise ValueError(
+            f"shortest_document_characters={shortest} is above longest, {longest}; set longest_document_characters={shortest}"
+        )
     if not config.corpus or not all(config.corpus):
         raise ValueError(f"corpus={config.corpus!r} is empty; name at least one file, folder or glob")
-    for name in ("corpus", "corpus_exclude"):
+    if not all(config.validation_corpus):
+        raise ValueError("validation_corpus holds an empty name; set validation_corpus=() to hold out by validation_fraction")
+    for name in ("corpus", "corpus_exclude", "validation_corpus"):
         if not all(isinstance(item, str) for item in getattr(config, name)):
             raise ValueError(f"{name}={getattr(config, name)!r} holds something that is not a string; write a tuple of strings")
-    if config.validation_fraction == 0 and config.eval_every_steps is not None:
+    if not config.has_validation and config.eval_every_steps is not None:
         nothing = f"validation_fraction=0 leaves nothing for eval_every_steps={config.eval_every_steps}"
         raise ValueError(f"{nothing}; set eval_every_steps=None or validation_fraction=0.01")
     if Path(config.run_dir).resolve() == Path(config.data_dir).resolve():
         raise ValueError(f'run_dir and data_dir are both {config.run_dir!r}; nearest is data_dir="{config.data_dir}-data"')
     if config.tokenizer_path is not None and config.vocab_size == 257:
         raise ValueError("vocab_size=257 means raw bytes and tokenizer_path names a tokenizer; set tokenizer_path=None")
-    if config.end_of_text == "":
-        raise ValueError("end_of_text is empty; the default is None")
     if config.tokenizer_path is None and (config.begin_of_text or config.end_of_text is not None):
         name = "begin_of_text" if config.begin_of_text else "end_of_text"
         raise ValueError(f"{name}={getattr(config, name)!r} has no effect without a tokenizer_path; set {name}=None")

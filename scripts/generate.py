@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from tokenizers import Tokenizer
 
-from ds.tokenizer import encode, end_of_text_id, load, token_bytes
+from ds.encoder import encode, plain_encoder
+from ds.tokenizer import end_of_text_id, load, token_bytes
 from scripts.config import PRETRAIN, refuse_arguments, refusing, usable_card
 from scripts.model.decoder import Decoder, empty_model
 from scripts.model.huggingface import described_config, load_weights
@@ -52,7 +53,7 @@ def stream(loaded: Loaded, prompt: bytes, max_new_tokens: int, *, temperature: f
     ValueError as `continue_ids`.
     """
     end, known = end_of_text_id(loaded.tokenizer), token_bytes(loaded.tokenizer)
-    start = torch.tensor(encode(loaded.tokenizer, prompt).tolist() or [end])
+    start = torch.tensor(encode(plain_encoder(loaded.tokenizer), prompt).tolist() or [end])
     for token in continue_ids(loaded.model, start, max_new_tokens, temperature=temperature, top_k=top_k, seed=seed):
         if token == end:
             return

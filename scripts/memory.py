@@ -201,6 +201,9 @@ def table(name: str, config: TrainingConfig, num_ranks: int, device: torch.devic
     lines += _kinds(HOST, planned.host)
     lines += ["disk", *(_row(f"  {kind}", [num_bytes]) for kind, num_bytes in planned.disk.items() if num_bytes)]
     lines += ["", *verdicts, _verdict("disk", sum(planned.disk.values()), room.disk, "at the end")]
+    lines += [
+        f"preparing the data takes {gib(settings.SHARD_WORKER_BYTES)} of host memory for each of its processes, before all this"
+    ]
     return "\n".join([*lines, time_words(config, num_ranks, num_ranks, device.type, measure_rates(config, device)), ""])
 
 

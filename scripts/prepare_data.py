@@ -9,39 +9,56 @@ Knows nothing of windows but how long one is, nor of the model. To change a valu
 import json
 import os
 import shutil
-import socket
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
-from itertools import tee
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
+import torch
 from tokenizers import Tokenizer
+from tqdm import tqdm
 
+from ds import pieces as making
 from ds import tokenizer as bpe
-from ds.corpus import corpus_digest, corpus_files, documents, file_documents, fixed_part, is_held_out
+from ds.corpus import Reading, Tally, documents, is_held_out, part_documents
+from ds.encoder import disagreement, encode, encoder_of, plain_encoder
+from ds.files import CorpusFile, Part, corpus_digest, corpus_files, fixed_part, is_url, whole_parts
 from ds.loader import count_windows
-from ds.shards import LabelStream, TokenStream, open_shard, sync_folder, verify_shard, write_shard
-from scripts.config import PRETRAIN, TrainingConfig, refuse_arguments, refusing
-from scripts.run.storage import write_text
+from ds.pieces import SPLITS, Made, Piece, Recipe, Result, Workers
+from ds.shards import TokenStream, open_shard, sync_folder, verify_shard
+from scripts.config import (  # fmt: skip
+    PRETRAIN,
+    PROGRESS_SECONDS,
+    SHARD_WORKER_BYTES,
+    TrainingConfig,
+    refuse_arguments,
+    refusing,
+)
+from scripts.plan.machine import room_free
+from scripts.report import CUT_OR_NAME, data_notes, data_table, draw_data
+from scripts.run.storage import hold, link, write_text
 
 FORMAT_VERSION = 1
-# Part of the format: a block of labels has at least so many tokens, so that its digest of 32 bytes adds little to it.
-LEAST_BLOCK_TOKENS = 64
+BUILDING = "building"
 # The fields that decide the data: the manifest holds them, and data made with other values is refused.
 FIELDS = (
     "corpus", "corpus_exclude", "text_field", "validation_fraction", "tokens_per_shard", "vocab_size", "tokenizer_path",
     "begin_of_text", "end_of_text", "tokenizer_sample_bytes",
 )  # fmt: skip
+# Those that came later; a manifest without them was made with their defaults.
+LATER_FIELDS = (
+    "document_separator", "skip_faulty_rows", "shortest_document_characters", "longest_document_characters",
+    "validation_corpus",
+)  # fmt: skip
 
 
 class Data(NamedTuple):
-    """Checked data. No `validation` where validation_fraction is 0; `fingerprint` is the sha256 (hex) of manifest.json."""
+    """Checked data. No `validation` where nothing is held out; `fingerprint` is the sha256 (hex) of manifest.json."""
 
     manifest: dict
     train: TokenStream
@@ -65,7 +82,7 @@ class Data(NamedTuple):
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`."""
-        return bpe.encode(self.tokenizer, text.encode()).tolist()
+        return encode(plain_encoder(self.tokenizer), text.encode()).tolist()
 
     def token_num_bytes(self) -> list[int]:
         """How many bytes of text each id stands for: (V,)."""
@@ -76,36 +93,13 @@ class Data(NamedTuple):
         found = bpe.difference(self.tokenizer, bpe.load(model_dir, end_of_text=self.manifest.get("end_of_text")))
         if found is not None:
             raise ValueError(
-                f"{what}: its tokenizer is not that of the shards in {self._folder}: {found}; prepare the data in another"
+                f"{what}: its tokenizer is not that of the shards in {self.folder}: {found}; prepare the data in another"
                 f" data_dir with tokenizer_path={str(model_dir)!r}"
             )
 
-    def labels(self, top_k: int, context_length: int, vocab_size: int, identity: str) -> LabelStream:
-        """The files beside the shards that keep a teacher's labels of the training windows; the first call makes them empty.
-
-        `identity` (sha256 hex) tells the teacher and the settings that made them. Raises ValueError when the labels there are
-        not of these shards or this identity, or when there is no room for them.
-        """
-        labels = LabelStream(
-            folder=self._folder / f"labels-{identity[:16]}",
-            stream=self.train,
-            top_k=top_k,
-            vocab_size=vocab_size,
-            block_tokens=context_length * -(-LEAST_BLOCK_TOKENS // context_length),
-            num_positions=count_windows(self.train.num_tokens, context_length) * context_length,
-            identity=identity,
-        )
-        try:
-            labels.create()
-        except OSError as fault:
-            raise ValueError(
-                f"{labels.folder} cannot be written ({fault.strerror}); make room for the teacher's labels"
-            ) from None
-        labels.check()
-        return labels
-
     @property
-    def _folder(self) -> Path:
+    def folder(self) -> Path:
+        """Where the shards are."""
         return self.train.shards[0].path.parent
 
 
@@ -116,6 +110,7 @@ def prepare(config: TrainingConfig) -> Data:
     """
     if not _manifest_path(config).exists():
         _build(config)
+    shutil.rmtree(Path(config.data_dir) / BUILDING, ignore_errors=True)  # A kill right at the end leaves it.
     return open_data(config)
 
 
@@ -131,21 +126,22 @@ def open_data(config: TrainingConfig) -> Data:
     _check_corpus(config, manifest)
     tokenizer = _open_tokenizer(config, manifest)
     train = _open_split(config, manifest, "train")
-    validation = _open_split(config, manifest, "validation") if config.validation_fraction > 0 else None
+    validation = _open_split(config, manifest, "validation") if config.has_validation else None
     _check_windows(config, train.num_tokens, validation.num_tokens if validation else 0)
     return Data(manifest, train, validation, tokenizer, sha256(content).hexdigest())
 
 
-def sample_documents(config: TrainingConfig, files: list[Path]) -> Iterator[bytes]:
+def sample_documents(config: TrainingConfig, files: list[CorpusFile]) -> Iterator[bytes]:
     """Training documents for the tokenizer: each file gives in proportion to its size, tokenizer_sample_bytes in all."""
-    corpus_bytes = sum(file.stat().st_size for file in files) or 1
+    held_out = _held_out_test(config)
+    corpus_bytes = sum(file.num_bytes for file in files) or 1
     num_due, num_taken = 0.0, 0
     for file in files:
-        num_due += config.tokenizer_sample_bytes * file.stat().st_size / corpus_bytes
+        num_due += config.tokenizer_sample_bytes * file.num_bytes / corpus_bytes
         if num_taken >= num_due:
             continue
-        for document in file_documents(file, config.text_field):
-            if is_held_out(document, config.validation_fraction):
+        for document in part_documents(Part(file.path, 0, None), _reading(config), Tally()):
+            if held_out(document):
                 continue
             yield document[: config.tokenizer_sample_bytes - num_taken]
             num_taken += len(document)
@@ -162,51 +158,27 @@ def main() -> None:
 
 
 class _ShardEntry(NamedTuple):
-    """What the manifest says of one shard; `sha256` in hex."""
+    """What the manifest says of one shard; `sha256` in hex; `source` counts the entries of `corpus`."""
 
     name: str
     num_tokens: int
     sha256: str
+    source: int = 0
 
 
-@dataclass
-class _Split:
-    """One split while it is built: counts, the shards that are written, the ids that wait for the next shard."""
+class _Build(NamedTuple):
+    """What a build is made from, and the folder where what is finished waits for the rest."""
 
-    name: str
-    folder: Path
     config: TrainingConfig
-    fingerprint: str
-    num_documents: int = 0
-    num_bytes: int = 0
-    num_tokens: int = 0
-    shards: list[dict] = field(default_factory=list)
-    waiting: list[np.ndarray] = field(default_factory=list)
-    num_waiting: int = 0
+    files: list[CorpusFile]
+    held_out: list[CorpusFile]
+    folder: Path
 
-    def add(self, document: bytes, ids: np.ndarray) -> None:
-        """Takes a document and its (T,) ids, and writes every shard that is full."""
-        self.num_documents += 1
-        self.num_bytes += len(document)
-        while len(ids):
-            taken, ids = np.split(ids, [self.config.tokens_per_shard - self.num_waiting])
-            self.waiting.append(taken)
-            self.num_waiting += len(taken)
-            if self.num_waiting == self.config.tokens_per_shard:
-                self.write_waiting()
-
-    def write_waiting(self) -> None:
-        """Writes the ids that wait, if there are any, as one shard."""
-        if not self.num_waiting:
-            return
-        path = self.folder / f"{self.name}-{len(self.shards):05d}.bin"
-        num_tokens = write_shard(path, self.waiting, self.config.vocab_size, self.fingerprint)
-        self.shards.append(_ShardEntry(path.name, num_tokens, open_shard(path).sha256)._asdict())
-        self.num_tokens += num_tokens
-        self.waiting, self.num_waiting = [], 0
-
-    def summary(self) -> dict:
-        return {name: getattr(self, name) for name in ("num_documents", "num_bytes", "num_tokens", "shards")}
+    @property
+    def head(self) -> dict[str, Any]:
+        """What decides the data, as the manifest holds it."""
+        digests = {"corpus_digest": corpus_digest(self.files), "validation_corpus_digest": corpus_digest(self.held_out)}
+        return {"format_version": FORMAT_VERSION, **_fields(self.config, FIELDS + LATER_FIELDS), **digests}
 
 
 def _manifest_path(config: TrainingConfig) -> Path:
@@ -215,19 +187,19 @@ def _manifest_path(config: TrainingConfig) -> Path:
 
 def _build(config: TrainingConfig) -> None:
     _check_apart(config)
-    files = corpus_files(config.corpus, config.corpus_exclude)
-    num_bytes = sum(file.stat().st_size for file in files)
-    print(f"corpus: {len(files):,} files, {num_bytes / 1e6:.1f} MB", flush=True)
+    files, held_out = (corpus_files(names, config.corpus_exclude) for names in (config.corpus, config.validation_corpus))
+    num_bytes = sum(file.num_bytes for file in files + held_out)
+    print(f"corpus: {len(files) + len(held_out):,} files, {num_bytes / 1e6:.1f} MB", flush=True)
     try:
         with _building_folder(Path(config.data_dir)) as folder:
-            _build_in(folder, config, files)
-            _move(folder, Path(config.data_dir))
+            if not _manifest_path(config).exists():
+                _build_in(_Build(config, files, held_out, folder))
     except OSError as error:
         raise ValueError(f"data_dir={config.data_dir!r} cannot be written ({error.strerror}); name another folder") from error
 
 
 def _check_apart(config: TrainingConfig) -> None:
-    for entry in config.corpus:
+    for entry in config.corpus + config.validation_corpus:
         root = Path(entry) if Path(entry).is_dir() else fixed_part(Path(entry)) if "**" in entry else None
         for name in ("data_dir", "run_dir"):
             path = getattr(config, name)
@@ -237,52 +209,134 @@ def _check_apart(config: TrainingConfig) -> None:
 
 @contextmanager
 def _building_folder(data_dir: Path) -> Iterator[Path]:
-    """A folder inside data_dir for this process, removed at the end; those of dead processes of this machine go too."""
-    owner = f"building-{socket.gethostname()}-"
-    for left in data_dir.glob(f"{owner}*"):
-        process = left.name.removeprefix(owner)
-        if process.isdecimal() and not _is_alive(int(process)):
-            shutil.rmtree(left)
-    folder = data_dir / f"{owner}{os.getpid()}"
-    folder.mkdir(parents=True)
+    """The folder in data_dir where finished pieces wait for the others, also after a kill. One process has it at a time."""
+    folder = data_dir / BUILDING
+    descriptor = hold(folder, f"{folder} is in use: waiting for the process that prepares the data there")
     try:
         yield folder
+    except ValueError:
+        if not any(folder.glob("*.records")):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     finally:
-        shutil.rmtree(folder)
+        os.close(descriptor)
 
 
-def _is_alive(process: int) -> bool:
+def _build_in(build: _Build) -> None:
+    config, folder, started = build.config, build.folder, time.monotonic()
+    tokenizer = _kept_tokenizer(build)
+    recipe = _recipe(build, tokenizer)
+    made = _distinct(config, recipe, _made(config, recipe, making.pieces_of(build.files, build.held_out)))
+    manifest: dict = build.head | {"tokenizer_fingerprint": recipe.fingerprint} | making.contents(made, config.corpus)
+    for line in data_notes(config, manifest, making.met(made)):
+        print(line, flush=True)
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return process != os.getpid()
+        _check_windows(config, *(manifest[split]["num_tokens"] for split in SPLITS))
+    except ValueError:
+        shutil.rmtree(folder)
+        raise
+    draw_data(manifest, folder / "data.png")
+    _publish(folder, Path(config.data_dir), manifest, making.final_names(made))
+    print(data_table(manifest, time.monotonic() - started), flush=True)
 
 
-def _build_in(folder: Path, config: TrainingConfig, files: list[Path]) -> None:
-    tokenizer = _make_tokenizer(config, files)
-    print(f"tokenizer: {config.vocab_size} tokens", flush=True)
-    fingerprint, end_of_text_id = bpe.fingerprint(tokenizer), bpe.end_of_text_id(tokenizer)
-    train, validation = (_Split(name, folder, config, fingerprint) for name in ("train", "validation"))
-    plain, to_encode = tee(documents(files, config.text_field))
-    for document, ids in zip(plain, bpe.encode_documents(tokenizer, to_encode), strict=True):
-        split = validation if is_held_out(document, config.validation_fraction) else train
-        split.add(document, bpe.with_end_of_text(ids, end_of_text_id))
-    train.write_waiting()
-    validation.write_waiting()
-    _check_windows(config, train.num_tokens, validation.num_tokens)
-    bytes_per_token = (train.num_bytes + validation.num_bytes) / (train.num_tokens + validation.num_tokens)
-    counts = f"{train.num_tokens:,} training tokens, {validation.num_tokens:,} held out"
-    print(f"shards: {counts}, {bytes_per_token:.2f} bytes a token", flush=True)
-    write_text(folder / "tokenizer.json", bpe.to_json(tokenizer))
-    head = {"format_version": FORMAT_VERSION, **_fields(config), "corpus_digest": corpus_digest(files)}
-    manifest = head | {"tokenizer_fingerprint": fingerprint} | {split.name: split.summary() for split in (train, validation)}
-    write_text(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+def _kept_tokenizer(build: _Build) -> Tokenizer:
+    """That of an earlier attempt at the same build, or a new one, which is kept."""
+    path, head_path = build.folder / "tokenizer.json", build.folder / "head.json"
+    try:
+        tokenizer, head = bpe.load(path), json.loads(head_path.read_bytes())
+    except (OSError, ValueError):
+        tokenizer, head = None, None
+    if tokenizer is None or head != build.head | {"tokenizer_fingerprint": bpe.fingerprint(tokenizer)}:
+        tokenizer = _make_tokenizer(build.config, build.files)
+        write_text(path, bpe.to_json(tokenizer))
+        write_text(head_path, json.dumps(build.head | {"tokenizer_fingerprint": bpe.fingerprint(tokenizer)}))
+    print(f"tokenizer: {build.config.vocab_size} tokens", flush=True)
+    return tokenizer
 
 
-def _make_tokenizer(config: TrainingConfig, files: list[Path]) -> Tokenizer:
+def _recipe(build: _Build, tokenizer: Tokenizer) -> Recipe:
+    """How each piece is made; the first documents decide whether tiktoken may encode."""
+    config = build.config
+    words = disagreement(encoder_of(tokenizer), documents(whole_parts(build.files), _reading(config), Tally()))
+    if words is not None:
+        print(f"tokenizer: tiktoken gives other ids for {words!r}; tokenizers encodes instead", flush=True)
+    return Recipe(
+        folder=str(build.folder.resolve()), fingerprint=bpe.fingerprint(tokenizer), is_fast=words is None, num_threads=None,
+        vocab_size=config.vocab_size, tokens_per_shard=config.tokens_per_shard, reading=_reading(config),
+        validation_fraction=config.validation_fraction, shortest_characters=config.shortest_document_characters,
+        longest_characters=config.longest_document_characters,
+    )  # fmt: skip
+
+
+def _made(config: TrainingConfig, recipe: Recipe, pieces: list[Piece]) -> list[Made]:
+    """Every piece with what became of it, in order; those that are not there yet are made."""
+    results = {number: result for number, piece in enumerate(pieces) if (result := making.finished(recipe, piece))}
+    missing = {number: piece for number, piece in enumerate(pieces) if number not in results}
+    workers = _workers(config, [*missing.values()])
+    recipe = recipe._replace(num_threads=None if workers == Workers(1, None) else 1)
+    jobs = {number: partial(making.write_piece, recipe, piece) for number, piece in missing.items()}
+    results |= _run(workers, pieces, jobs, "shards")
+    return [Made(piece, results[number]) for number, piece in enumerate(pieces)]
+
+
+def _distinct(config: TrainingConfig, recipe: Recipe, made: list[Made]) -> list[Made]:
+    """The same without the documents that repeat an earlier one."""
+    dropped = making.duplicates(Path(recipe.folder), [each.result.records for each in made])
+    pieces = [each.piece for each in made]
+    jobs = {number: partial(making.drop_documents, recipe, pieces[number], places) for number, places in dropped.items()}
+    results = _run(_workers(config, [pieces[number] for number in jobs]), pieces, jobs, "duplicates")
+    return [each._replace(result=results.get(number, each.result)) for number, each in enumerate(made)]
+
+
+def _workers(config: TrainingConfig, pieces: list[Piece]) -> Workers:
+    """As many processes as there are cores, work and room in memory for; one for what only this process has in its memory."""
+    room = room_free(config, torch.device("cpu")).host // SHARD_WORKER_BYTES
+    work = -(-sum(piece.num_bytes for piece in pieces) // making.PIECE_BYTES)
+    is_here = any(part.path.startswith("memory:") for piece in pieces for part in piece.parts)
+    return Workers(1 if is_here else max(1, min(len(os.sched_getaffinity(0)), work, room)), config.dask_scheduler)
+
+
+def _run(workers: Workers, pieces: list[Piece], jobs: dict[int, partial], what: str) -> dict[int, Result]:
+    """The result of each job; the progress is shown in bytes of the pieces of these numbers."""
+    results, total, started = {}, sum(pieces[number].num_bytes for number in jobs), time.monotonic()
+    is_terminal, said = sys.stderr.isatty(), started
+    with tqdm(total=total, desc=what, unit="B", unit_scale=True, dynamic_ncols=True, disable=not is_terminal) as bar:
+        for number, result in making.completed(jobs, workers):
+            results[number] = result
+            bar.update(pieces[number].num_bytes)
+            done, now = sum(pieces[each].num_bytes for each in results), time.monotonic()
+            if not is_terminal and now - said > PROGRESS_SECONDS:
+                said, rate = now, done / (now - started)
+                words = f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s"
+                print(f"{what}: {words}, {(total - done) / rate:,.0f} s left", flush=True)
+    return results
+
+
+def _reading(config: TrainingConfig) -> Reading:
+    return Reading(config.text_field, config.document_separator, config.skip_faulty_rows)
+
+
+def _held_out_test(config: TrainingConfig) -> Callable[[bytes], bool]:
+    """Tells whether a document of the corpus is held out: it is in validation_corpus, or its hash says so."""
+    if not config.validation_corpus:
+        return lambda document: is_held_out(document, config.validation_fraction)
+    files = corpus_files(config.validation_corpus, config.corpus_exclude)
+    held_out = {sha256(document).digest() for document in documents(whole_parts(files), _reading(config), Tally())}
+    return lambda document: sha256(document).digest() in held_out
+
+
+def _publish(folder: Path, data_dir: Path, manifest: dict, names: dict[str, str]) -> None:
+    """Gives data_dir what is finished, under its final names, the manifest last. After a kill the next launch does it again."""
+    for name, final in {"tokenizer.json": "tokenizer.json", "data.png": "data.png", **names}.items():
+        link(folder / name, data_dir / final)
+    sync_folder(data_dir)
+    write_text(data_dir / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    sync_folder(data_dir)
+    shutil.rmtree(folder)
+
+
+def _make_tokenizer(config: TrainingConfig, files: list[CorpusFile]) -> Tokenizer:
     if config.vocab_size == 257:
         return bpe.raw_bytes()
     if config.tokenizer_path is None:
@@ -306,16 +360,8 @@ def _padded_vocab_size(path: str, num_ids: int) -> int | None:
     return size if isinstance(size, int) and size > num_ids else None
 
 
-def _move(folder: Path, data_dir: Path) -> None:
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == "manifest.json"):
-        if path.name == "manifest.json":
-            sync_folder(data_dir)
-        os.replace(path, data_dir / path.name)
-    sync_folder(data_dir)
-
-
-def _fields(config: TrainingConfig) -> dict:
-    return json.loads(json.dumps({name: getattr(config, name) for name in FIELDS}))
+def _fields(config: TrainingConfig, names: tuple[str, ...]) -> dict:
+    return json.loads(json.dumps({name: getattr(config, name) for name in names}))
 
 
 def _read_manifest(config: TrainingConfig) -> bytes:
@@ -338,18 +384,22 @@ def _delete(config: TrainingConfig) -> str:
 
 
 def _check_fields(config: TrainingConfig, manifest: dict) -> None:
-    fields = _fields(config).items()
+    fields = _fields(config, FIELDS + LATER_FIELDS).items()
+    manifest = _fields(TrainingConfig(), LATER_FIELDS) | manifest
     changed = [f"{name}={value!r} was {manifest.get(name)!r}" for name, value in fields if manifest.get(name) != value]
     if changed:
         raise ValueError(f"data_dir={config.data_dir!r} was prepared otherwise: {', '.join(changed)}; {_delete(config)}")
 
 
 def _check_corpus(config: TrainingConfig, manifest: dict) -> None:
+    if any(map(is_url, config.corpus + config.validation_corpus)):
+        return  # No launch waits for the network.
     try:
-        files = corpus_files(config.corpus, config.corpus_exclude)
+        files, held_out = (corpus_files(names, config.corpus_exclude) for names in (config.corpus, config.validation_corpus))
     except ValueError:
         return  # The corpus need not be on the machine that trains.
-    if corpus_digest(files) != manifest.get("corpus_digest"):
+    is_same = not held_out or corpus_digest(held_out) == manifest.get("validation_corpus_digest")
+    if not is_same or corpus_digest(files) != manifest.get("corpus_digest"):
         raise ValueError(
             f"corpus has changed since data_dir={config.data_dir!r} was prepared; to go on with that data put the corpus back"
             " or move it away, for the new corpus name another data_dir and another run_dir"
@@ -377,15 +427,16 @@ def _open_split(config: TrainingConfig, manifest: dict, name: str) -> TokenStrea
         list(pool.map(verify_shard, paths))
     shards = tuple(map(open_shard, paths))
     for shard, entry in zip(shards, entries, strict=True):
-        if (len(shard.ids), shard.sha256) != (entry.num_tokens, entry.sha256):
+        if (shard.num_tokens, shard.sha256) != (entry.num_tokens, entry.sha256):
             raise ValueError(f"{shard.path} is not the shard that manifest.json names; {_delete(config)}")
     return TokenStream(shards, manifest["tokenizer_fingerprint"])
 
 
 def _check_windows(config: TrainingConfig, num_train: int, num_validation: int) -> None:
     checks = [("training", num_train, "add documents or lower context_length")]
-    if config.validation_fraction > 0:
+    if config.has_validation:
         remedy = "raise validation_fraction, add documents, or set validation_fraction=0 and eval_every_steps=None"
+        remedy = "add files to validation_corpus" if config.validation_corpus else f"{remedy}; {CUT_OR_NAME}"
         checks.append(("held-out", num_validation, remedy))
     for kind, num_tokens, remedy in checks:
         if not count_windows(num_tokens, config.context_length):

@@ -10,10 +10,21 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from scripts.config import NUM_NAMED_DOCUMENTS, TrainingConfig
+from ds.corpus import Tally
+from ds.pieces import LENGTH_CLASSES, SPLITS
+from scripts.config import FEW_DOCUMENTS, NUM_NAMED_DOCUMENTS, TrainingConfig
 from scripts.memory import comparison_words
 
 TRAIN, HELD_OUT, RATE, NORM = "#9aa7b4", "#c2410c", "#1d4ed8", "#4d7c0f"
+
+
+SHOWN_CHARACTERS = 90
+CUT_OR_NAME = "document_separator cuts a file into documents, and validation_corpus names held-out files"
+NOTES = {
+    "faulty": "faulty rows skipped",
+    "separator": "files that may be many documents",
+    "json": ".json files read as text, not rows",
+}
 
 
 class Row(NamedTuple):
@@ -51,9 +62,7 @@ def draw_losses(metrics: Path, picture: Path) -> None:
     norm.set_ylim(bottom=0)
     norm.set_xlabel("tokens read")
     norm.xaxis.set_major_formatter(EngFormatter(sep=" "))
-    draft = picture.with_name(f".{picture.name}.draft")
-    FigureCanvasAgg(figure).print_png(draft)
-    draft.rename(picture)
+    _print_png(figure, picture)
 
 
 def line_of(record: dict, num_steps: int, top_k: int | None) -> str:
@@ -125,6 +134,84 @@ def table(rows: list[Row]) -> list[str]:
         step = record["step"] if record.get("kind") == "eval" else ""
         lines += [f"  {name:<16}{num_parameters / 1e6:>10,.2f} M{nats:>16}{bits:>15}{step:>8}  {where}"]
     return lines
+
+
+def data_notes(config: TrainingConfig, manifest: dict, met: Tally) -> list[str]:
+    """Lines on what may be otherwise than was meant, with the first place of each kind. ValueError if there is no text."""
+    num_documents = sum(manifest[split]["num_documents"] for split in SPLITS)
+    if not num_documents:
+        why = f"the first of its faulty rows is {met.first['faulty']}" if "faulty" in met.first else "every file is empty"
+        raise ValueError(f"corpus holds no text: {why}; add files with text to corpus")
+    seen = [kind for kind in NOTES if kind in met.first]
+    lines = [f"note: {met.counts[kind]:,} {NOTES[kind]}, the first: {met.first[kind]}" for kind in seen]
+    if num_documents < FEW_DOCUMENTS and config.has_validation and not config.validation_corpus:
+        lines.append(f"note: only {num_documents} documents, each held out whole or not at all; {CUT_OR_NAME}")
+    return lines
+
+
+def data_table(manifest: dict, seconds: float) -> str:
+    """What a manifest says of the data, a line for each number; `seconds` is how long it took."""
+    train, held_out = (manifest[split] for split in SPLITS)
+    num_bytes, num_tokens = (train[count] + held_out[count] for count in ("num_bytes", "num_tokens"))
+    rows = {
+        "documents": f"{train['num_documents'] + held_out['num_documents']:,}",
+        "bytes of text": f"{num_bytes:,}",
+        "tokens": f"{num_tokens:,}",
+        "bytes a token": f"{num_bytes / num_tokens:.2f}",
+        "held out": f"{held_out['num_documents']:,} documents, {held_out['num_tokens']:,} tokens",
+        "duplicates dropped": f"{manifest['num_duplicates']:,}",
+        "empty, skipped": f"{manifest['num_empty']:,}",
+        "too short or long, skipped": f"{manifest['num_short'] + manifest['num_long']:,}",
+        "faulty rows, skipped": f"{manifest['num_faulty']:,}",
+        "not UTF-8, kept": f"{manifest['num_invalid']:,}",
+        "shards": f"{len(train['shards']) + len(held_out['shards']):,}",
+        "seconds": f"{seconds:,.1f}",
+    }
+    return "\n".join(f"  {name:<28}{value}" for name, value in rows.items())
+
+
+def draw_data(manifest: dict, picture: Path) -> None:
+    """Draws how long the documents are, and the training tokens of each entry of the corpus, into a PNG file."""
+    sources = manifest["sources"]
+    bars_inches = 0.4 + 0.3 * len(sources)
+    figure = Figure(figsize=(9, 5 + bars_inches), dpi=120)
+    lengths, tokens = figure.subplots(2, 1, height_ratios=(3.5, bars_inches))
+    figure.subplots_adjust(left=0.1, right=0.97, bottom=0.6 / (5 + bars_inches), top=0.95, hspace=1.6 / (4 + bars_inches))
+    _plot_lengths(lengths, manifest)
+    places = range(len(sources))
+    tokens.barh(places, [each["num_tokens"] for each in sources], color=TRAIN)
+    for place, each in zip(places, sources, strict=True):
+        name = each["name"] if len(each["name"]) <= SHOWN_CHARACTERS else f"…{each['name'][1 - SHOWN_CHARACTERS :]}"
+        tokens.text(0.01, place, name, transform=tokens.get_yaxis_transform(), va="center")
+    tokens.set_yticks([])
+    tokens.invert_yaxis()
+    tokens.set_title("What the training tokens come from", loc="left")
+    tokens.set_xlabel("tokens")
+    tokens.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    _print_png(figure, picture)
+
+
+def _plot_lengths(axes: Axes, manifest: dict) -> None:
+    for split, color, label in zip(SPLITS, (TRAIN, HELD_OUT), ("training", "held out"), strict=True):
+        classes = {int(number): count for number, count in manifest[split]["lengths"].items()}
+        starts = [2 ** (number / LENGTH_CLASSES) for number in classes]
+        widths = [start * (2 ** (1 / LENGTH_CLASSES) - 1) for start in starts]
+        axes.bar(starts, list(classes.values()), widths, align="edge", color=color, label=label)
+    axes.set_xscale("log")
+    axes.set_yscale("log", nonpositive="clip")
+    axes.set_ylim(bottom=0.5)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.yaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.set_title("How long the documents are", loc="left")
+    axes.set_xlabel("characters")
+    axes.set_ylabel("documents")
+    axes.legend(frameon=False)
+
+
+def _print_png(figure: Figure, picture: Path) -> None:
+    draft = picture.with_name(f".{picture.name}.draft")
+    FigureCanvasAgg(figure).print_png(draft)
+    draft.rename(picture)
 
 
 def _comparison_with_teacher(config: TrainingConfig, records: list[dict], alone: Alone | None) -> list[str]:

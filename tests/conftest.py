@@ -172,7 +172,7 @@ def train(config):
 
 if __name__ == "__main__":
     for fields in json.loads({described!r}):
-        fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude")}}
+        fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude", "validation_corpus")}}
         train(TrainingConfig(**fields))
 {after}
 """
@@ -194,7 +194,7 @@ from scripts.model.losses import next_token
 from scripts.run import checkpoint, storage, teacher
 
 fields = json.loads({json.dumps(asdict(config))!r})
-fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude")}}
+fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude", "validation_corpus")}}
 config, rank = TrainingConfig(**fields), int(os.environ.get("RANK", "0"))
 {unchecked}
 prepare, label = prepare_data.prepare, train_distill.label

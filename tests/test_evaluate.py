@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ds import tokenizer as bpe
+from ds.encoder import encode, plain_encoder
 from scripts.config import TrainingConfig
 from scripts.model.decoder import empty_model, initialise
 from scripts.model.huggingface import transformers_config
@@ -35,7 +36,7 @@ def model():
 def windows() -> torch.Tensor:
     """The stream of all documents, each ended, as windows (N, T + 1)."""
     end = bpe.end_of_text_id(TEXT)
-    ids = [number for document in DOCUMENTS for number in (*bpe.encode(TEXT, document).tolist(), end)]
+    ids = [number for document in DOCUMENTS for number in (*encode(plain_encoder(TEXT), document).tolist(), end)]
     stream = torch.tensor(ids)
     num_windows = (len(stream) - 1) // CONTEXT
     assert num_windows > 4 and NUM_BYTES[stream[0]] != NUM_BYTES[stream[num_windows * CONTEXT]]

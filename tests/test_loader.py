@@ -1,11 +1,15 @@
 """Laws of ds/loader.py: a bijection for each epoch, the same tokens in a step for any number of ranks, and which they were."""
 
 import math
+import subprocess
+import sys
 import time
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -29,14 +33,32 @@ from ds.loader import (
     step_windows,
     windows_of_run,
 )
-from ds.shards import Labels, LabelStream, Shard, TokenStream, open_shard, write_shard
+from ds.shards import Labels, LabelStream, TokenStream, open_shard, write_shard
 
+ROOT = Path(loader.__file__).parents[1]
 SEEDS = st.integers(0, 2**70)
 
 
+@dataclass(frozen=True)
+class ArrayShard:
+    """A shard whose ids are in memory, for examples by the hundred; test_shards.py proves that files give the same."""
+
+    ids: np.ndarray
+    path: Path = Path()
+    fingerprint: str = ""
+    sha256: str = ""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.ids)
+
+
+def stream_of_arrays(parts: list[np.ndarray]) -> TokenStream:
+    return TokenStream(cast(Any, tuple(map(ArrayShard, parts))), "")
+
+
 def stream(num_tokens: int, num_shards: int = 3) -> TokenStream:
-    parts = np.array_split(np.arange(num_tokens, dtype=np.uint32), num_shards)
-    return TokenStream(tuple(Shard(Path(), part, "", "") for part in parts), "")
+    return stream_of_arrays(np.array_split(np.arange(num_tokens, dtype=np.uint32), num_shards))
 
 
 def step_rows(tokens: TokenStream, world_size: int, *, rows_per_step: int, micro_batch_rows: int, **place) -> list[list]:
@@ -97,6 +119,51 @@ def test_each_epoch_reads_every_window_once(num_windows, rows_per_step, seed):
     order = np.concatenate([step_windows(step, rows_per_step, num_windows, seed) for step in range(num_steps)])
     for epoch in range(3):
         assert sorted(order[epoch * num_windows : (epoch + 1) * num_windows].tolist()) == list(range(num_windows))
+
+
+TRILLIONS = """
+import resource, sys, time
+from pathlib import Path
+import numpy as np
+from ds.loader import count_windows, rank_windows, step_windows
+from ds.shards import Shard, TokenStream
+
+def least_seconds(call):
+    seconds = []
+    for _ in range(20):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+stream = TokenStream(tuple(Shard(Path(f"train-{n:05d}.bin"), 10**8 - n % 7, 2, "", "") for n in range(10**5)), "")
+num_windows = count_windows(stream.num_tokens, 4096)
+order = {"step": 10**6, "micro_batch_rows": 4, "rows_per_step": 4096, "seed": 0}
+read = np.stack([rank_windows(num_windows, rank=rank, world_size=1024, **order).windows for rank in range(1024)])
+assert np.array_equal(np.sort(read, axis=None), np.sort(step_windows(10**6, 4096, num_windows, 0)))
+assert len(np.unique(read)) == 4096 and 0 <= read.min() and read.max() < num_windows
+starts = (read[0].reshape(-1) * 4096).tolist()
+for start in starts:
+    (first, *more) = stream.places(start, start + 4097)
+    assert stream.borders[first.shard] + first.tokens.start == start
+    assert sum(place.tokens.stop - place.tokens.start for place in (first, *more)) == 4097
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+small = TokenStream(stream.shards[:10], "")
+small.borders
+print(least_seconds(lambda: [*stream.places(starts[0], starts[0] + 4097)]))
+print(least_seconds(lambda: [*small.places(10**8, 10**8 + 4097)]))
+"""
+
+
+def test_a_thousand_ranks_read_ten_trillion_tokens_in_100_000_shards():
+    """In a process of its own: the ranks are disjoint and read what one would, in less than 100 MB. To seek costs as much as in
+    10 shards, some microseconds.
+    """
+    done = subprocess.run([sys.executable, "-c", TRILLIONS], capture_output=True, text=True, cwd=ROOT, check=True)
+    num_bytes, large, small = map(float, done.stdout.split())
+    assert num_bytes < 100e6
+    assert large < 20 * small
 
 
 @given(
@@ -206,8 +273,8 @@ def test_windows_of_a_run_take_a_byte_each():
 )  # fmt: skip
 def test_labels_of_a_window_are_those_after_each_of_its_inputs(tmp_path_factory, sizes, context_length, top_k, data):
     parts = np.split(np.arange(sum(sizes), dtype=np.uint16), np.cumsum(sizes)[:-1])
-    shards = tuple(Shard(Path(f"train-{number}.bin"), part, "ab" * 32, "cd" * 32) for number, part in enumerate(parts))
-    tokens, num_windows = TokenStream(shards, "ab" * 32), count_windows(sum(sizes), context_length)
+    shards = (ArrayShard(part, Path(f"train-{number}.bin"), "ab" * 32, "cd" * 32) for number, part in enumerate(parts))
+    tokens, num_windows = TokenStream(cast(Any, tuple(shards)), "ab" * 32), count_windows(sum(sizes), context_length)
     assume(num_windows)
     num_positions = num_windows * context_length
     folder, positions = tmp_path_factory.mktemp("labels"), np.arange(num_positions)
@@ -337,7 +404,7 @@ def check_documents(ids, scan_tokens, num_shards, data) -> None:
     start = data.draw(st.integers(0, len(ids)))
     stop = data.draw(st.integers(start, len(ids)))
     parts = np.array_split(np.array(ids, dtype=np.uint16), num_shards)
-    tokens = TokenStream(tuple(Shard(Path(), part, "", "") for part in parts), "")
+    tokens = stream_of_arrays(parts)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loader, "SCAN_TOKENS", scan_tokens)
         found = documents_between(tokens, start, stop, 0)

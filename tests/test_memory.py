@@ -100,6 +100,7 @@ def test_table_has_every_kind_adds_up_and_keeps_to_its_columns(config):
     planned = plan(config, 1, "cpu")
     kinds = {kind for moments in (planned.device, planned.host) for at in moments.values() for kind in at.parts}
     assert all(kind in text for kind in kinds | set(phases(config))) and "it fits" in text and "tokens/s" in text
+    assert "preparing the data takes 0.75 GiB of host memory for each of its processes" in text
     assert max(map(len, text.splitlines())) <= 128
     for title in ("what a GPU would hold, in host memory", "host memory"):
         block = text.split(f"\n{title}\n")[1].split("  together")

@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import shutil
-import socket
 import subprocess
 import sys
 from base64 import b64encode
@@ -12,17 +11,25 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
+import fsspec
 import pytest
 from conftest import Planted
+from tokenizers import Tokenizer
 
 from ds import tokenizer as bpe
-from ds.corpus import corpus_files, documents, is_held_out
+from ds.corpus import Reading, Tally, documents, is_held_out
+from ds.encoder import Encoder, encoder_of
+from ds.files import Part, corpus_files
 from ds.shards import TokenStream, open_shard, write_shard
 from scripts import prepare_data
-from scripts.config import TrainingConfig
+from scripts.config import TrainingConfig, refuse_on_this_machine
 from scripts.prepare_data import Data, open_data, prepare, sample_documents
 
 ROOT = Path(prepare_data.__file__).parents[1]
+TABLE = [
+    "documents", "bytes of text", "tokens", "bytes a token", "held out", "duplicates dropped", "empty, skipped",
+    "too short or long, skipped", "faulty rows, skipped", "not UTF-8, kept", "shards", "seconds",
+]  # fmt: skip
 
 
 def write_corpus(folder: Path, numbers: range) -> None:
@@ -78,7 +85,8 @@ def texts_of(stream: TokenStream | None, data: Data) -> list[bytes]:
 def test_shards_hold_every_document_in_order_each_in_one_split(tmp_path, vocab_size):
     config = config_in(tmp_path, vocab_size=vocab_size)
     data = prepare(config)
-    everything = list(documents(corpus_files(config.corpus, ()), "text"))
+    parts = [Part(file.path, 0, None) for file in corpus_files(config.corpus, ())]
+    everything = list(documents(parts, Reading("text", None, False), Tally()))
     for stream, name, held_out in ((data.train, "train", False), (data.validation, "validation", True)):
         wanted = [document for document in everything if is_held_out(document, 0.25) == held_out]
         assert texts_of(stream, data) == wanted
@@ -92,7 +100,7 @@ def test_shards_are_full_but_the_last_and_only_known_names_are_written(built):
     assert len(sizes) > 2 and set(sizes[:-1]) == {500} and 0 < sizes[-1] <= 500
     assert sum(sizes) == data.train.num_tokens == data.manifest["train"]["num_tokens"]
     names = {shard["name"] for split in ("train", "validation") for shard in data.manifest[split]["shards"]}
-    assert set(content(built.data_dir)) == names | {"tokenizer.json", "manifest.json"}
+    assert set(content(built.data_dir)) == names | {"tokenizer.json", "manifest.json", "data.png"}
 
 
 def test_building_is_deterministic_and_happens_once(built, capsys):
@@ -105,6 +113,23 @@ def test_building_is_deterministic_and_happens_once(built, capsys):
     assert again.fingerprint == open_data(built).fingerprint
     shutil.rmtree(built.data_dir)
     assert prepare(built).fingerprint == again.fingerprint
+    assert content(built.data_dir) == first
+
+
+def test_where_tiktoken_differs_tokenizers_encodes_and_a_line_says_so(built, monkeypatch, capsys):
+    first = content(built.data_dir)
+    shutil.rmtree(built.data_dir)
+
+    def wrong_encoder(tokenizer: Tokenizer) -> Encoder:
+        encoder = encoder_of(tokenizer)
+        assert encoder.fast is not None
+        return encoder._replace(fast=encoder.fast._replace(ids=encoder.fast.ids[::-1]))
+
+    monkeypatch.setattr(prepare_data, "encoder_of", wrong_encoder)
+    capsys.readouterr()
+    prepare(built)
+    line = "tokenizer: tiktoken gives other ids for 'document 0 says X+zr'; tokenizers encodes instead\n"
+    assert capsys.readouterr().out.count(line) == 1
     assert content(built.data_dir) == first
 
 
@@ -121,7 +146,7 @@ def test_held_out_documents_stay_held_out_when_the_corpus_grows(tmp_path, config
 def test_tokenizer_never_sees_held_out_documents(tmp_path):
     config = config_in(tmp_path)
     before = prepare(config).tokenizer
-    for path in corpus_files(config.corpus, ()):
+    for path in (Path(file.path) for file in corpus_files(config.corpus, ())):
         if is_held_out(path.read_bytes(), 0.25):
             path.unlink()
     sampled = list(sample_documents(config, corpus_files(config.corpus, ())))
@@ -133,7 +158,7 @@ def test_tokenizer_sample_is_bounded_and_spread_over_the_files(tmp_path, sample_
     config = config_in(tmp_path, tokenizer_sample_bytes=sample_bytes, validation_fraction=0.0, eval_every_steps=None)
     files = corpus_files(config.corpus, ())
     sampled = list(sample_documents(config, files))
-    corpus_bytes = sum(file.stat().st_size for file in files)
+    corpus_bytes = sum(file.num_bytes for file in files)
     assert min(sample_bytes, corpus_bytes) * 0.8 - 1 <= sum(map(len, sampled)) <= sample_bytes
     if sample_bytes == 1000:
         numbers = [int(text.split()[1]) for text in sampled]
@@ -206,22 +231,39 @@ def test_data_dir_inside_the_corpus_is_refused(tmp_path, config):
 
 
 def test_interrupted_build_is_built_again(built):
-    whole = content(built.data_dir)
-    folder = Path(built.data_dir)
-    (folder / "manifest.json").unlink()
-    (folder / "train-00001.bin").write_bytes(b"half")
-    with subprocess.Popen([sys.executable, "-c", ""]) as process:
-        process.wait()
-    owners = (process.pid, os.getppid(), f"other-host-{process.pid}")
-    left, alive, elsewhere = (folder / f"building-{socket.gethostname()}-{owner}" for owner in owners)
-    for path in (left, alive, elsewhere):
-        path.mkdir()
-        (path / "train-00000.bin").write_bytes(b"half")
+    """What a killed build may leave: shards without a manifest, and the folder where they waited, of this build or another."""
+    whole, folder = content(built.data_dir), Path(built.data_dir)
+    for head in ("", "{", (folder / "manifest.json").read_text()):
+        (folder / "manifest.json").unlink()
+        (folder / "train-00001.bin").write_bytes(b"half")
+        (folder / "building").mkdir()
+        (folder / "building" / "head.json").write_text(head)
+        (folder / "building" / "tokenizer.json").write_text('{"model"')
+        (folder / "building" / "0123.records.tmp").write_bytes(b"half")
+        prepare(built)
+        assert content(built.data_dir) == whole
+    (folder / "building").mkdir()
     prepare(built)
-    assert not left.exists() and alive.exists() and elsewhere.exists()
-    shutil.rmtree(alive)
-    shutil.rmtree(elsewhere)
     assert content(built.data_dir) == whole
+
+
+def test_tokenizer_of_an_interrupted_build_is_kept_only_for_the_same_build(built, monkeypatch):
+    whole, folder = content(built.data_dir), Path(built.data_dir)
+    train, trained = bpe.train, []
+    monkeypatch.setattr(bpe, "train", lambda *given: trained.append(given) or train(*given))
+    monkeypatch.setattr(prepare_data, "draw_data", stop)
+    (folder / "manifest.json").unlink()
+    for changes, num_trained in (({}, 1), ({}, 1), ({"tokenizer_sample_bytes": 900}, 2), ({}, 3)):
+        with pytest.raises(KeyboardInterrupt):
+            prepare(replace(built, **changes))
+        assert len(trained) == num_trained
+    monkeypatch.undo()
+    prepare(built)
+    assert content(built.data_dir) == whole
+
+
+def stop(*given) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(
@@ -229,6 +271,7 @@ def test_interrupted_build_is_built_again(built):
     [
         {"validation_fraction": 0.2}, {"tokens_per_shard": 501}, {"vocab_size": 301}, {"text_field": "body"},
         {"corpus_exclude": ("x", "y")}, {"tokenizer_sample_bytes": 9}, {"tokenizer_path": "x"},
+        {"document_separator": "|"}, {"validation_corpus": ("x",)}, {"skip_faulty_rows": True},
     ],
 )  # fmt: skip
 def test_changed_field_is_refused_by_name(built, changes):
@@ -236,6 +279,84 @@ def test_changed_field_is_refused_by_name(built, changes):
     ((name, value),) = changes.items()
     shown = list(value) if isinstance(value, tuple) else value
     assert f"{name}={shown!r} was" in message and "delete data_dir" in message
+
+
+def test_manifest_of_before_the_later_fields_opens_with_their_defaults(built):
+    path = Path(built.data_dir) / "manifest.json"
+    later = (*prepare_data.LATER_FIELDS, "validation_corpus_digest", "sources")
+    manifest = json.loads(path.read_text())
+    for split in ("train", "validation"):
+        del manifest[split]["lengths"]
+        for shard in manifest[split]["shards"]:
+            del shard["source"]
+    path.write_text(json.dumps({name: value for name, value in manifest.items() if name not in later and "num_" not in name}))
+    assert open_data(built).train.num_tokens == manifest["train"]["num_tokens"]
+    assert "document_separator='|' was None" in refusal(replace(built, document_separator="|"))
+
+
+def write_rows(path: Path, numbers: range) -> None:
+    path.write_text("".join(json.dumps({"text": f"row {number} has {number**3} words"}) + "\n" for number in numbers))
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.25])
+def test_validation_corpus_is_held_out_whole_and_nothing_of_it_is_trained_on(tmp_path, fraction, capsys):
+    write_rows(tmp_path / "rows.jsonl", range(60))
+    write_rows(tmp_path / "held.jsonl", range(50, 70))
+    names = {"corpus": (f"{tmp_path}/rows.jsonl",), "validation_corpus": (f"{tmp_path}/held.jsonl",)}
+    config = config_in(tmp_path, **names, validation_fraction=fraction, vocab_size=262)
+    data = prepare(config)
+    held_out, trained = texts_of(data.validation, data), texts_of(data.train, data)
+    assert held_out == [b"row %d has %d words" % (number, number**3) for number in range(50, 70)]
+    assert trained == [b"row %d has %d words" % (number, number**3) for number in range(50)]
+    assert data.manifest["num_duplicates"] == 10 and "duplicates dropped          10\n" in capsys.readouterr().out
+    sampled = list(sample_documents(config, corpus_files(config.corpus, ())))
+    assert sampled and not set(sampled) & set(held_out)
+    write_rows(tmp_path / "held.jsonl", range(50, 71))
+    assert "corpus has changed" in refusal(config)
+
+
+def test_corpus_and_validation_corpus_may_lie_elsewhere(tmp_path):
+    rows = {"rows": range(60), "held": range(50, 70)}
+    for name, numbers in rows.items():
+        write_rows(tmp_path / f"{name}.jsonl", numbers)
+        fsspec.filesystem("memory").pipe(f"/elsewhere/{name}.jsonl", (tmp_path / f"{name}.jsonl").read_bytes())
+    names = {"corpus": ("memory://elsewhere/r*.jsonl",), "validation_corpus": ("memory://elsewhere/held.jsonl",)}
+    config = config_in(tmp_path, **names, vocab_size=262)
+    refuse_on_this_machine(config, 1)
+    data = prepare(config)
+    local = {"corpus": (f"{tmp_path}/rows.jsonl",), "validation_corpus": (f"{tmp_path}/held.jsonl",)}
+    other = prepare(replace(config, **local, data_dir=f"{tmp_path}/local"))
+    assert texts_of(data.train, data) == texts_of(other.train, other)
+    assert texts_of(data.validation, data) == texts_of(other.validation, other)
+    fsspec.filesystem("memory").rm("/elsewhere", recursive=True)
+    assert prepare(config).fingerprint == data.fingerprint, "the network is asked once"
+
+
+def test_one_file_of_many_documents_is_cut_and_held_out_by_document(tmp_path, capsys):
+    stories = [f"story {number} ends after {number * number} days\n" for number in range(60)]
+    (tmp_path / "stories.txt").write_text("<|endoftext|>\n".join(stories))
+    config = config_in(tmp_path, corpus=(f"{tmp_path}/stories.txt",), vocab_size=257)
+    assert "document_separator cuts a file" in refusal(config)
+    said = capsys.readouterr().out
+    assert "note: only 1 documents" in said and "document_separator='<|endoftext|>'" in said
+    data = prepare(replace(config, document_separator="<|endoftext|>"))
+    found = texts_of(data.train, data) + texts_of(data.validation, data)
+    assert sorted(found) == sorted(story.strip().encode() for story in stories)
+    assert "note:" not in capsys.readouterr().out
+
+
+def test_what_is_skipped_and_what_is_no_utf8_is_told_and_kept_in_the_manifest(tmp_path, capsys):
+    write_rows(tmp_path / "rows.jsonl", range(30))
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write('{"text": null}\n{"text": ""}\n{"te\n')
+    config = config_in(tmp_path, corpus=(f"{tmp_path}/rows.jsonl", f"{tmp_path}/text"), vocab_size=257)
+    assert f"{tmp_path}/rows.jsonl, line 33: not JSON" in refusal(config)
+    data = prepare(replace(config, skip_faulty_rows=True))
+    said = capsys.readouterr().out
+    lines = ("documents                   70", "not UTF-8, kept             40", "empty, skipped              2")
+    assert all(f"  {line}\n" in said for line in (*lines, "faulty rows, skipped        1"))
+    assert f"note: 1 faulty rows skipped, the first: {tmp_path}/rows.jsonl, line 33" in said
+    assert [data.manifest[f"num_{kind}"] for kind in ("empty", "invalid", "faulty")] == [2, 40, 1]
 
 
 def test_all_changed_fields_are_listed(built):
@@ -338,7 +459,8 @@ def test_command_says_where_the_data_is_or_refuses_with_status_2(config, capsys,
     monkeypatch.setattr(prepare_data, "PRETRAIN", config)
     prepare_data.main()
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["corpus", "tokenizer", "shards", "data"]
+    assert [line.split(":")[0] for line in lines if not line.startswith("  ")] == ["corpus", "tokenizer", "note", "data"]
+    assert [line[:30].strip() for line in lines if line.startswith("  ")] == TABLE
     assert config.data_dir in lines[-1]
     monkeypatch.setattr(prepare_data, "PRETRAIN", replace(config, text_field="body"))
     with pytest.raises(SystemExit) as caught:
@@ -384,7 +506,7 @@ def test_command_prepares_the_preset_once(tmp_path, config):
     written = content(config.data_dir)
     assert {"manifest.json", "tokenizer.json", "train-00000.bin", "validation-00000.bin"} <= written.keys()
     *steps, last = done.stdout.splitlines()
-    assert [line.split(":")[0] for line in steps] == ["corpus", "tokenizer", "shards"]
+    assert [line.split(":")[0] for line in steps if not line.startswith("  ")] == ["corpus", "tokenizer", "note"]
     assert last == f"data: {open_data(config).train.num_tokens:,} training tokens in {config.data_dir}"
     again = run(folder)
     assert (again.returncode, again.stdout, again.stderr) == (0, f"{last}\n", "") and content(config.data_dir) == written

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from scripts.config import NUM_NAMED_DOCUMENTS, TrainingConfig
-from scripts.report import HELD_OUT, NORM, RATE, TRAIN, Alone, Row, draw_losses, line_of, summary, table
+from scripts.report import HELD_OUT, NORM, RATE, TRAIN, Alone, Row, data_table, draw_data, draw_losses, line_of, summary, table
 
 LINES = 40
 
@@ -206,3 +206,34 @@ def test_a_student_ends_with_a_comparison(alone):
 def test_a_run_without_any_record_still_names_its_picture():
     told = summary(TrainingConfig(), [], picture=Path("loss.png"), saved=None, alone=None)
     assert told.splitlines()[:2] == ["", "  picture: loss.png"]
+
+
+DATA = {
+    "num_duplicates": 1234, "num_empty": 5, "num_short": 1, "num_long": 2, "num_faulty": 0, "num_invalid": 7,
+    "sources": [{"name": "text/**/*.md", "num_tokens": 10**9}, {"name": "/a" * 99, "num_tokens": 0}],
+    "train": {
+        "num_documents": 1000, "num_bytes": 3_000_000, "num_tokens": 900_000, "lengths": {"0": 1, "40": 999}, "shards": [1] * 9,
+    },
+    "validation": {"num_documents": 9, "num_bytes": 600_000, "num_tokens": 100_000, "lengths": {"44": 9}, "shards": [1]},
+}  # fmt: skip
+
+
+def test_table_of_the_data_has_the_sums_of_both_splits():
+    lines = dict(line.strip().split("  ", 1) for line in data_table(DATA, 12.34).splitlines())
+    assert {name: words.strip() for name, words in lines.items()} == {
+        "documents": "1,009", "bytes of text": "3,600,000", "tokens": "1,000,000", "bytes a token": "3.60",
+        "held out": "9 documents, 100,000 tokens", "duplicates dropped": "1,234", "empty, skipped": "5",
+        "too short or long, skipped": "3", "faulty rows, skipped": "0", "not UTF-8, kept": "7", "shards": "10",
+        "seconds": "12.3",
+    }  # fmt: skip
+
+
+def test_picture_of_the_data_shows_both_splits_and_every_source(tmp_path):
+    draw_data(DATA, tmp_path / "data.png")
+    whole = matplotlib.image.imread(tmp_path / "data.png")
+    for change in ("train", "validation", "sources"):
+        less = DATA["sources"][:1] if change == "sources" else DATA[change] | {"lengths": {}}
+        draw_data(DATA | {change: less}, tmp_path / "changed.png")
+        other = matplotlib.image.imread(tmp_path / "changed.png")
+        assert other.shape != whole.shape or not np.array_equal(other, whole), change
+    assert whole.shape[1] == 1080 and [path.name for path in tmp_path.glob(".*")] == []

@@ -128,7 +128,7 @@ ENTRY = """
 import scripts.config, json
 from scripts.config import TrainingConfig
 fields = json.loads({fields!r})
-fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude")}}
+fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude", "validation_corpus")}}
 scripts.config.PRETRAIN = TrainingConfig(**fields)
 from scripts import train_pretrain
 train_pretrain.main()
@@ -181,6 +181,35 @@ def test_launched_ranks_see_no_gpu(one_rank_refused):
     """Without `-m gpu`: two ranks must pass on a machine with one card. DeepSpeed's launcher sets the variable anew."""
     assert one_rank_refused.stdout.count("sees ''") == 2, one_rank_refused.stdout
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()
+
+
+SLOW_FIRST_RANK = """
+import time
+from datetime import timedelta
+import torch
+from scripts.config import PRETRAIN
+from scripts.engine.distributed import in_turn, ranks_from_launcher
+
+ranks = ranks_from_launcher()
+torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=15))
+
+def work():
+    began.append(ranks.rank)
+    if ranks.rank == 0 and len(began) == 1:
+        time.sleep(20)
+    return ranks.rank
+
+began = []
+for turn in range(2):
+    assert in_turn(work, PRETRAIN, ranks) == ranks.rank
+print(f"rank {ranks.rank} is well", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_the_first_longer_than_the_process_group_would(tmp_path):
+    (result,) = launch(tmp_path, SLOW_FIRST_RANK, TORCHRUN[2])
+    assert result.returncode == 0 and result.stdout.count("is well") == 2, result.stdout
 
 
 # torch says that there is one card on this machine, first an old one; what would run on it is not reached.

@@ -4,6 +4,7 @@ import errno
 import os
 import pickle
 import re
+import resource
 import signal
 import struct
 import subprocess
@@ -182,6 +183,23 @@ def test_stream_is_the_concatenation_of_its_shards(tmp_path_factory, parts, data
     assert [number for view in views for number in view.tolist()] == ids[start:stop]
 
 
+def test_more_shards_than_a_process_may_have_open_files_are_read(tmp_path):
+    shard = tmp_path / "shard.bin"
+    write_shard(shard, np.arange(5), 300, PRINT)
+    before, limits = num_open_files(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    stream = stream_of([shard] * 200)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before + 20, limits[1]))
+    try:
+        assert stream.read(0, 1000).tolist() == list(range(5)) * 200
+        assert sum(map(len, stream.parts(3, 997))) == 994 and num_open_files() == before
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def num_open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
 def test_stream_refuses_a_shard_of_another_tokenizer(tmp_path):
     for name, fingerprint in (("a.bin", PRINT), ("b.bin", "cd" * 32)):
         write_shard(tmp_path / name, np.arange(9), 300, fingerprint)
@@ -192,8 +210,8 @@ def test_stream_refuses_a_shard_of_another_tokenizer(tmp_path):
 
 def stream_with(sizes: list[int]) -> TokenStream:
     """Shards of these many tokens; none of them is on the disk."""
-    tokens = [np.broadcast_to(np.uint16(0), size) for size in sizes]
-    return TokenStream(tuple(Shard(Path(f"train-{n}.bin"), ids, PRINT, f"{n:064x}") for n, ids in enumerate(tokens)), PRINT)
+    shards = (Shard(Path(f"train-{n}.bin"), size, 2, PRINT, f"{n:064x}") for n, size in enumerate(sizes))
+    return TokenStream(tuple(shards), PRINT)
 
 
 def labels_in(folder: Path, stream: TokenStream, num_positions: int | None = None, **changes) -> LabelStream:
@@ -336,8 +354,8 @@ import numpy as np
 from ds.shards import Labels, LabelStream, Shard, TokenStream
 
 folder, first_block, stride, num_rounds = Path(sys.argv[1]), *map(int, sys.argv[2:])
-tokens = np.broadcast_to(np.uint16(0), 10000)
-stream = TokenStream(tuple(Shard(Path(f"train-{n}.bin"), tokens, "ab" * 32, f"{n:064x}") for n in range(3)), "ab" * 32)
+shards = (Shard(Path(f"train-{n}.bin"), 10000, 2, "ab" * 32, f"{n:064x}") for n in range(3))
+stream = TokenStream(tuple(shards), "ab" * 32)
 labels = LabelStream(folder, stream, 32, 60000, 4096, 29999, "cd" * 32)
 labels.create()
 labels.check()
@@ -505,7 +523,7 @@ def test_labels_of_other_shards_are_refused_by_name(tmp_path):
     assert "was made for tokenizer abababababab, not 121212121212" in refusal_of_labels(tmp_path, relabelled)
     rewritten = TokenStream((first._replace(sha256=other), last), PRINT)
     assert "was made for shard 000000000000, not 121212121212" in refusal_of_labels(tmp_path, rewritten)
-    longer = TokenStream((first._replace(ids=np.zeros(31)), last), PRINT)
+    longer = TokenStream((first._replace(num_tokens=31), last), PRINT)
     assert "was made for num_tokens 30, not 31" in refusal_of_labels(tmp_path, longer)
     behind = TokenStream((last._replace(path=Path("train-9.bin")), first), PRINT)
     labels_in(tmp_path / "other", TokenStream((behind.shards[0],), PRINT), 20)

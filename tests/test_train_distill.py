@@ -23,7 +23,7 @@ from scripts.prepare_data import Data, open_data, prepare
 from scripts.run.checkpoint import Checkpoint
 from scripts.run.run_dir import claim_run, newest_folder, same_without_teacher
 from scripts.run.setup import model_to_train
-from scripts.run.teacher import check_teacher, find_teacher, fingerprint_of, labels_identity, load_teacher
+from scripts.run.teacher import check_teacher, find_teacher, fingerprint_of, labels_identity, load_teacher, open_labels
 from scripts.train_distill import distill, label
 
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ ENTRY = """
 import scripts.config, json
 from scripts.config import TrainingConfig
 fields = json.loads({fields!r})
-fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude")}}
+fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude", "validation_corpus")}}
 scripts.config.DISTILL = TrainingConfig(**fields)
 from scripts import train_distill
 train_distill.main()
@@ -312,7 +312,7 @@ def labels_of(config: TrainingConfig):
     assert found is not None
     identity = labels_identity(config, fingerprint_of(found))
     assert folder.name == f"labels-{identity[:16]}"
-    return data, found, data.labels(config.teacher_top_k or 0, config.context_length, config.vocab_size, identity)
+    return data, found, open_labels(config, data, config.teacher_top_k or 0, identity)
 
 
 def test_labels_on_the_disk_are_what_the_teacher_says_of_every_window_that_is_read(finished_runs):

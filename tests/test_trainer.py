@@ -60,7 +60,7 @@ def poisoned(engine, windows, config):
 
 if __name__ == "__main__":
     for fields in json.loads({described!r}):
-        fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude")}}
+        fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude", "validation_corpus")}}
         config = TrainingConfig(**fields)
         run, objective = trainer.set_up(config, prepare, label), objective_of(config) if config.teacher_dir else next_token
         losses = [trainer.run_step(run, objective, step).loss for step in range({steps})]
@@ -69,7 +69,7 @@ if __name__ == "__main__":
             weights = {{name: weight.detach().clone() for name, weight in run.engine.module.named_parameters()}}
             save_file(weights, config.run_dir + ".safetensors", {{"losses": json.dumps(losses)}})
     for fields in json.loads({trained!r}):
-        fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude")}}
+        fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude", "validation_corpus")}}
         trainer.train(trainer.set_up(TrainingConfig(**fields), prepare), poisoned)
     watch.end(0)
 """
@@ -371,7 +371,7 @@ def stopping(*everything):
 
 if __name__ == "__main__":
     for fields in json.loads({described!r}):
-        fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude")}}
+        fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude", "validation_corpus")}}
         run = trainer.set_up(TrainingConfig(**fields), prepare, label)
         try:
             trainer.train(run, stopping)

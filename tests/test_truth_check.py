@@ -162,7 +162,7 @@ if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)
     report = {{}}
     for name, fields in json.loads({described!r}).items():
-        fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude")}}
+        fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude", "validation_corpus")}}
         config = TrainingConfig(**fields)
         started = time.process_time()
         without, before = losses(config), states()

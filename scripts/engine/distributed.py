@@ -182,12 +182,13 @@ def together(work: Callable[[], Result]) -> Result:
     return result  # pyright: ignore[reportReturnType]
 
 
-def in_turn(work: Callable[[], Result]) -> Result:
-    """As `together`, but rank 0 works first and then the others. Every rank must call this."""
-    is_first = torch.distributed.get_rank() == 0
-    before = together(lambda: work() if is_first else None)
-    after = together(lambda: None if is_first else work())
-    return before if is_first else after  # pyright: ignore[reportReturnType]
+def in_turn(work: Callable[[], Result], config: TrainingConfig, ranks: Ranks) -> Result:
+    """As `together`, but rank 0 works first and then the others, which wait for it however long it takes. Every rank must call
+    this.
+    """
+    before = together(lambda: _first(work, config, ranks))
+    after = together(lambda: None if ranks.rank == 0 else work())
+    return before if ranks.rank == 0 else after  # pyright: ignore[reportReturnType]
 
 
 def largest(number: float) -> float:
@@ -249,6 +250,22 @@ def _words_of_ranks(words: str, config: TrainingConfig, ranks: Ranks) -> list[st
     while any(found) and ranks.rank == 0 and store.add(f"readers {meeting}", 0) < ranks.world_size and time.monotonic() < limit:
         time.sleep(LOCK_POLL_SECONDS)
     return found
+
+
+def _first(work: Callable[[], Result], config: TrainingConfig, ranks: Ranks) -> Result | None:
+    """Works on rank 0. The others wait at the launcher's store, which has no clock, as the process group has one."""
+    if ranks.world_size == 1:
+        return work()
+    store = _store(config.rank_timeout_minutes)
+    turn = f"turn {store.add(f'turns of {ranks.rank}', 1)}"
+    if ranks.rank == 0:
+        try:
+            return work()
+        finally:
+            store.set(turn, "is over")
+    while not store.check([turn]):
+        time.sleep(LOCK_POLL_SECONDS)
+    return None
 
 
 @cache

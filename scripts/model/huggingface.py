@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ds.corpus import one_line
+from ds.files import one_line
 from scripts.config import LOAD_PIECE_ELEMENTS, LOAD_THREADS, MAKE_TEACHER, PRETRAIN, TrainingConfig
 from scripts.model.decoder import Decoder
 

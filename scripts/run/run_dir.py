@@ -1,7 +1,5 @@
 """The run directory: its names, the hold that keeps a second launch out, and whose run it is. Reads no checkpoint."""
 
-import errno
-import fcntl
 import json
 import os
 import shutil
@@ -11,13 +9,12 @@ from pathlib import Path
 
 from scripts.config import RUN_DIR_POLL_SECONDS, TrainingConfig
 from scripts.model.huggingface import read_json
-from scripts.run.storage import write_text
+from scripts.run.storage import lock, write_text
 
 MEMORY_FIELDS = ("micro_batch_rows", "accumulate_on", "accumulation_precision", "activation_checkpointing", "loss_chunk_rows")
 MOVABLE_FIELDS = ("run_dir", "data_dir", *MEMORY_FIELDS)
 DISTILL_FIELDS = ("distill_weight", "distill_temperature", "distill_divergence")
 FOLDERS = "step-" + "[0-9]" * 8
-NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def config_record(config: TrainingConfig) -> dict:
@@ -51,7 +48,7 @@ def hold_run(config: TrainingConfig, wait_seconds: float) -> int | None:
     if not Path(config.run_dir).is_dir():
         return None
     descriptor, limit = os.open(config.run_dir, os.O_RDONLY), time.monotonic() + wait_seconds
-    while not _lock(descriptor):
+    while not lock(descriptor):
         if time.monotonic() > limit:
             os.close(descriptor)
             raise ValueError(f"run_dir={config.run_dir!r} is in use by another launch; wait for its end, or stop it")
@@ -120,13 +117,3 @@ def checkpoint_folders(config: TrainingConfig) -> dict[int, Path]:
     """Every checkpoint's folder by its step. One that is being replaced counts until the new one is there."""
     folders = [*checkpoints_dir(config).glob(f".{FOLDERS}.replaced"), *checkpoints_dir(config).glob(FOLDERS)]
     return {int(folder.name.removesuffix(".replaced")[-8:]): folder for folder in folders}
-
-
-def _lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as fault:
-        return fault.errno in NO_LOCKS
-    return True

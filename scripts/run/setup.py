@@ -128,7 +128,7 @@ def _open_run(start: Start, given: Given) -> Run | None:
     together(lambda: _refuse_too_large(config, ranks, room_free))
     if ranks.rank == 0:
         watch.say(memory.short_words(config, ranks.world_size, ranks.local_size, device_of(ranks)), sys.stdout)
-    data, teaching = in_turn(lambda: given.prepare(config)), None
+    data, teaching = in_turn(lambda: given.prepare(config), config, ranks), None
     if start.teacher is not None:
         teaching = open_teaching(start.teacher, config, ranks, data, label=given.label, found=found)
     return _assemble_run(start, given, data, found, teaching)

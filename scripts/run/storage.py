@@ -3,10 +3,14 @@
 A file is digested in blocks of HASH_BYTES, so that a change is found and placed without the whole file in memory.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 import struct
+import time
 from collections import ChainMap, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +21,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from scripts.config import HASH_THREADS, WRITE_BACK_BYTES
+from scripts.config import HASH_THREADS, RUN_DIR_POLL_SECONDS, WRITE_BACK_BYTES
 from scripts.model.huggingface import SAFETENSORS_DTYPES, bytes_of, read_all
 
 HASH_BYTES = 2**22
 DIGEST_BYTES = 32
+NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class FileRecord(NamedTuple):
@@ -83,6 +88,15 @@ def write_blocks(path: Path, pieces: Iterator[memoryview]) -> FileRecord:
     return FileRecord(num_bytes, digests)
 
 
+def link(path: Path, other: Path) -> None:
+    """Gives a file a second name, in place of what has that name; a copy of it where there are no hard links."""
+    other.unlink(missing_ok=True)
+    try:
+        os.link(path, other)
+    except OSError:
+        shutil.copyfile(path, other)
+
+
 def write_all(descriptor: int, data: memoryview) -> None:
     """Writes all bytes to an open file, in as many calls as the kernel wants."""
     while data:
@@ -112,6 +126,31 @@ def block_at(path: Path, position: int) -> memoryview:
         buffer = memoryview(bytearray(min(HASH_BYTES, path.stat().st_size - position)))
         read_all(file.fileno(), buffer, position)
     return buffer
+
+
+def lock(descriptor: int) -> bool:
+    """Whether an open folder is locked for this process now: nobody else has it, or its file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as fault:
+        return fault.errno in NO_LOCKS
+    return True
+
+
+def hold(folder: Path, words: str) -> int:
+    """Makes a folder and locks it: the descriptor of the lock, which ends with the process. Prints `words` if it must wait."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+        if not lock(descriptor):
+            print(words, flush=True)
+            while not lock(descriptor):
+                time.sleep(RUN_DIR_POLL_SECONDS)
+        if folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat()):
+            return descriptor
+        os.close(descriptor)  # The process that had it has removed the folder.
 
 
 def sha256(block: list[memoryview]) -> str:

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ds.loader import read_windows, windows_of_run
-from ds.shards import Labels
+from ds.loader import count_windows, read_windows, windows_of_run
+from ds.shards import Labels, LabelStream
 from scripts.config import LABEL_ERROR_TOKENS, LABEL_PROGRESS_SECONDS, MAKE_TEACHER, VERIFY_THREADS, TrainingConfig
 from scripts.engine.distributed import Ranks, device_of, in_turn, release_memory, say, together
 from scripts.model.decoder import Decoder, empty_model
@@ -26,6 +26,8 @@ from scripts.run.run_dir import checkpoints_dir
 from scripts.run.state import Teaching
 from scripts.run.storage import HASH_BYTES, block_at, sha256
 
+# Part of the format: a block of labels has at least so many tokens, so that its digest of 32 bytes adds little to it.
+LEAST_BLOCK_TOKENS = 64
 LabelWindows = Callable[..., Any]
 
 
@@ -116,7 +118,7 @@ def open_teaching(
         model = together(lambda: load_teacher(teacher, config, device_of(ranks)))
         return Teaching(fingerprint, model, _teacher_record(teacher, config, ranks, data, model) if found is None else None)
     identity = labels_identity(config, fingerprint)
-    labels = in_turn(lambda: data.labels(config.teacher_top_k, config.context_length, config.vocab_size, identity))
+    labels = in_turn(lambda: open_labels(config, data, config.teacher_top_k or 0, identity), config, ranks)
     groups = _incomplete_groups(config, ranks, labels)
     if found is not None and not len(groups):
         return Teaching(fingerprint, labels, None)
@@ -127,6 +129,30 @@ def open_teaching(
     del model
     release_memory()
     return Teaching(fingerprint, labels, record and record | {"label_seconds": seconds})
+
+
+def open_labels(config: TrainingConfig, data, top_k: int, identity: str) -> LabelStream:
+    """The files beside the shards that keep a teacher's labels of the training windows; the first call makes them empty.
+
+    `identity` (sha256 hex) tells the teacher and the settings that made them. Raises ValueError when the labels there are
+    not of these shards or this identity, or when there is no room for them.
+    """
+    context_length = config.context_length
+    labels = LabelStream(
+        folder=data.folder / f"labels-{identity[:16]}",
+        stream=data.train,
+        top_k=top_k,
+        vocab_size=config.vocab_size,
+        block_tokens=context_length * -(-LEAST_BLOCK_TOKENS // context_length),
+        num_positions=count_windows(data.train.num_tokens, context_length) * context_length,
+        identity=identity,
+    )
+    try:
+        labels.create()
+    except OSError as fault:
+        raise ValueError(f"{labels.folder} cannot be written ({fault.strerror}); make room for the teacher's labels") from None
+    labels.check()
+    return labels
 
 
 def check_teacher(config: TrainingConfig, teacher: Teacher, data, found: Checkpoint | None) -> str:

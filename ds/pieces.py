@@ -1,0 +1,422 @@
+"""A piece of the corpus -> its shards: what one worker does. Owns the files that wait in the building folder.
+
+    building/tokenizer.json
+    building/0123456789abcdef.json  0123456789abcdef.records  0123456789abcdef-train-00000.bin ...
+
+A piece counts once its .json is there, which is written last. What it becomes depends on nothing outside it. So any number of
+workers, on any number of machines, writes the same bytes, and what is there is not made again. Knows nothing of training.
+"""
+
+import json
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from hashlib import sha256
+from itertools import tee
+from multiprocessing import active_children, get_context, parent_process
+from pathlib import Path
+from threading import Thread
+from typing import NamedTuple
+
+import numpy as np
+
+from ds import tokenizer as bpe
+from ds.corpus import Reading, Tally, is_held_out, part_documents
+from ds.encoder import Encoder, encode_documents, encoder_of, plain_encoder, with_end_of_text
+from ds.files import CorpusFile, Part, corpus_pieces, one_line
+from ds.shards import TokenStream, open_shard, published, sync_folder, write_shard
+
+SPLITS = ("train", "validation")
+# How much of the corpus is one piece: what a kill costs each worker at most.
+PIECE_BYTES = 2**26
+# One document: half of its sha256 in two numbers, how long it is, and the number of its split.
+RECORD = np.dtype([(name, "<u8") for name in ("high", "low", "num_bytes", "num_characters", "num_tokens")] + [("split", "u1")])
+# So many tokens are put into shards at once.
+BATCH_TOKENS = 2**20
+# So many documents are compared at once, which bounds the memory; a larger corpus is gone through several times.
+COMPARED_DOCUMENTS = 2**23
+# A document of n characters is counted in the class floor(LENGTH_CLASSES * log2(n)).
+LENGTH_CLASSES = 4
+DASK_SECONDS = 15
+
+
+class Recipe(NamedTuple):
+    """What is the same for all pieces. `folder` is the building folder, `fingerprint` the tokenizer's; `is_fast`: whether
+    tiktoken encodes where it can; `num_threads` of a worker, None for as many as there are cores.
+    """
+
+    folder: str
+    fingerprint: str
+    is_fast: bool
+    num_threads: int | None
+    vocab_size: int
+    tokens_per_shard: int
+    reading: Reading
+    validation_fraction: float
+    shortest_characters: int | None
+    longest_characters: int | None
+
+
+class Piece(NamedTuple):
+    """Some of the corpus: its parts and their bytes, the number of the entry of `corpus` that names it, and the split that its
+    documents go to; None: their hash decides.
+    """
+
+    parts: tuple[Part, ...]
+    num_bytes: int
+    source: int
+    split: str | None
+
+
+class WrittenShard(NamedTuple):
+    """A shard in the building folder; `sha256` in hex."""
+
+    name: str
+    num_tokens: int
+    sha256: str
+
+
+class Summary(NamedTuple):
+    """One split of a piece. `lengths` counts its documents by class of length (see LENGTH_CLASSES)."""
+
+    num_documents: int
+    num_bytes: int
+    num_tokens: int
+    lengths: dict[str, int]
+    shards: list[WrittenShard]
+
+
+class Result(NamedTuple):
+    """What became of a piece: its splits; what was met, as in `Tally`; the name of the file of its records; how many documents
+    were dropped because an earlier one is the same.
+    """
+
+    splits: dict[str, Summary]
+    counts: dict[str, int]
+    first: dict[str, str]
+    records: str
+    num_duplicates: int
+
+
+class Made(NamedTuple):
+    """A piece and what became of it."""
+
+    piece: Piece
+    result: Result
+
+
+class Workers(NamedTuple):
+    """Who works: `number` processes of this machine, or those of the dask scheduler at an address."""
+
+    number: int
+    dask_scheduler: str | None
+
+
+class Done(NamedTuple):
+    """The number of a job and its result."""
+
+    number: int
+    result: Result
+
+
+def pieces_of(files: list[CorpusFile], held_out: list[CorpusFile]) -> list[Piece]:
+    """All pieces, those of `held_out` first, so that of a document in both the held-out one stays. Without any, the hashes of
+    documents decide which are held out. The files of an entry of the corpus stay together.
+    """
+    sizes, split = {file.path: file.num_bytes for file in files + held_out}, SPLITS[0] if held_out else None
+    found = [Piece(parts, 0, 0, SPLITS[1]) for parts in corpus_pieces(held_out, PIECE_BYTES)]
+    for source in range(1 + max((file.source for file in files), default=0)):
+        own = [file for file in files if file.source == source]
+        found += [Piece(parts, 0, source, split) for parts in corpus_pieces(own, PIECE_BYTES)]
+    lengths = [sum((part.stop or sizes[part.path]) - part.start for part in piece.parts) for piece in found]
+    return [piece._replace(num_bytes=length) for piece, length in zip(found, lengths, strict=True)]
+
+
+def name_of(recipe: Recipe, piece: Piece) -> str:
+    """The name of a piece in the building folder: it tells all that decides what the piece becomes."""
+    decisive = [*recipe._replace(folder="", is_fast=False, num_threads=None), piece.parts, piece.num_bytes, piece.split]
+    return sha256(json.dumps(decisive).encode()).hexdigest()[:16]
+
+
+def finished(recipe: Recipe, piece: Piece) -> Result | None:
+    """What became of a piece, if it is there."""
+    try:
+        found = json.loads((Path(recipe.folder) / f"{name_of(recipe, piece)}.json").read_bytes())
+    except FileNotFoundError:
+        return None
+    splits = {name: Summary(*split) for name, split in found["splits"].items()}
+    listed = {name: split._replace(shards=[WrittenShard(*shard) for shard in split.shards]) for name, split in splits.items()}
+    return Result(**found | {"splits": listed})
+
+
+def write_piece(recipe: Recipe, piece: Piece) -> Result:
+    """Reads, encodes and writes a piece. Raises ValueError as `part_documents` and `encode_documents` do, OSError where the
+    folder cannot be written.
+    """
+    name, tally = name_of(recipe, piece), Tally()
+    drafts = [_Draft(recipe, f"{name}-{split}") for split in SPLITS]
+    with published(Path(recipe.folder) / f"{name}.records", os.replace) as file:
+        for some in _batches(_encoded(recipe, piece, tally)):
+            records = np.concatenate([each.record for each in some])
+            for split, draft in enumerate(drafts):
+                draft.add([each.ids for each in some if each.record["split"] == split], records[records["split"] == split])
+            file.write(records.tobytes())
+    return _publish(recipe, name, drafts, Result({}, tally.counts, tally.first, f"{name}.records", 0))
+
+
+def drop_documents(recipe: Recipe, piece: Piece, dropped: np.ndarray) -> Result:
+    """Writes a finished piece anew without the documents whose numbers are `dropped` (N,) int64."""
+    result, name = finished(recipe, piece), f"{name_of(recipe, piece)}-distinct"
+    assert result is not None, piece
+    records = np.fromfile(Path(recipe.folder) / result.records, RECORD)
+    is_kept = np.ones(len(records), bool)
+    is_kept[dropped] = False
+    drafts = [_Draft(recipe, f"{name}-{split}") for split in SPLITS]
+    for number, draft in enumerate(drafts):
+        is_mine = records["split"] == number
+        shards = tuple(open_shard(Path(recipe.folder, shard.name)) for shard in result.splits[SPLITS[number]].shards)
+        borders = np.cumsum([0, *records["num_tokens"][is_mine]])
+        for run in _runs(is_kept[is_mine]):
+            ids = TokenStream(shards, recipe.fingerprint).parts(int(borders[run.start]), int(borders[run.stop]))
+            draft.add(ids, records[is_mine][run])
+    with published(Path(recipe.folder) / f"{name}.records", os.replace) as file:
+        file.write(records[is_kept].tobytes())
+    left = result._replace(records=f"{name}.records", num_duplicates=result.num_duplicates + len(dropped))
+    return _publish(recipe, name_of(recipe, piece), drafts, left)
+
+
+def duplicates(folder: Path, names: list[str]) -> dict[int, np.ndarray]:
+    """The documents that are byte for byte an earlier one: the number of a file of records -> numbers (N,) int64 in it."""
+    num_documents = sum((folder / name).stat().st_size for name in names) // RECORD.itemsize
+    num_rounds, found = -(-num_documents // COMPARED_DOCUMENTS), [np.empty((2, 0), np.int64)]
+    for turn in range(num_rounds):
+        columns = []
+        for number, name in enumerate(names):
+            records = np.fromfile(folder / name, RECORD)
+            places = np.flatnonzero(records["high"] % np.uint64(num_rounds) == turn)
+            columns.append(
+                np.array([records["high"][places], records["low"][places], np.full(len(places), number), places], "<u8")
+            )
+        high, low, numbers, places = np.concatenate(columns, axis=1)
+        order = np.lexsort((low, high))  # It is stable: of equal documents the first comes first.
+        is_again = (np.diff(high[order]) == 0) & (np.diff(low[order]) == 0)
+        again = order[1:][is_again]
+        found.append(np.array([numbers[again], places[again]], np.int64))
+    numbers, places = np.concatenate(found, axis=1)
+    return {number: np.sort(places[numbers == number]) for number in np.unique(numbers).tolist()}
+
+
+def completed(jobs: dict[int, Callable[[], Result]], workers: Workers) -> Iterator[Done]:
+    """Does each job, and yields it as soon as it is done. Raises what a job raises, and ValueError where a worker was killed
+    or the scheduler does not answer.
+    """
+    if not jobs or workers == Workers(1, None):
+        yield from (Done(number, job()) for number, job in jobs.items())
+        return
+    dask = workers.dask_scheduler
+    with _executor(workers) if dask is None else _dask_executor(dask) as executor:
+        numbers = {executor.submit(job): number for number, job in jobs.items()}
+        try:
+            for future in as_completed(numbers):
+                yield Done(numbers[future], future.result())
+        except BrokenExecutor as error:
+            remedy = "the memory may be full; what is finished stays, and the same command goes on"
+            raise ValueError(f"a process that prepares the data was killed; {remedy}") from error
+
+
+def met(made: list[Made]) -> Tally:
+    """What was met in all pieces, and where first."""
+    counts = sum((Counter(each.result.counts) for each in made), Counter())
+    return Tally(dict(counts), {kind: where for each in reversed(made) for kind, where in each.result.first.items()})
+
+
+def contents(made: list[Made], sources: tuple[str, ...]) -> dict:
+    """What a manifest says of the documents that were left out, of each entry of the corpus, and of both splits."""
+    counts = met(made).counts
+    left_out = {f"num_{kind}": counts.get(kind, 0) for kind in ("empty", "invalid", "faulty", "short", "long")}
+    left_out["num_duplicates"] = sum(each.result.num_duplicates for each in made)
+    trained = [(each.piece.source, each.result.splits[SPLITS[0]]) for each in made if each.piece.split != SPLITS[1]]
+    tokens = [{"name": name, "num_tokens": 0} for name in sources]
+    for source, split in trained:
+        tokens[source]["num_tokens"] += split.num_tokens
+    return left_out | {"sources": tokens} | {name: _whole_split(made, name) for name in SPLITS}
+
+
+def final_names(made: list[Made]) -> dict[str, str]:
+    """The name of each shard in the building folder -> its name in the manifest that `contents` gives."""
+    names = {}
+    for split in SPLITS:
+        shards = [shard for each in made for shard in each.result.splits[split].shards]
+        names |= {shard.name: f"{split}-{number:05d}.bin" for number, shard in enumerate(shards)}
+    return names
+
+
+def length_class(num_characters: np.ndarray) -> np.ndarray:
+    """The classes (N,) int64 in which documents of so many characters (N,), at least 1, are counted."""
+    return np.floor(LENGTH_CLASSES * np.log2(num_characters)).astype(np.int64)
+
+
+class _Encoded(NamedTuple):
+    ids: np.ndarray
+    record: np.ndarray
+
+
+@dataclass
+class _Draft:
+    """One split while it is written: the shards that are there, and the ids that wait for the next one."""
+
+    recipe: Recipe
+    name: str
+    num_documents: int = 0
+    num_bytes: int = 0
+    lengths: Counter = field(default_factory=Counter)
+    shards: list[WrittenShard] = field(default_factory=list)
+    waiting: list[np.ndarray] = field(default_factory=list)
+    num_waiting: int = 0
+
+    def add(self, arrays: Iterable[np.ndarray], records: np.ndarray) -> None:
+        """Takes the ids of some documents and their records, and writes every shard that is full."""
+        self.num_documents += len(records)
+        self.num_bytes += int(records["num_bytes"].sum())
+        self.lengths.update(length_class(records["num_characters"]).tolist())
+        for ids in arrays:
+            while len(ids):
+                taken, ids = np.split(ids, [self.recipe.tokens_per_shard - self.num_waiting])
+                self.waiting.append(taken)
+                self.num_waiting += len(taken)
+                if self.num_waiting == self.recipe.tokens_per_shard:
+                    self._write()
+
+    def finish(self) -> Summary:
+        """Writes what waits, and sums up."""
+        if self.num_waiting:
+            self._write()
+        lengths = {str(number): count for number, count in sorted(self.lengths.items())}
+        return Summary(self.num_documents, self.num_bytes, sum(shard.num_tokens for shard in self.shards), lengths, self.shards)
+
+    def _write(self) -> None:
+        path = Path(self.recipe.folder) / f"{self.name}-{len(self.shards):05d}.bin"
+        num_tokens = write_shard(path, self.waiting, self.recipe.vocab_size, self.recipe.fingerprint)
+        self.shards.append(WrittenShard(path.name, num_tokens, open_shard(path).sha256))
+        self.waiting, self.num_waiting = [], 0
+
+
+def _whole_split(made: list[Made], name: str) -> dict:
+    splits, names = [each.result.splits[name] for each in made], final_names(made)
+    lengths = sum((Counter(split.lengths) for split in splits), Counter())
+    shards = [
+        {"name": names[shard.name], "num_tokens": shard.num_tokens, "sha256": shard.sha256, "source": each.piece.source}
+        for each in made
+        for shard in each.result.splits[name].shards
+    ]
+    sums = {count: sum(getattr(split, count) for split in splits) for count in ("num_documents", "num_bytes", "num_tokens")}
+    return sums | {"lengths": dict(sorted(lengths.items(), key=lambda pair: int(pair[0])))} | {"shards": shards}
+
+
+@contextmanager
+def _executor(workers: Workers) -> Iterator[Executor]:
+    """What is under way is abandoned if the block raises."""
+    others = {*active_children()}
+    with ProcessPoolExecutor(workers.number, get_context("forkserver"), _start_worker) as executor:
+        try:
+            yield executor
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            for child in {*active_children()} - others:
+                child.terminate()
+            raise
+
+
+@contextmanager
+def _dask_executor(address: str) -> Iterator[Executor]:
+    try:
+        from distributed import Client, KilledWorker
+    except ImportError:
+        raise ValueError(f'dask_scheduler={address!r} needs dask; pip install "dask[distributed]"') from None
+    try:
+        with Client(address, timeout=DASK_SECONDS, set_as_default=False) as client:
+            yield client.get_executor(pure=False)
+    except (KilledWorker, CancelledError, OSError) as error:
+        remedy = "see that it and its workers run; what is finished stays, and the same command goes on"
+        raise ValueError(f"dask_scheduler={address!r} failed ({one_line(error)}); {remedy}") from error
+
+
+def _start_worker() -> None:
+    """A worker leaves Ctrl-C to the process that it works for, and ends with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _publish(recipe: Recipe, name: str, drafts: list[_Draft], result: Result) -> Result:
+    whole = result._replace(splits={split: draft.finish() for split, draft in zip(SPLITS, drafts, strict=True)})
+    with published(Path(recipe.folder) / f"{name}.json", os.replace) as file:
+        file.write(json.dumps(whole._asdict()).encode())
+    sync_folder(Path(recipe.folder))
+    return whole
+
+
+@lru_cache(maxsize=1)
+def _encoder(folder: str, fingerprint: str, is_fast: bool) -> Encoder:
+    """The tokenizer of a building folder; `fingerprint` tells it from an earlier one there."""
+    tokenizer = bpe.load(Path(folder) / "tokenizer.json")
+    assert bpe.fingerprint(tokenizer) == fingerprint, folder
+    return encoder_of(tokenizer) if is_fast else plain_encoder(tokenizer)
+
+
+def _encoded(recipe: Recipe, piece: Piece, tally: Tally) -> Iterator[_Encoded]:
+    """Each document's ids, with the end of text, and its record."""
+    encoder = _encoder(recipe.folder, recipe.fingerprint, recipe.is_fast)
+    end = bpe.end_of_text_id(encoder.tokenizer)
+    plain, to_encode = tee(_fitting(recipe, piece, tally))
+    for document, ids in zip(plain, encode_documents(encoder, to_encode, recipe.num_threads), strict=True):
+        digest = sha256(document).digest()
+        is_out = is_held_out(document, recipe.validation_fraction) if piece.split is None else piece.split == SPLITS[1]
+        halves = (int.from_bytes(half, "little") for half in (digest[16:24], digest[24:]))
+        lengths = (len(document), _num_characters(document), len(ids) + 1)
+        yield _Encoded(with_end_of_text(ids, end), np.array([(*halves, *lengths, is_out)], RECORD))
+
+
+def _fitting(recipe: Recipe, piece: Piece, tally: Tally) -> Iterator[bytes]:
+    for part in piece.parts:
+        for document in part_documents(part, recipe.reading, tally):
+            num_characters = _num_characters(document)
+            if num_characters < (recipe.shortest_characters or 0):
+                tally.count("short", part.path)
+            elif recipe.longest_characters is not None and num_characters > recipe.longest_characters:
+                tally.count("long", part.path)
+            else:
+                yield document
+
+
+def _num_characters(document: bytes) -> int:
+    return len(document.decode(errors="surrogateescape"))
+
+
+def _batches(encoded: Iterator[_Encoded]) -> Iterator[list[_Encoded]]:
+    batch, num_tokens = [], 0
+    for each in encoded:
+        batch.append(each)
+        num_tokens += len(each.ids)
+        if num_tokens >= BATCH_TOKENS:
+            yield batch
+            batch, num_tokens = [], 0
+    if batch:
+        yield batch
+
+
+def _runs(is_kept: np.ndarray) -> list[slice]:
+    """The longest runs of True in (N,) bool."""
+    borders = np.flatnonzero(np.diff(is_kept, prepend=False, append=False))
+    return [slice(start, stop) for start, stop in borders.reshape(-1, 2).tolist()]

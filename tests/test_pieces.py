@@ -1,0 +1,360 @@
+"""Laws of ds/pieces.py and of a preparation with several processes: the same bytes however it was made, each document once."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from conftest import clean_environment, free_port
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ds import pieces
+from ds import tokenizer as bpe
+from ds.corpus import Reading
+from ds.files import Part
+from ds.pieces import RECORD, Made, Piece, Recipe, Result, Summary, WrittenShard, contents, duplicates, final_names, name_of
+from scripts.config import TrainingConfig
+from scripts.prepare_data import open_data, prepare
+
+ROOT = Path(pieces.__file__).parents[1]
+RECIPE = Recipe("building", "ab" * 32, True, None, 300, 500, Reading("text", None, False), 0.25, None, None)
+PIECE = Piece((Part("a.jsonl", 0, 100), Part("b.txt", 0, None)), 120, 0, None)
+PREPARE = """
+import sys
+sys.argv[1:] = []
+from ds import pieces
+from scripts import config, prepare_data
+from scripts.config import TrainingConfig
+
+pieces.PIECE_BYTES = 3000
+prepare_data.PRETRAIN = {config!r}
+if __name__ == "__main__":
+    prepare_data.main()
+"""
+
+
+def write_rows(path: Path, texts: list[str]) -> None:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def drawn_texts(seed: int, number: int) -> list[str]:
+    draw = random.Random(seed)
+    return [f"text {draw.random()} " * draw.randint(1, 12) for _ in range(number)]
+
+
+def config_in(folder: Path, **changes) -> TrainingConfig:
+    """A corpus of two entries with repeated, empty and long documents, which is about 30 pieces of 3,000 bytes."""
+    (folder / "corpus" / "more").mkdir(parents=True, exist_ok=True)
+    texts = drawn_texts(1, 300)
+    write_rows(folder / "corpus" / "rows.jsonl", [*texts, texts[3], texts[3], "", texts[250], "x" * 5000])
+    for number in range(20):
+        (folder / "corpus" / "more" / f"{number}.txt").write_text(
+            texts[number] if number % 4 == 0 else f"{number} is {number**9}"
+        )
+    fields = {
+        "corpus": (f"{folder}/corpus/rows.jsonl", f"{folder}/corpus/more"), "data_dir": f"{folder}/data",
+        "run_dir": f"{folder}/run", "validation_fraction": 0.25, "vocab_size": 270, "tokens_per_shard": 700,
+        "context_length": 16, "tokens_per_step": 64, "micro_batch_rows": 2, "longest_document_characters": 4000,
+    }  # fmt: skip
+    return TrainingConfig(**(fields | changes))
+
+
+def start(config: TrainingConfig, folder: Path, cores: int | None = None) -> subprocess.Popen:
+    """`prepare_data.py` with small pieces, in a process group of its own, on the first `cores` cores."""
+    script = folder / "prepare.py"
+    script.write_text(PREPARE.format(config=config))
+    process = subprocess.Popen(
+        [sys.executable, str(script)], env=clean_environment(), text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    if cores is not None:
+        os.sched_setaffinity(process.pid, sorted(os.sched_getaffinity(0))[:cores])
+    return process
+
+
+def content(folder: str | Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
+def texts_of(stream, data) -> list[str]:
+    ids, end = stream.read(0, stream.num_tokens).tolist(), bpe.end_of_text_id(data.tokenizer)
+    ends = [-1, *(place for place, number in enumerate(ids) if number == end)]
+    return [bpe.decode(data.tokenizer, ids[a + 1 : b]).decode() for a, b in zip(ends[:-1], ends[1:], strict=True)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> TrainingConfig:
+    """Prepared by one process, in which PIECE_BYTES makes small pieces."""
+    config = config_in(tmp_path_factory.mktemp("alone"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "PIECE_BYTES", 3000)
+        cores = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, sorted(cores)[:1])
+        try:
+            prepare(config)
+        finally:
+            os.sched_setaffinity(0, cores)
+    return config
+
+
+def test_each_document_is_once_in_its_split_in_order(alone):
+    data = open_data(alone)
+    texts = drawn_texts(1, 300)
+    more = [f"{number} is {number**9}" for number in sorted(range(20), key=str) if number % 4]
+    trained, held_out = texts_of(data.train, data), texts_of(data.validation, data)
+    wanted = [text for text in dict.fromkeys([*texts, *more])]
+    assert trained == [text for text in wanted if text in {*trained}]
+    assert held_out == [text for text in wanted if text in {*held_out}]
+    assert sorted(trained + held_out) == sorted(wanted)
+    counts = {name: data.manifest[f"num_{name}"] for name in ("duplicates", "empty", "long", "short", "faulty", "invalid")}
+    assert counts == {"duplicates": 3 + 5, "empty": 1, "long": 1, "short": 0, "faulty": 0, "invalid": 0}
+    assert data.manifest["train"]["num_documents"] == len(trained)
+    assert data.manifest["train"]["num_bytes"] == len("".join(trained).encode())
+    assert sum(data.manifest["train"]["lengths"].values()) == len(trained)
+
+
+def test_shards_say_which_entry_of_the_corpus_they_come_from(alone):
+    data = open_data(alone)
+    ids = {source: 0 for source in range(2)}
+    for shard in data.manifest["train"]["shards"]:
+        ids[shard["source"]] += shard["num_tokens"]
+    assert [each["name"] for each in data.manifest["sources"]] == list(alone.corpus)
+    assert [each["num_tokens"] for each in data.manifest["sources"]] == list(ids.values()) and min(ids.values()) > 0
+
+
+def test_any_number_of_processes_writes_the_same_bytes(alone, tmp_path):
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one core")
+    config = replace(alone, data_dir=f"{tmp_path}/data")
+    process = start(config, tmp_path)
+    said, faults = process.communicate(timeout=300)
+    assert (process.returncode, faults) == (0, ""), said
+    assert content(config.data_dir) == content(alone.data_dir)
+    assert "duplicates dropped          8" in said
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_cost_only_what_was_under_way(alone, tmp_path):
+    """Of all processes at once, or of the first alone: its workers end with it."""
+    config, draw = replace(alone, data_dir=f"{tmp_path}/data"), random.Random(5)
+    building, kills, most = Path(config.data_dir) / "building", 0, 0
+    while not (Path(config.data_dir) / "manifest.json").exists():
+        process = start(config, tmp_path)
+        if kills < 10:
+            seen = set(building.glob("*.json"))
+            wait_for_pieces(process, building, len(seen) + draw.randint(1, 4))
+            time.sleep(draw.random() * 0.05)
+            workers = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+            os.kill(process.pid, signal.SIGKILL) if kills % 2 else os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+            psutil.wait_procs(workers, timeout=60)
+            assert not [worker for worker in workers if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE]
+            left = len({*building.glob("*.json")}) if building.exists() else most
+            assert left >= most or (Path(config.data_dir) / "manifest.json").exists()
+            most = left
+        _, faults = process.communicate(timeout=300)
+        assert kills <= 10 or faults == ""
+    process = start(config, tmp_path)
+    assert process.communicate(timeout=300)[1] == "" and process.returncode == 0
+    assert content(config.data_dir) == content(alone.data_dir)
+
+
+def wait_for_pieces(process: subprocess.Popen, building: Path, number: int) -> None:
+    wait_until(lambda: len([*building.glob("*.json")]) >= number or process.poll() is not None)
+
+
+def wait_until(happens) -> None:
+    limit = time.monotonic() + 120
+    while not happens():
+        assert time.monotonic() < limit
+        time.sleep(0.005)
+
+
+def at_work(process: subprocess.Popen, config: TrainingConfig) -> list[psutil.Process]:
+    """The processes of a preparation that has finished its first piece."""
+    building = Path(config.data_dir) / "building"
+    wait_until(lambda: any(building.glob("*.records")) or process.poll() is not None)
+    assert process.poll() is None, process.communicate()
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+@pytest.fixture
+def stoppable(alone, tmp_path):
+    """A preparation that has just begun with its pieces, and its configuration; it has so many that a signal comes in time."""
+    config = config_in(tmp_path / "many", data_dir=f"{tmp_path}/data", vocab_size=257)
+    write_rows(tmp_path / "many" / "corpus" / "rows.jsonl", drawn_texts(2, 4000))
+    process = start(config, tmp_path)
+    yield process, config
+    for child in [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []:
+        child.kill()
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_one_line_and_status_130_and_leaves_no_process(stoppable):
+    process, config = stoppable
+    workers = at_work(process, config)
+    os.killpg(process.pid, signal.SIGINT)
+    _, faults = process.communicate(timeout=120)
+    assert (process.returncode, faults) == (130, "Stopped; the same command begins again\n")
+    assert psutil.wait_procs(workers, timeout=60)[1] == []
+    assert any((Path(config.data_dir) / "building").glob("*.json"))
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_a_refusal_that_keeps_what_is_finished(stoppable):
+    process, config = stoppable
+    worker = max(at_work(process, config), key=lambda child: child.memory_info().rss * (len(child.children()) == 0))
+    worker.kill()
+    _, faults = process.communicate(timeout=120)
+    assert process.returncode == 2 and faults.startswith("refused: a process that prepares the data was killed;"), faults
+    assert faults.count("\n") == 1 and any((Path(config.data_dir) / "building").glob("*.json"))
+
+
+@pytest.mark.slow
+def test_a_second_preparation_waits_for_the_first(stoppable, tmp_path):
+    process, config = stoppable
+    at_work(process, config)
+    second = start(config, tmp_path)
+    said, faults = second.communicate(timeout=300)
+    assert (second.returncode, faults) == (0, "") and process.wait(timeout=60) == 0
+    assert "is in use: waiting for the process that prepares the data there" in said and "shards  " not in said
+
+
+@pytest.mark.slow
+def test_a_faulty_row_in_a_late_piece_is_one_line_and_the_rest_is_kept(alone, tmp_path):
+    config = config_in(tmp_path / "faulty", data_dir=f"{tmp_path}/data", vocab_size=257)
+    rows = tmp_path / "faulty" / "corpus" / "rows.jsonl"
+    write_rows(rows, drawn_texts(1, 3000))
+    with rows.open("a") as file:
+        file.write('{"te\n')
+    process = start(config, tmp_path)
+    _, faults = process.communicate(timeout=120)
+    assert process.returncode == 2 and faults.count("\n") == 1
+    assert faults.startswith(f"refused: {rows}, line 3001: not JSON")
+    assert any((Path(config.data_dir) / "building").glob("*.json"))
+
+
+NUMBERS = st.integers(0, 3)
+
+
+@given(files=st.lists(st.lists(st.tuples(NUMBERS, NUMBERS), max_size=9), max_size=5), at_once=st.integers(1, 9))
+def test_duplicates_are_all_but_the_first_of_equal_documents_however_many_are_compared_at_once(
+    tmp_path_factory, files, at_once
+):
+    folder, seen, wanted = tmp_path_factory.getbasetemp(), set(), {}
+    for number, digests in enumerate(files):
+        records = np.zeros(len(digests), RECORD)
+        records["high"], records["low"] = np.array(digests, "<u8").reshape(-1, 2).T
+        records.tofile(folder / f"{number}.records")
+        again = [place for place, digest in enumerate(digests) if digest in seen or digest in digests[:place]]
+        wanted |= {number: again} if again else {}
+        seen |= {*digests}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "COMPARED_DOCUMENTS", at_once)
+        found = duplicates(folder, [f"{number}.records" for number in range(len(files))])
+    assert {number: places.tolist() for number, places in found.items()} == wanted
+
+
+OTHER_RECIPES = [
+    RECIPE._replace(fingerprint="cd" * 32), RECIPE._replace(vocab_size=301), RECIPE._replace(tokens_per_shard=501),
+    RECIPE._replace(reading=Reading("body", None, False)), RECIPE._replace(validation_fraction=0.5),
+    RECIPE._replace(shortest_characters=2), RECIPE._replace(longest_characters=2),
+]  # fmt: skip
+OTHER_PIECES = [PIECE._replace(parts=PIECE.parts[:1]), PIECE._replace(num_bytes=121), PIECE._replace(split="train")]
+
+
+def test_name_of_a_piece_tells_all_that_decides_it_and_nothing_else():
+    others = {*(name_of(recipe, PIECE) for recipe in OTHER_RECIPES), *(name_of(RECIPE, piece) for piece in OTHER_PIECES)}
+    assert len({name_of(RECIPE, PIECE), *others}) == 1 + len(OTHER_RECIPES) + len(OTHER_PIECES)
+    elsewhere = RECIPE._replace(folder="/mnt/other", is_fast=False, num_threads=1)
+    assert name_of(elsewhere, PIECE._replace(source=3)) == name_of(RECIPE, PIECE)
+
+
+@given(st.integers(1, 10**12))
+def test_length_class_holds_a_document(num_characters):
+    (number,) = pieces.length_class(np.array([num_characters])).tolist()
+    assert 2 ** (number / 4) <= num_characters * (1 + 1e-9) and num_characters < 2 ** ((number + 1) / 4) * (1 + 1e-9)
+
+
+SUMMARIES = st.builds(
+    lambda lengths, sizes: Summary(
+        sum(lengths.values()), 7 * sum(sizes), sum(sizes), lengths, [WrittenShard("", n, "") for n in sizes]
+    ),
+    st.dictionaries(st.integers(0, 9).map(str), st.integers(1, 5), max_size=3), st.lists(st.integers(1, 9), max_size=3),
+)  # fmt: skip
+
+
+@given(st.lists(st.tuples(SUMMARIES, SUMMARIES, st.integers(0, 2), st.integers(0, 4)), max_size=5))
+def test_contents_are_the_sums_and_every_shard_has_one_name_in_order(drawn):
+    made = []
+    for number, (train, held_out, source, num_duplicates) in enumerate(drawn):
+        splits = {"train": named(train, f"{number}t"), "validation": named(held_out, f"{number}v")}
+        counts = {"empty": 1, "invalid": number, "documents": 9}
+        made.append(Made(PIECE._replace(source=source), Result(splits, counts, {}, "", num_duplicates)))
+    found, names = contents(made, ("a", "b", "c")), final_names(made)
+    for split in ("train", "validation"):
+        own = [each.result.splits[split] for each in made]
+        for count in ("num_documents", "num_bytes", "num_tokens"):
+            assert found[split][count] == sum(getattr(each, count) for each in own)
+        assert sum(found[split]["lengths"].values()) == found[split]["num_documents"]
+        listed = [shard for each in own for shard in each.shards]
+        assert [names[shard.name] for shard in listed] == [f"{split}-{n:05d}.bin" for n in range(len(listed))]
+        assert [shard["num_tokens"] for shard in found[split]["shards"]] == [shard.num_tokens for shard in listed]
+    assert found["num_empty"] == len(made) and found["num_duplicates"] == sum(each.result.num_duplicates for each in made)
+    assert sum(each["num_tokens"] for each in found["sources"]) == found["train"]["num_tokens"]
+
+
+def named(summary: Summary, name: str) -> Summary:
+    return summary._replace(shards=[shard._replace(name=f"{name}{n}") for n, shard in enumerate(summary.shards)])
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """The address of a dask scheduler, and its two workers."""
+    pytest.importorskip("distributed")
+    port, log = free_port(), tmp_path / "scheduler.log"
+    address = f"tcp://127.0.0.1:{port}"
+    commands = [["scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard"]]
+    commands += [["worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard", "--local-directory", str(tmp_path)]] * 2
+    environment = clean_environment() | {"PYTHONPATH": str(ROOT)}
+    with log.open("w") as file:
+        running = [
+            subprocess.Popen([sys.executable, "-m", "dask", *words], env=environment, cwd=tmp_path, stdout=file, stderr=file)
+            for words in commands
+        ]
+    yield address, running[1:]
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+def test_dask_workers_write_the_same_bytes_also_when_one_is_killed(alone, cluster, tmp_path):
+    address, workers = cluster
+    config = replace(alone, data_dir=f"{tmp_path}/data", dask_scheduler=address)
+    process = start(config, tmp_path)
+    at_work(process, config)
+    workers[0].kill()
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert content(config.data_dir) == content(alone.data_dir)
+
+
+@pytest.mark.slow
+def test_a_dask_scheduler_that_does_not_answer_is_refused_in_one_line(alone, tmp_path):
+    address = f"tcp://127.0.0.1:{free_port()}"
+    process = start(replace(alone, data_dir=f"{tmp_path}/data", dask_scheduler=address), tmp_path)
+    _, faults = process.communicate(timeout=300)
+    assert process.returncode == 2 and faults.count("\n") == 1, faults
+    assert faults.startswith(f"refused: dask_scheduler={address!r} ")
