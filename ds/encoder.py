@@ -1,7 +1,7 @@
-"""Documents -> ids: which library encodes, by batches, what begins and ends a document, bytes that are no UTF-8. Also the
-files of ids that other tools write -> the same. Knows no files of text and no shards.
+"""Documents -> ids: which library encodes, by batches, what begins and ends a document, bytes that are no UTF-8.
 
-tiktoken encodes where it surely gives the ids of `tokenizers`, which encodes elsewhere.
+tiktoken encodes where it surely gives the ids of `tokenizers`, which encodes elsewhere. Also the files of ids that other tools
+write -> documents and ids. Knows no files of text and no shards.
 """
 
 import json
@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 from ds import files
 from ds import tokenizer as bpe
-from ds.files import EXCLUDE, LLM_C, LLM_C_MAGICS, MEGATRON, NANOGPT, CorpusFile, Part, is_megatron_index, is_url, one_line
+from ds.files import EXCLUDE, LLM_C, MEGATRON, NANOGPT, CorpusFile, Part, is_megatron_index, is_url, one_line
 
 # The patterns that both libraries cut alike; GPT-2's is the one inside ByteLevel.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -33,8 +33,8 @@ BATCH_CHARACTERS, BATCH_PIECES = 2**21, 2**14
 # numpy's types of ids, in the order of the codes of Megatron's DType (megatron/core/datasets/indexed_dataset.py), and by magic
 # and version of HEADERS_INFO in llm.c (dev/data/data_common.py), whose third magic begins evaluations.
 MEGATRON_TYPES = ("code 0", "<u1", "<i1", "<i2", "<i4", "<i8", "float64", "float32", "<u2")
+LLM_C_TYPES = {b"\x88\xd8\x34\x01\1\0\0\0": "<u2", b"\xa1\xd9\x34\x01\7\0\0\0": "<u4"}
 NAMING = "corpus reads it as nanoGPT's uint16 tokens if an entry names the file itself"
-LLM_C_TYPES = {LLM_C_MAGICS[0] + b"\1\0\0\0": "<u2", LLM_C_MAGICS[1] + b"\7\0\0\0": "<u4"}
 
 
 class Fast(NamedTuple):
@@ -361,7 +361,7 @@ def _megatron_layout(path: str, num_bytes: int) -> _Layout:
         version, code, num_sequences, num_borders = struct.unpack("<9xQBQQ", file.read(34).ljust(34, b"\0"))
         size, wanted = file.seek(0, os.SEEK_END), 34 + 12 * num_sequences + 8 * num_borders
         dtype = MEGATRON_TYPES[code] if code < len(MEGATRON_TYPES) else f"code {code}"
-        if version != 1 or not dtype.startswith("<"):
+        if size >= 34 and (version != 1 or not dtype.startswith("<")):
             wrong = f"is of version {version} with tokens of type {dtype}, not of version 1 with whole numbers"
         elif size != wanted or not num_borders:
             wrong = f"has {size} bytes, and {num_sequences} sequences and {num_borders} borders of documents have {wanted}"

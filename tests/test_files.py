@@ -169,12 +169,14 @@ def test_pieces_hold_every_byte_of_every_file_once_in_order(sizes, piece_bytes):
     named = [CorpusFile(str(number), size) for number, size in enumerate(sizes)]
     pieces, num_bytes, at = corpus_pieces(named, piece_bytes), {file.path: file.num_bytes for file in named}, {}
     for piece in pieces:
-        assert piece and sum((num_bytes[path] if stop is None else stop) - start for path, start, stop in piece) <= piece_bytes
-        for path, start, stop in piece:
+        assert (
+            piece and sum((num_bytes[path] if stop is None else stop) - start for path, start, stop, _ in piece) <= piece_bytes
+        )
+        for path, start, stop, _ in piece:
             assert at.get(path, 0) == start and (stop is None or start < stop < num_bytes[path])
             at[path] = num_bytes[path] if stop is None else stop
     assert list(at) == [file.path for file in named] and at == num_bytes
-    together = [sum(num_bytes[path] for path, start, stop in piece if (start, stop) == (0, None)) for piece in pieces]
+    together = [sum(num_bytes[path] for path, start, stop, _ in piece if (start, stop) == (0, None)) for piece in pieces]
     assert all(one + other > piece_bytes for one, other in zip(together, together[1:], strict=False) if one and other)
 
 
