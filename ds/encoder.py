@@ -412,7 +412,7 @@ def _document_ids(file: BinaryIO, layout: _Layout, number: int) -> range:
         found = (_numbers(file, bytes_at + 8 * n, "<i8", min(1, num_sequences - n)).tolist() for n in (first, last))
         start, stop = (next(iter(byte), layout.num_bytes) for byte in found)
         lengths = _numbers(file, 34 + 4 * first, "<i4", last - first).astype(np.int64)
-        if start >= 0 == start % size and stop - start == lengths.sum() * size and lengths.min(initial=0) >= 0:
+        if start in range(stop + 1 if number else 1) and stop - start == lengths.sum() * size:
             return range(start // size, stop // size)
         words = f"document {number} has {lengths.sum()} tokens of {size} bytes, from byte {start} up to {stop} of its .bin"
     raise ValueError(f"{index.path}: {words}, which does not fit; write both files again, or {EXCLUDE}")

@@ -10,6 +10,7 @@ from itertools import repeat
 from pathlib import Path
 from random import Random
 
+import fsspec
 import numpy as np
 import pytest
 import tiktoken
@@ -611,8 +612,31 @@ def test_an_index_that_misfits_in_the_middle_is_refused_where_it_is_read(tmp_pat
     index.write_bytes(content[:38] + struct.pack("<i", -1) + content[42:])
     with pytest.raises(ValueError, match="document 1 has -1 tokens of 2 bytes, from byte 2 up to 4 of its .bin, which does"):
         list(token_documents(reader, Part(str(path), 0, None, MEGATRON)))
+    backwards = np.array([1, -1, 3], "<i4").tobytes() + np.array([0, 2, 0], "<i8").tobytes()
+    index.write_bytes(content[:34] + backwards + content[70:])
+    with pytest.raises(ValueError, match="document 1 has -1 tokens of 2 bytes, from byte 2 up to 0 of its .bin, which does"):
+        list(token_documents(reader, Part(str(path), 0, None, MEGATRON)))
+    late = np.array([1, 1, 0], "<i4").tobytes() + np.array([2, 4, 6], "<i8").tobytes()
+    index.write_bytes(content[:34] + late + content[70:])
+    with pytest.raises(ValueError, match="document 0 has 1 tokens of 2 bytes, from byte 2 up to 4 of its .bin, which does"):
+        list(token_documents(reader, Part(str(path), 0, None, MEGATRON)))
+    index.write_bytes(content)
     path.write_bytes(path.read_bytes() + b"\4\0")
     assert "document 2 has 1 tokens of 2 bytes, from byte 4 up to 8" in token_refusal(reader, path, MEGATRON)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_part_meets_no_fault_that_lies_behind_its_documents(tmp_path, reader, monkeypatch, kind):
+    monkeypatch.setattr(files, "PIECE_BYTES", 2)
+    part = write_tokens(tmp_path / "a.bin", kind, [[1, END], [2, END], [3, END], [4, 700], [5]])
+    first = part._replace(stop=2 + (1024 if part.tokens == LLM_C else 0))
+    assert ids_of(list(token_documents(reader, first))) == [[1]]
+    if part.tokens == MEGATRON:
+        index = (tmp_path / "a.idx").read_bytes()
+        (tmp_path / "a.idx").write_bytes(index[:46] + struct.pack("<i", 7) + index[50:])
+        assert ids_of(list(token_documents(reader, first))) == [[1]]
+    with pytest.raises(ValueError):
+        list(token_documents(reader, part))
 
 
 def check_refusal(corpus: str, tokenizer_path: str | None, vocab_size: int) -> str:
@@ -638,6 +662,10 @@ def test_what_would_be_tokens_is_refused_with_what_to_do(tmp_path):
     assert "begins like text" in check_refusal(f"{tmp_path}/*.bin", "there", 300)
     write_megatron(tmp_path / "a.bin", [[1]], [0, 1])
     check_token_files(corpus_files((str(tmp_path),), ()), "there", 300)
+    with fsspec.open("memory://tokens/a.bin", "wb") as file:
+        file.write(b"\1\0")
+    for way in ("memory://tokens", "memory://tokens/a.bin"):
+        assert "download it first" in check_refusal(way, "there", 300)
     (tmp_path / "a.bin").unlink()
     assert "its .bin is not beside it" in check_refusal(str(tmp_path), "there", 300)
 

@@ -153,6 +153,7 @@ def test_any_number_of_processes_writes_the_same_bytes(alone, tmp_path):
 
 def runs_of(data: Data) -> list[list[int]]:
     """The ids of every document with its end, held-out documents first."""
+    assert data.validation is not None
     ids = [*data.validation.read(0, data.validation.num_tokens).tolist(), *data.train.read(0, data.train.num_tokens).tolist()]
     ends = [0, *(place + 1 for place, number in enumerate(ids) if number == data.end_of_text_id)]
     return [ids[a:b] for a, b in zip(ends, ends[1:], strict=False)]
