@@ -165,11 +165,11 @@ def check_token_files(corpus: Iterable[CorpusFile], tokenizer_path: str | None, 
                 _layout(path, tokens)
 
 
-def token_reader(tokenizer: Tokenizer) -> TokenReader:
-    """What reads files of this tokenizer's tokens. Takes a tenth of a second for 100,000 ids."""
-    is_id = np.zeros(bpe.vocab_size(tokenizer), bool)
-    is_id[[*tokenizer.get_vocab(with_added_tokens=True).values()]] = True
-    return TokenReader(plain_encoder(tokenizer).head, bpe.end_of_text_id(tokenizer), bpe.token_bytes(tokenizer), is_id)
+def token_reader(encoder: Encoder) -> TokenReader:
+    """What reads files of its tokenizer's tokens. Takes half a second for 100,000 ids."""
+    tokenizer = encoder.tokenizer
+    token_bytes, ids = bpe.token_bytes(tokenizer), [*tokenizer.get_vocab(with_added_tokens=True).values()]
+    return TokenReader(encoder.head, bpe.end_of_text_id(tokenizer), token_bytes, np.bincount(ids).astype(bool))
 
 
 def token_documents(reader: TokenReader, part: Part) -> Iterator[TokenDocument]:

@@ -398,7 +398,7 @@ def _encoded(recipe: Recipe, piece: Piece, tally: Tally) -> Iterator[_Encoded]:
 
 def _documents(recipe: Recipe, piece: Piece, encoder: Encoder, tally: Tally) -> Iterator[TokenDocument]:
     """Part by part, text encoded and tokens as they are."""
-    reader = token_reader(encoder.tokenizer) if any(part.tokens for part in piece.parts) else None
+    reader = token_reader(encoder) if any(part.tokens for part in piece.parts) else None
     for is_text, parts in groupby(piece.parts, key=lambda part: part.tokens is None):
         if is_text or reader is None:
             plain, to_encode = tee(_fitting(recipe, parts, tally))

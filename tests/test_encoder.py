@@ -481,7 +481,7 @@ def between_ends(run: list[int]) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def reader() -> encoding.TokenReader:
-    return token_reader(TRAINED)
+    return token_reader(plain_encoder(TRAINED))
 
 
 def ids_of(found: list[TokenDocument]) -> list[list[int]]:
@@ -535,7 +535,7 @@ def test_tokens_of_a_text_are_that_text_and_its_ids_and_begin_once(read, tmp_pat
     wanted = [plain_ids(tokenizer, document).tolist() for document in documents]
     written = [number for ids in wanted for number in (*(ids if has_begin else ids[1:]), end)]
     path = write_nanogpt(tmp_path_factory.getbasetemp() / "c.bin", written)
-    found = list(token_documents(token_reader(tokenizer), Part(str(path), 0, None, NANOGPT)))
+    found = list(token_documents(token_reader(plain_encoder(tokenizer)), Part(str(path), 0, None, NANOGPT)))
     assert [each.document for each in found] == documents and ids_of(found) == wanted
 
 
