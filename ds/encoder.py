@@ -166,7 +166,7 @@ def check_token_files(corpus: Iterable[CorpusFile], tokenizer_path: str | None, 
 
 
 def token_reader(encoder: Encoder) -> TokenReader:
-    """What reads files of its tokenizer's tokens. Takes half a second for 100,000 ids."""
+    """What reads files of its tokenizer's tokens. Takes most of a second for 100,000 ids."""
     tokenizer = encoder.tokenizer
     token_bytes, ids = bpe.token_bytes(tokenizer), [*tokenizer.get_vocab(with_added_tokens=True).values()]
     return TokenReader(encoder.head, bpe.end_of_text_id(tokenizer), token_bytes, np.bincount(ids).astype(bool))

@@ -25,18 +25,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ds import encoder as encoding
 from ds import tokenizer as bpe
 from ds.corpus import Reading, Tally, is_document, is_held_out, part_documents
-from ds.encoder import (  # fmt: skip
-    Encoder,
-    TokenDocument,
-    encode_documents,
-    encoder_of,
-    plain_encoder,
-    token_documents,
-    token_reader,
-    with_end_of_text,
-)
+from ds.encoder import Encoder, encode_documents, encoder_of, plain_encoder, with_end_of_text
 from ds.files import CorpusFile, Part, corpus_pieces, one_line
 from ds.shards import TokenStream, open_shard, published, sync_folder, write_shard
 
@@ -384,6 +376,11 @@ def _encoder(folder: str, fingerprint: str, is_fast: bool) -> Encoder:
     return encoder_of(tokenizer) if is_fast else plain_encoder(tokenizer)
 
 
+@lru_cache(maxsize=1)
+def _token_reader(folder: str, fingerprint: str, is_fast: bool) -> encoding.TokenReader:
+    return encoding.token_reader(_encoder(folder, fingerprint, is_fast))
+
+
 def _encoded(recipe: Recipe, piece: Piece, tally: Tally) -> Iterator[_Encoded]:
     """Each document's ids, with the end of text, and its record."""
     encoder = _encoder(recipe.folder, recipe.fingerprint, recipe.is_fast)
@@ -396,17 +393,17 @@ def _encoded(recipe: Recipe, piece: Piece, tally: Tally) -> Iterator[_Encoded]:
         yield _Encoded(with_end_of_text(ids, end), np.array([(*halves, *lengths, is_out)], RECORD))
 
 
-def _documents(recipe: Recipe, piece: Piece, encoder: Encoder, tally: Tally) -> Iterator[TokenDocument]:
+def _documents(recipe: Recipe, piece: Piece, encoder: Encoder, tally: Tally) -> Iterator[encoding.TokenDocument]:
     """Part by part, text encoded and tokens as they are."""
-    reader = token_reader(encoder) if any(part.tokens for part in piece.parts) else None
     for is_text, parts in groupby(piece.parts, key=lambda part: part.tokens is None):
-        if is_text or reader is None:
+        if is_text:
             plain, to_encode = tee(_fitting(recipe, parts, tally))
             encoded = encode_documents(encoder, to_encode, recipe.num_threads)
-            yield from (TokenDocument(*pair) for pair in zip(plain, encoded, strict=True))
+            yield from (encoding.TokenDocument(*pair) for pair in zip(plain, encoded, strict=True))
             continue
+        reader = _token_reader(recipe.folder, recipe.fingerprint, recipe.is_fast)
         for part in parts:
-            for found in token_documents(reader, part):
+            for found in encoding.token_documents(reader, part):
                 if is_document(found.document, part.path, tally) and _fits(recipe, part, found.document, tally):
                     yield found
 
