@@ -47,6 +47,8 @@ BINARY_STARTS = {
     "a pickle": rb"\x80[\2-\5]", "a zip archive": rb"PK(\x03\x04|\x05\x06)", "a PDF": rb"%PDF-", "a PNG image": rb"\x89PNG",
     "a JPEG image": rb"\xff\xd8\xff", "a GIF image": rb"GIF8[79]a", "an ELF object": rb"\x7fELF", "an archive": rb".{257}ustar",
     "an archive of objects": rb"!<arch>\n", "sound": rb"ID3[\2-\4]|fLaC|OggS|RIFF.{4}WAVE", "an Arrow file": rb"ARROW1\0",
+    "an index of Megatron's tokens (name it .idx, beside the .bin, on a disk)": re.escape(files.MEGATRON_INDEX),
+    "a file of llm.c's tokens (name it .bin, on a disk)": b"|".join(map(re.escape, files.LLM_C_MAGICS)),
     "compressed twice, or unknown": b"|".join([rb"\x04\x22M\x18|PAR1.*PAR1$", *(c[0].pattern for c in COMPRESSIONS.values())]),
 }  # fmt: skip
 UTF8_MARK = b"\xef\xbb\xbf"
@@ -92,11 +94,14 @@ class Tally:
 
 
 def documents(parts: Iterable[Part], reading: Reading, tally: Tally) -> Iterator[bytes]:
-    """Every document, part by part. Raises ValueError as `part_documents` does, or if there is none."""
-    before = tally.counts.get("documents", 0)
+    """Every document, part by part, but for those of tokens. Raises ValueError as `part_documents` does, or if there is neither
+    a document nor a part of tokens.
+    """
+    before, has_tokens = tally.counts.get("documents", 0), False
     for part in parts:
-        yield from part_documents(part, reading, tally)
-    if tally.counts.get("documents", 0) == before:
+        has_tokens |= part.tokens is not None
+        yield from part_documents(part, reading, tally) if part.tokens is None else ()
+    if not has_tokens and tally.counts.get("documents", 0) == before:
         why = f"the first of its faulty rows is {tally.first['faulty']}" if "faulty" in tally.first else "every file is empty"
         raise ValueError(f"corpus holds no text: {why}; add files with text to corpus")
 
@@ -123,19 +128,25 @@ def part_documents(part: Part, reading: Reading, tally: Tally) -> Iterator[bytes
         with open_file(part.path) as file:
             for document in _reader(file, part, reading, tally):
                 document = document.removeprefix(UTF8_MARK)
-                if not document or document.isspace():
-                    tally.count("empty", part.path)
-                    continue
-                if not _is_utf8(document):
-                    tally.count("invalid", part.path)
-                tally.count("documents", part.path)
-                yield document
+                if is_document(document, part.path, tally):
+                    yield document
                 del document
     except READ_ERRORS as error:
         if not part.start or not reading.skip_faulty_rows or not _is_content(error):
             _refuse_unreadable(
                 error, f"{part.path} cannot be read ({one_line(error)}); repair it, or {EXCLUDE}", reading, tally
             )
+
+
+def is_document(document: bytes, path: str, tally: Tally) -> bool:
+    """Whether it is more than white space; it is counted in either case, and also if it is not UTF-8."""
+    if not document or document.isspace():
+        tally.count("empty", path)
+        return False
+    if not _is_utf8(document):
+        tally.count("invalid", path)
+    tally.count("documents", path)
+    return True
 
 
 def is_held_out(document: bytes, fraction: float) -> bool:

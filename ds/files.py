@@ -1,7 +1,8 @@
 """Names, folders, globs and URLs -> files, and the parts they are read in.
 
-Owns which files are read, where a large one may be cut, how one is opened and decompressed. Knows nothing of documents. A local
-path goes through the operating system, a name with a scheme (`s3://`, `hf://`, `https://`) through fsspec, as a stream.
+Owns which files are read, which of them hold tokens, where a large one may be cut, how one is opened and decompressed. Knows
+nothing of documents. A local path goes through the operating system, a name with a scheme (`s3://`, `hf://`, `https://`)
+through fsspec, as a stream.
 """
 
 import bz2
@@ -38,23 +39,31 @@ COMPRESSIONS = {
 DECOMPRESS_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 # How much is read at once: of a file as it is, and of a compressed one.
 PIECE_BYTES, COMPRESSED_BYTES = 2**20, 2**14
+# Who writes files of tokens, and how Megatron's index and llm.c's files begin (data, Llama 3's data, evaluations).
+MEGATRON, LLM_C, NANOGPT = "Megatron", "llm.c", "nanoGPT"
+MEGATRON_INDEX = b"MMIDIDX\0\0"
+LLM_C_MAGICS = (b"\x88\xd8\x34\x01", b"\xa1\xd9\x34\x01", b"\x8a\xd8\x34\x01")
 EXCLUDE = "leave it out by corpus_exclude"
 
 
 class CorpusFile(NamedTuple):
-    """A file by its local path or its URL; `source` is the number of the first entry of the corpus that names it."""
+    """A file by its local path or its URL; `source` is the number of the first entry of the corpus that names it; `tokens` says
+    who writes such files (MEGATRON, LLM_C, NANOGPT) if it holds ids and not text.
+    """
 
     path: str
     num_bytes: int
     source: int = 0
+    tokens: str | None = None
 
 
 class Part(NamedTuple):
-    """The bytes from `start` up to `stop` of a file, or up to its end."""
+    """The bytes from `start` up to `stop` of a file, or up to its end; `tokens` as of a CorpusFile."""
 
     path: str
     start: int
     stop: int | None
+    tokens: str | None = None
 
 
 def corpus_files(corpus: tuple[str, ...], exclude: tuple[str, ...]) -> list[CorpusFile]:
@@ -66,8 +75,11 @@ def corpus_files(corpus: tuple[str, ...], exclude: tuple[str, ...]) -> list[Corp
     has a part that matches a pattern of `exclude` (as in fnmatch). A file that an entry names itself is never left out. Of
     several names of a file the first without a link counts, or the first. Raises ValueError if an entry is not there or cannot
     be reached, a folder cannot be read, or no file of an entry is left.
+
+    A local `.bin` holds tokens if Megatron's `.idx` is beside it, which itself is left out, or if it begins as llm.c's; any
+    other is nanoGPT's, but only if an entry that ends in `.bin` names it.
     """
-    local, remote = [], {}
+    local, remote, raw = [], {}, set()
     for source, entry in enumerate(corpus):
         if is_url(entry):
             remote = {file.path: file._replace(source=source) for file in _remote_files(entry, exclude)} | remote
@@ -78,8 +90,13 @@ def corpus_files(corpus: tuple[str, ...], exclude: tuple[str, ...]) -> list[Corp
         real = path.resolve()
         paths.setdefault(real, path)
         sources[real] = min(source, sources.get(real, source))
+        raw |= {real} if corpus[source].endswith(".bin") and not Path(corpus[source]).is_dir() else set()
     chosen = sorted(paths.items(), key=lambda pair: pair[1])
-    return [CorpusFile(str(path), path.stat().st_size, sources[real]) for real, path in chosen] + sorted(remote.values())
+    return [
+        CorpusFile(str(path), path.stat().st_size, sources[real], _tokens(path, real in raw))
+        for real, path in chosen
+        if not (is_megatron_index(path) and path.with_suffix(".bin").is_file())
+    ] + sorted(remote.values())
 
 
 def corpus_digest(files: Iterable[CorpusFile]) -> str:
@@ -101,22 +118,27 @@ def corpus_pieces(files: Iterable[CorpusFile], piece_bytes: int) -> list[tuple[P
             together, num_bytes = [], 0
         if file.num_bytes > piece_bytes:
             *starts, last = range(0, file.num_bytes, piece_bytes)
-            pieces += [(Part(file.path, start, start + piece_bytes),) for start in starts]
-            pieces.append((Part(file.path, last, None),))
+            pieces += [(Part(file.path, start, start + piece_bytes, file.tokens),) for start in starts]
+            pieces.append((Part(file.path, last, None, file.tokens),))
         else:
-            together.append(Part(file.path, 0, None))
+            together.append(Part(file.path, 0, None, file.tokens))
             num_bytes += file.num_bytes
     return [*pieces, tuple(together)] if together else pieces
 
 
 def whole_parts(files: Iterable[CorpusFile]) -> list[Part]:
     """Each file as one part."""
-    return [Part(file.path, 0, None) for file in files]
+    return [Part(file.path, 0, None, file.tokens) for file in files]
 
 
 def is_url(path: str) -> bool:
     """Whether the name has a scheme, so that fsspec reads it."""
     return URL.match(path) is not None
+
+
+def is_megatron_index(path: Path) -> bool:
+    """Whether a local file is the `.idx` of tokens that Megatron has written."""
+    return path.suffix == ".idx" and _begin(path) == MEGATRON_INDEX
 
 
 def file_name(path: str) -> PurePosixPath:
@@ -344,6 +366,23 @@ def _refuse_nothing(entry: str, num_kept: int, num_files: int) -> None:
     if not num_kept:
         excluded = f"corpus_exclude leaves out all {num_files}" if num_files else "nothing is there"
         raise ValueError(f"corpus: {entry!r} matches no file ({excluded}); name a file, folder or glob that holds text")
+
+
+def _tokens(path: Path, is_named: bool) -> str | None:
+    if path.suffix != ".bin":
+        return None
+    if is_megatron_index(path.with_suffix(".idx")):
+        return MEGATRON
+    return LLM_C if _begin(path).startswith(LLM_C_MAGICS) else NANOGPT if is_named else None
+
+
+def _begin(path: Path) -> bytes:
+    """What tells files of tokens from others; of a file that cannot be read nothing: who reads it says why."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MEGATRON_INDEX))
+    except OSError:
+        return b""
 
 
 def _entry_files(entry: str, exclude: tuple[str, ...]) -> list:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import sha256
-from itertools import tee
+from itertools import groupby, tee
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from threading import Thread
@@ -25,8 +25,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ds import encoder as encoding
 from ds import tokenizer as bpe
-from ds.corpus import Reading, Tally, is_held_out, part_documents
+from ds.corpus import Reading, Tally, is_document, is_held_out, part_documents
 from ds.encoder import Encoder, encode_documents, encoder_of, plain_encoder, with_end_of_text
 from ds.files import CorpusFile, Part, corpus_pieces, one_line
 from ds.shards import TokenStream, open_shard, published, sync_folder, write_shard
@@ -155,8 +156,8 @@ def finished(recipe: Recipe, piece: Piece) -> Result | None:
 
 
 def write_piece(recipe: Recipe, piece: Piece) -> Result:
-    """Reads, encodes and writes a piece. Raises ValueError as `part_documents` and `encode_documents` do, OSError where the
-    folder cannot be written.
+    """Reads, encodes and writes a piece. Raises ValueError as `part_documents`, `encode_documents` and `token_documents` do,
+    OSError where the folder cannot be written.
     """
     name, tally = name_of(recipe, piece), Tally()
     drafts = [_Draft(recipe, f"{name}-{split}") for split in SPLITS]
@@ -375,12 +376,16 @@ def _encoder(folder: str, fingerprint: str, is_fast: bool) -> Encoder:
     return encoder_of(tokenizer) if is_fast else plain_encoder(tokenizer)
 
 
+@lru_cache(maxsize=1)
+def _token_reader(folder: str, fingerprint: str, is_fast: bool) -> encoding.TokenReader:
+    return encoding.token_reader(_encoder(folder, fingerprint, is_fast))
+
+
 def _encoded(recipe: Recipe, piece: Piece, tally: Tally) -> Iterator[_Encoded]:
     """Each document's ids, with the end of text, and its record."""
     encoder = _encoder(recipe.folder, recipe.fingerprint, recipe.is_fast)
     end = bpe.end_of_text_id(encoder.tokenizer)
-    plain, to_encode = tee(_fitting(recipe, piece, tally))
-    for document, ids in zip(plain, encode_documents(encoder, to_encode, recipe.num_threads), strict=True):
+    for document, ids in _documents(recipe, piece, encoder, tally):
         digest = sha256(document).digest()
         is_out = is_held_out(document, recipe.validation_fraction) if piece.split is None else piece.split == SPLITS[1]
         halves = (int.from_bytes(half, "little") for half in (digest[16:24], digest[24:]))
@@ -388,16 +393,36 @@ def _encoded(recipe: Recipe, piece: Piece, tally: Tally) -> Iterator[_Encoded]:
         yield _Encoded(with_end_of_text(ids, end), np.array([(*halves, *lengths, is_out)], RECORD))
 
 
-def _fitting(recipe: Recipe, piece: Piece, tally: Tally) -> Iterator[bytes]:
-    for part in piece.parts:
+def _documents(recipe: Recipe, piece: Piece, encoder: Encoder, tally: Tally) -> Iterator[encoding.TokenDocument]:
+    """Part by part, text encoded and tokens as they are."""
+    for is_text, parts in groupby(piece.parts, key=lambda part: part.tokens is None):
+        if is_text:
+            plain, to_encode = tee(_fitting(recipe, parts, tally))
+            encoded = encode_documents(encoder, to_encode, recipe.num_threads)
+            yield from (encoding.TokenDocument(*pair) for pair in zip(plain, encoded, strict=True))
+            continue
+        reader = _token_reader(recipe.folder, recipe.fingerprint, recipe.is_fast)
+        for part in parts:
+            for found in encoding.token_documents(reader, part):
+                if is_document(found.document, part.path, tally) and _fits(recipe, part, found.document, tally):
+                    yield found
+
+
+def _fitting(recipe: Recipe, parts: Iterable[Part], tally: Tally) -> Iterator[bytes]:
+    for part in parts:
         for document in part_documents(part, recipe.reading, tally):
-            num_characters = _num_characters(document)
-            if num_characters < (recipe.shortest_characters or 0):
-                tally.count("short", part.path)
-            elif recipe.longest_characters is not None and num_characters > recipe.longest_characters:
-                tally.count("long", part.path)
-            else:
+            if _fits(recipe, part, document, tally):
                 yield document
+
+
+def _fits(recipe: Recipe, part: Part, document: bytes, tally: Tally) -> bool:
+    """Whether the length of a document is within the bounds; it is counted if it is not."""
+    num_characters, longest = _num_characters(document), recipe.longest_characters
+    kind = "short" if num_characters < (recipe.shortest_characters or 0) else None
+    kind = "long" if longest is not None and num_characters > longest else kind
+    if kind:
+        tally.count(kind, part.path)
+    return kind is None
 
 
 def _num_characters(document: bytes) -> int:

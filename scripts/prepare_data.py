@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ds import pieces as making
 from ds import tokenizer as bpe
 from ds.corpus import Reading, Tally, documents, is_held_out, part_documents
-from ds.encoder import disagreement, encode, encoder_of, plain_encoder
+from ds.encoder import check_token_files, disagreement, encode, encoder_of, plain_encoder
 from ds.files import CorpusFile, Part, corpus_digest, corpus_files, fixed_part, is_url, whole_parts
 from ds.loader import count_windows
 from ds.pieces import SPLITS, Made, Piece, Recipe, Result, Workers
@@ -134,11 +134,10 @@ def open_data(config: TrainingConfig) -> Data:
 def sample_documents(config: TrainingConfig, files: list[CorpusFile]) -> Iterator[bytes]:
     """Training documents for the tokenizer: each file gives in proportion to its size, tokenizer_sample_bytes in all."""
     held_out = _held_out_test(config)
-    corpus_bytes = sum(file.num_bytes for file in files) or 1
-    num_due, num_taken = 0.0, 0
+    corpus_bytes, num_due, num_taken = sum(file.num_bytes for file in files) or 1, 0.0, 0
     for file in files:
         num_due += config.tokenizer_sample_bytes * file.num_bytes / corpus_bytes
-        if num_taken >= num_due:
+        if file.tokens or num_taken >= num_due:
             continue
         for document in part_documents(Part(file.path, 0, None), _reading(config), Tally()):
             if held_out(document):
@@ -188,8 +187,9 @@ def _manifest_path(config: TrainingConfig) -> Path:
 def _build(config: TrainingConfig) -> None:
     _check_apart(config)
     files, held_out = (corpus_files(names, config.corpus_exclude) for names in (config.corpus, config.validation_corpus))
-    num_bytes = sum(file.num_bytes for file in files + held_out)
-    print(f"corpus: {len(files) + len(held_out):,} files, {num_bytes / 1e6:.1f} MB", flush=True)
+    check_token_files(files + held_out, config.tokenizer_path, config.vocab_size)
+    sizes = [file.num_bytes for file in files + held_out]
+    print(f"corpus: {len(sizes):,} files, {sum(sizes) / 1e6:.1f} MB", flush=True)
     try:
         with _building_folder(Path(config.data_dir)) as folder:
             if not _manifest_path(config).exists():

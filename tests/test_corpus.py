@@ -568,6 +568,7 @@ BINARIES = {
     "a.o": b"\x7fELF\2", "a.a": b"!<arch>\n", "a.zip": b"PK\3\4", "a.sqlite": b"SQLite format 3\0", "a.mp3": b"ID3\4",
     "a.npy": b"\x93NUMPY\1\0", "a.doc": b"\xd0\xcf\x11\xe0\0", "a.tar": b"a" * 257 + b"ustar", "a.lz4": b"\x04\x22M\x18",
     "a.safetensors": b"\x10\0\0\0\0\0\0\0{}", "a.bin": bytes(range(256)), "a.pyc": b"\xa7\r\r\n\0\0\0\0",
+    "a.idx": b"MMIDIDX\0\0", "a.tokens": b"\x88\xd8\x34\x01\1\0\0\0",
 }  # fmt: skip
 
 

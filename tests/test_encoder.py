@@ -1,6 +1,7 @@
 """Laws of ds/encoder.py: one document, one array of ids, by whichever library, in whatever batches, in bounded memory."""
 
 import json
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -9,6 +10,7 @@ from itertools import repeat
 from pathlib import Path
 from random import Random
 
+import fsspec
 import numpy as np
 import pytest
 import tiktoken
@@ -35,8 +37,22 @@ from test_tokenizer import (
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from ds import encoder as encoding
+from ds import files
 from ds import tokenizer as bpe
-from ds.encoder import disagreement, encode, encode_documents, encode_pieces, encoder_of, plain_encoder, with_end_of_text
+from ds.encoder import (
+    TokenDocument,
+    check_token_files,
+    disagreement,
+    encode,
+    encode_documents,
+    encode_pieces,
+    encoder_of,
+    plain_encoder,
+    token_documents,
+    token_reader,
+    with_end_of_text,
+)
+from ds.files import LLM_C, MEGATRON, NANOGPT, CorpusFile, Part, corpus_files
 
 TEXT = st.text(max_size=80) | st.text(
     st.sampled_from("aA \t\r\n\u00a0\u2028'stvmlLrReE\u017f\u0130019\u0661.=<think>\u6f22\u00e9e\u0301"), max_size=80
@@ -403,3 +419,268 @@ def test_the_process_grows_by_no_more_than_the_ids_of_a_document_of_64_mebibytes
     ids_bytes, streamed, whole = map(int, run.stdout.split())
     fixed_bytes = 96 * 2**20
     assert ids_bytes > 2 * fixed_bytes and streamed < fixed_bytes and whole < ids_bytes + fixed_bytes
+
+
+def write_megatron(path: Path, sequences: list[list[int]], borders: list[int], code: int = 8) -> Path:
+    """As _IndexWriter and IndexedDatasetBuilder of megatron/core/datasets/indexed_dataset.py write them; `borders` are the
+    numbers of the sequences before which documents begin, and their number.
+    """
+    dtype = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}[code]
+    arrays = [np.array(sequence, dtype) for sequence in sequences]
+    lengths, num_bytes = np.array([len(each) for each in arrays], "<i4"), np.array([each.nbytes for each in arrays], "<i8")
+    path.write_bytes(b"".join(each.tobytes() for each in arrays))
+    with path.with_suffix(".idx").open("wb") as file:
+        file.write(b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, len(sequences), len(borders)))
+        for array in (lengths, np.cumsum(num_bytes) - num_bytes, np.array(borders, "<i8")):
+            file.write(array.tobytes())
+    return path
+
+
+def write_llm_c(path: Path, ids: list[int], magic: int = 20240520, version: int = 1) -> Path:
+    """As write_datafile of dev/data/data_common.py in llm.c does; Llama 3's magic is 20240801 and its version 7."""
+    header = np.zeros(256, np.int32)
+    header[:3] = magic, version, len(ids)
+    path.write_bytes(header.tobytes() + np.array(ids, "<u2" if magic == 20240520 else "<u4").tobytes())
+    return path
+
+
+def write_nanogpt(path: Path, ids: list[int]) -> Path:
+    """As data/openwebtext/prepare.py of nanoGPT does."""
+    path.write_bytes(np.array(ids, "<u2").tobytes())
+    return path
+
+
+def write_tokens(path: Path, kind: str, runs: list[list[int]]) -> Part:
+    """All ids one after the other, a run of them a document of Megatron's; each kind once more with larger numbers."""
+    ids = [number for run in runs for number in run]
+    if kind == "Llama 3":
+        return Part(str(write_llm_c(path, ids, 20240801, 7)), 0, None, LLM_C)
+    if kind in (MEGATRON, "int32"):
+        write_megatron(path, runs, list(range(len(runs) + 1)), 8 if kind == MEGATRON else 4)
+        return Part(str(path), 0, None, MEGATRON)
+    return Part(str((write_llm_c if kind == LLM_C else write_nanogpt)(path, ids)), 0, None, kind)
+
+
+KINDS = (NANOGPT, LLM_C, "Llama 3", MEGATRON, "int32")
+END = 599
+
+
+def parts_at(part: Part, cuts: list[int]) -> list[Part]:
+    """The part from cut to cut, as large files are read."""
+    places = [0, *sorted({*cuts} - {0})]
+    return [part._replace(start=start, stop=stop) for start, stop in zip(places, [*places[1:], None], strict=True)]
+
+
+def between_ends(run: list[int]) -> list[list[int]]:
+    """Those of one run of ids; behind the last end there is none."""
+    found = [[]]
+    for number in run:
+        found = [*found, []] if number == END else [*found[:-1], [*found[-1], number]]
+    return found[:-1] if run[-1:] == [END] else found
+
+
+@pytest.fixture(scope="module")
+def reader() -> encoding.TokenReader:
+    return token_reader(plain_encoder(TRAINED))
+
+
+def ids_of(found: list[TokenDocument]) -> list[list[int]]:
+    return [document.ids.tolist() for document in found]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(
+    runs=st.lists(st.lists(st.just(END) | st.integers(0, 598), max_size=12), max_size=5),
+    cuts=st.lists(st.integers(0, 1200), max_size=4),
+    block=st.integers(1, 20),
+)
+@example(runs=[[5, END, 6, 7, END, END], [], [END], [8]], cuts=list(range(1100)), block=3)
+@example(runs=[[]], cuts=[1024], block=1)
+def test_documents_of_a_file_of_tokens_are_what_stands_between_ends_wherever_it_is_cut(
+    tmp_path_factory, reader, kind, runs, cuts, block
+):
+    part = write_tokens(tmp_path_factory.getbasetemp() / "a.bin", kind, runs)
+    runs = runs if kind in (MEGATRON, "int32") else [[number for run in runs for number in run]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "PIECE_BYTES", block)
+        whole = list(token_documents(reader, part))
+        num_bytes = Path(part.path).stat().st_size
+        in_parts = [list(token_documents(reader, each)) for each in parts_at(part, [cut for cut in cuts if cut < num_bytes])]
+    assert ids_of(whole) == [ids for run in runs for ids in between_ends(run)]
+    assert ids_of([document for found in in_parts for document in found]) == ids_of(whole)
+    assert all(document == bpe.decode(TRAINED, ids) and ids.dtype == np.uint32 for document, ids in whole)
+
+
+@given(lengths=st.lists(st.integers(0, 5), max_size=8), borders=st.lists(st.integers(0, 8), max_size=4))
+def test_documents_of_megatron_hold_whole_sequences(tmp_path_factory, reader, lengths, borders):
+    sequences = [[10 * number + place for place in range(length)] for number, length in enumerate(lengths)]
+    borders = [0, *sorted(min(border, len(lengths)) for border in borders), len(lengths)]
+    path = write_megatron(tmp_path_factory.getbasetemp() / "b.bin", sequences, borders)
+    wanted = [sum(sequences[a:b], []) for a, b in zip(borders, borders[1:], strict=False)]
+    whole = Part(str(path), 0, None, MEGATRON)
+    assert ids_of(list(token_documents(reader, whole))) == wanted
+    cut = parts_at(whole, list(range(path.stat().st_size)))
+    assert ids_of([found for part in cut for found in token_documents(reader, part)]) == wanted
+
+
+@pytest.mark.parametrize("code", [1, 2, 3, 4, 5, 8])
+def test_every_type_of_whole_numbers_that_megatron_writes_is_read(tmp_path, reader, code):
+    path = write_megatron(tmp_path / "a.bin", [[65, 127], [66]], [0, 1, 2], code)
+    assert ids_of(list(token_documents(reader, Part(str(path), 0, None, MEGATRON)))) == [[65, 127], [66]]
+
+
+@given(documents=st.lists(BYTES.filter(len), min_size=1, max_size=4), has_begin=st.booleans())
+def test_tokens_of_a_text_are_that_text_and_its_ids_and_begin_once(read, tmp_path_factory, documents, has_begin):
+    tokenizer, end = read["llama3"], bpe.end_of_text_id(read["llama3"])
+    wanted = [plain_ids(tokenizer, document).tolist() for document in documents]
+    written = [number for ids in wanted for number in (*(ids if has_begin else ids[1:]), end)]
+    path = write_nanogpt(tmp_path_factory.getbasetemp() / "c.bin", written)
+    found = list(token_documents(token_reader(plain_encoder(tokenizer)), Part(str(path), 0, None, NANOGPT)))
+    assert [each.document for each in found] == documents and ids_of(found) == wanted
+
+
+def token_refusal(reader: encoding.TokenReader, path: Path, kind: str) -> str:
+    """What both say: the check before anything is made, and the reader."""
+    file = CorpusFile(str(path), path.stat().st_size, 0, kind)
+    with pytest.raises(ValueError, match="^[^\n]+$") as checked:
+        check_token_files([file], "tokenizer", 600)
+    with pytest.raises(ValueError) as caught:
+        list(token_documents(reader, Part(str(path), 0, None, kind)))
+    assert str(checked.value) == str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("number", [600, 65535])
+def test_an_id_that_the_tokenizer_has_not_is_refused_with_its_place(tmp_path, reader, monkeypatch, kind, number):
+    monkeypatch.setattr(files, "PIECE_BYTES", 4)
+    part = write_tokens(tmp_path / "a.bin", kind, [[5, END], [6, 7, number]])
+    with pytest.raises(ValueError) as caught:
+        list(token_documents(reader, part))
+    words = f"{part.path}, token 4: {number} is none of the tokenizer's 600 ids; is it of this tokenizer?"
+    assert str(caught.value).startswith(words) and "\n" not in str(caught.value)
+
+
+def test_negative_ids_and_holes_of_the_vocabulary_are_refused(tmp_path, reader):
+    part = Part(str(write_megatron(tmp_path / "a.bin", [[5, -1]], [0, 1], 5)), 0, None, MEGATRON)
+    with pytest.raises(ValueError, match="token 1: -1 is none"):
+        list(token_documents(reader, part))
+    is_id = reader.is_id.copy()
+    is_id[5] = False
+    with pytest.raises(ValueError, match="token 0: 5 is none"):
+        list(token_documents(reader._replace(is_id=is_id), part))
+
+
+def test_sizes_that_do_not_fit_are_refused_with_both_numbers(tmp_path, reader):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"\1\0\2")
+    assert "has 3 bytes" in token_refusal(reader, path, NANOGPT)
+    path.write_bytes(write_llm_c(path, [1, 2, 3]).read_bytes()[:-2])
+    assert "has 1028 bytes, and a head and 3 tokens, as it says, have 1030" in token_refusal(reader, path, LLM_C)
+    write_llm_c(path, [1], 20240522, 1)
+    assert "llm.c's magic 20240522 and version 1" in token_refusal(reader, path, LLM_C)
+    write_llm_c(path, [1], 20240520, 7)
+    assert "llm.c's magic 20240520 and version 7" in token_refusal(reader, path, LLM_C)
+
+
+MISFITS = {
+    "has 81 bytes, and 2 sequences and 3 borders of documents have 82": lambda index: index[:-1],
+    "has 10 bytes": lambda index: index[:10],
+    "is of version 2 with tokens of type <u2": lambda index: index[:9] + b"\2" + index[10:],
+    "tokens of type float32": lambda index: index[:17] + b"\7" + index[18:],
+    "tokens of type code 9": lambda index: index[:17] + b"\x09" + index[18:],
+    "has documents of sequences [0, 1] of 2": lambda index: index[:-8] + struct.pack("<q", 1),
+    "has documents of sequences [1, 2] of 2": lambda index: index[:-24] + struct.pack("<q", 1) + index[-16:],
+    "document 1 has 9 tokens of 2 bytes, from byte 4 up to 6": lambda index: index[:38] + struct.pack("<i", 9) + index[42:],
+    "document 1 has 1 tokens of 2 bytes, from byte 2 up to 6": lambda index: index[:50] + struct.pack("<q", 2) + index[58:],
+    "document 1 has the sequences from 7 up to 2 of 2": lambda index: index[:-16] + struct.pack("<qq", 7, 2),
+}
+
+
+@pytest.mark.parametrize("words", MISFITS)
+def test_an_index_that_does_not_fit_its_tokens_says_what_does_not_fit(tmp_path, reader, words):
+    path = write_megatron(tmp_path / "a.bin", [[1, 2], [3]], [0, 1, 2])
+    index = path.with_suffix(".idx")
+    index.write_bytes(MISFITS[words](index.read_bytes()))
+    assert words in (message := token_refusal(reader, path, MEGATRON)) and message.startswith(f"{index}")
+
+
+def test_an_index_that_misfits_in_the_middle_is_refused_where_it_is_read(tmp_path, reader):
+    path = write_megatron(tmp_path / "a.bin", [[1], [2], [3]], [0, 1, 2, 3])
+    index = path.with_suffix(".idx")
+    content = index.read_bytes()
+    index.write_bytes(content[:38] + struct.pack("<i", -1) + content[42:])
+    with pytest.raises(ValueError, match="document 1 has -1 tokens of 2 bytes, from byte 2 up to 4 of its .bin, which does"):
+        list(token_documents(reader, Part(str(path), 0, None, MEGATRON)))
+    backwards = np.array([1, -1, 3], "<i4").tobytes() + np.array([0, 2, 0], "<i8").tobytes()
+    index.write_bytes(content[:34] + backwards + content[70:])
+    with pytest.raises(ValueError, match="document 1 has -1 tokens of 2 bytes, from byte 2 up to 0 of its .bin, which does"):
+        list(token_documents(reader, Part(str(path), 0, None, MEGATRON)))
+    late = np.array([1, 1, 0], "<i4").tobytes() + np.array([2, 4, 6], "<i8").tobytes()
+    index.write_bytes(content[:34] + late + content[70:])
+    with pytest.raises(ValueError, match="document 0 has 1 tokens of 2 bytes, from byte 2 up to 4 of its .bin, which does"):
+        list(token_documents(reader, Part(str(path), 0, None, MEGATRON)))
+    index.write_bytes(content)
+    path.write_bytes(path.read_bytes() + b"\4\0")
+    assert "document 2 has 1 tokens of 2 bytes, from byte 4 up to 8" in token_refusal(reader, path, MEGATRON)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_part_meets_no_fault_that_lies_behind_its_documents(tmp_path, reader, monkeypatch, kind):
+    monkeypatch.setattr(files, "PIECE_BYTES", 2)
+    part = write_tokens(tmp_path / "a.bin", kind, [[1, END], [2, END], [3, END], [4, 700], [5]])
+    first = part._replace(stop=2 + (1024 if part.tokens == LLM_C else 0))
+    assert ids_of(list(token_documents(reader, first))) == [[1]]
+    if part.tokens == MEGATRON:
+        index = (tmp_path / "a.idx").read_bytes()
+        (tmp_path / "a.idx").write_bytes(index[:46] + struct.pack("<i", 7) + index[50:])
+        assert ids_of(list(token_documents(reader, first))) == [[1]]
+    with pytest.raises(ValueError):
+        list(token_documents(reader, part))
+
+
+def check_refusal(corpus: str, tokenizer_path: str | None, vocab_size: int) -> str:
+    with pytest.raises(ValueError, match="^[^\n]+$") as caught:
+        check_token_files(corpus_files((corpus,), ()), tokenizer_path, vocab_size)
+    return str(caught.value)
+
+
+def test_tokens_need_a_tokenizer_that_fits_them(tmp_path):
+    path = write_nanogpt(tmp_path / "a.bin", [1, 2, 3])
+    assert "set tokenizer_path" in check_refusal(str(path), None, 300)
+    assert "vocab_size=65537" in check_refusal(str(path), "there", 65537)
+    for tokenizer_path, vocab_size in ((None, 257), ("there", 300), ("there", 65536)):
+        check_token_files(corpus_files((str(path),), ()), tokenizer_path, vocab_size)
+    write_llm_c(path, [1], 20240801, 7)
+    check_token_files(corpus_files((str(path),), ()), "there", 128256)
+
+
+def test_what_would_be_tokens_is_refused_with_what_to_do(tmp_path):
+    write_nanogpt(tmp_path / "a.bin", [1, 2, 3])
+    assert "names the file itself" in check_refusal(str(tmp_path), "there", 300)
+    (tmp_path / "a.bin").write_bytes("text, and no tokens é".encode() * 20)
+    assert "begins like text" in check_refusal(f"{tmp_path}/*.bin", "there", 300)
+    write_megatron(tmp_path / "a.bin", [[1]], [0, 1])
+    check_token_files(corpus_files((str(tmp_path),), ()), "there", 300)
+    fsspec.filesystem("memory").pipe("/tokens/a.bin", b"\1\0")
+    for way in ("memory://tokens", "memory://tokens/a.bin"):
+        assert "download it first" in check_refusal(way, "there", 300)
+    (tmp_path / "a.bin").unlink()
+    assert "its .bin is not beside it" in check_refusal(str(tmp_path), "there", 300)
+
+
+def test_an_unreadable_file_of_tokens_is_refused_in_one_line(tmp_path, reader):
+    with pytest.raises(ValueError, match="^[^\n]+a.bin cannot be read [^\n]+$"):
+        list(token_documents(reader, Part(f"{tmp_path}/a.bin", 0, None, NANOGPT)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_large_file_of_tokens_takes_a_document_and_a_block(tmp_path, reader, monkeypatch, kind):
+    monkeypatch.setattr(files, "PIECE_BYTES", 2**13)
+    runs = [[7] * 99 + [END]] * 1500
+    part = write_tokens(tmp_path / "a.bin", kind, runs)
+    path = tmp_path / "a.bin"
+    assert path.stat().st_size > 2**18
+    last = part._replace(start=path.stat().st_size - 2**10)
+    for each in (part, last):
+        assert peak_bytes(lambda each=each: [None for _ in token_documents(reader, each)]) < 2**17

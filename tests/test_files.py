@@ -171,13 +171,46 @@ def test_pieces_hold_every_byte_of_every_file_once_in_order(sizes, piece_bytes):
     named = [CorpusFile(str(number), size) for number, size in enumerate(sizes)]
     pieces, num_bytes, at = corpus_pieces(named, piece_bytes), {file.path: file.num_bytes for file in named}, {}
     for piece in pieces:
-        assert piece and sum((num_bytes[path] if stop is None else stop) - start for path, start, stop in piece) <= piece_bytes
-        for path, start, stop in piece:
+        assert (
+            piece and sum((num_bytes[path] if stop is None else stop) - start for path, start, stop, _ in piece) <= piece_bytes
+        )
+        for path, start, stop, _ in piece:
             assert at.get(path, 0) == start and (stop is None or start < stop < num_bytes[path])
             at[path] = num_bytes[path] if stop is None else stop
     assert list(at) == [file.path for file in named] and at == num_bytes
-    together = [sum(num_bytes[path] for path, start, stop in piece if (start, stop) == (0, None)) for piece in pieces]
+    together = [sum(num_bytes[path] for path, start, stop, _ in piece if (start, stop) == (0, None)) for piece in pieces]
     assert all(one + other > piece_bytes for one, other in zip(together, together[1:], strict=False) if one and other)
+
+
+def kinds(*corpus: str) -> dict[str, str | None]:
+    return {Path(file.path).name: file.tokens for file in corpus_files(corpus, ())}
+
+
+def test_files_of_tokens_are_known_by_content_and_nanogpts_where_an_entry_ends_in_bin(tmp_path):
+    for name in ("gpt2.bin", "llama3.bin", "evaluation.bin", "raw.bin", "pair.bin", "alone.idx", "pair.idx", "other.idx"):
+        (tmp_path / name).write_bytes(b"\1\0")
+    for name, magic in (("gpt2", 20240520), ("llama3", 20240801), ("evaluation", 20240522)):
+        (tmp_path / f"{name}.bin").write_bytes(magic.to_bytes(4, "little") + b"rest")
+    for name in ("alone.idx", "pair.idx", "raw.txt"):
+        (tmp_path / name).write_bytes(b"MMIDIDX\0\0")
+    known = {"gpt2.bin": "llm.c", "llama3.bin": "llm.c", "evaluation.bin": "llm.c", "pair.bin": "Megatron"}
+    others = dict.fromkeys(("raw.bin", "alone.idx", "other.idx", "raw.txt"))
+    for way in ("", "/*", "/**"):
+        assert kinds(f"{tmp_path}{way}") == known | others
+    for named in ("raw.bin", "*.bin", "**/r*.bin"):
+        assert kinds(f"{tmp_path}/{named}", str(tmp_path)) == known | others | {"raw.bin": "nanoGPT"}
+    tmp_path.rename(tmp_path.with_suffix(".bin"))
+    assert kinds(str(tmp_path.with_suffix(".bin"))) == known | others
+
+
+def test_parts_of_a_file_of_tokens_say_so_and_give_no_text(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"\1\0" * 50)
+    pieces = corpus_pieces(corpus_files((str(path),), ()), 30)
+    assert [part for piece in pieces for part in piece] == [
+        Part(str(path), start, stop, "nanoGPT") for start, stop in ((0, 30), (30, 60), (60, 90), (90, None))
+    ]
+    assert texts(str(path)) == []
 
 
 PLAIN = Reading("text", "<|sep|>", False)

@@ -29,7 +29,7 @@ WITHIN = {
     "ds.files": set(),
     "ds.corpus": {"ds.files"},
     "ds.tokenizer": {"ds.files"},
-    "ds.encoder": {"ds.tokenizer"},
+    "ds.encoder": {"ds.files", "ds.tokenizer"},
     "ds.shards": set(),
     "ds.pieces": {"ds.files", "ds.corpus", "ds.tokenizer", "ds.encoder", "ds.shards"},
     "ds.loader": {"ds.shards"},

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import pytest
 from conftest import clean_environment, free_port
 from hypothesis import given
 from hypothesis import strategies as st
+from test_encoder import write_tokens
 
 from ds import pieces
 from ds import tokenizer as bpe
@@ -23,7 +26,7 @@ from ds.corpus import Reading
 from ds.files import Part
 from ds.pieces import RECORD, Made, Piece, Recipe, Result, Summary, WrittenShard, contents, duplicates, final_names, name_of
 from scripts.config import TrainingConfig
-from scripts.prepare_data import open_data, prepare
+from scripts.prepare_data import Data, open_data, prepare
 
 ROOT = Path(pieces.__file__).parents[1]
 RECIPE = Recipe("building", "ab" * 32, True, None, 300, 500, Reading("text", None, False), 0.25, None, None)
@@ -91,18 +94,24 @@ def texts_of(stream, data) -> list[str]:
     return [bpe.decode(data.tokenizer, ids[a + 1 : b]).decode() for a, b in zip(ends[:-1], ends[1:], strict=True)]
 
 
+@contextmanager
+def small_pieces_and_one_core() -> Iterator[None]:
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(cores)[:1])
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pieces, "PIECE_BYTES", 3000)
+            yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> TrainingConfig:
     """Prepared by one process, in which PIECE_BYTES makes small pieces."""
     config = config_in(tmp_path_factory.mktemp("alone"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "PIECE_BYTES", 3000)
-        cores = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, sorted(cores)[:1])
-        try:
-            prepare(config)
-        finally:
-            os.sched_setaffinity(0, cores)
+    with small_pieces_and_one_core():
+        prepare(config)
     return config
 
 
@@ -140,6 +149,86 @@ def test_any_number_of_processes_writes_the_same_bytes(alone, tmp_path):
     assert (process.returncode, faults) == (0, ""), said
     assert content(config.data_dir) == content(alone.data_dir)
     assert "duplicates dropped          8" in said
+
+
+def runs_of(data: Data) -> list[list[int]]:
+    """The ids of every document with its end, held-out documents first."""
+    assert data.validation is not None
+    ids = [*data.validation.read(0, data.validation.num_tokens).tolist(), *data.train.read(0, data.train.num_tokens).tolist()]
+    ends = [0, *(place + 1 for place, number in enumerate(ids) if number == data.end_of_text_id)]
+    return [ids[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+
+
+def sums(data: Data) -> list:
+    names = ("num_documents", "num_bytes", "num_tokens", "lengths")
+    return [[data.manifest[split][name] for name in names] for split in ("train", "validation")]
+
+
+@pytest.mark.parametrize("kind", ["nanoGPT", "llm.c", "Llama 3", "Megatron"])
+def test_tokens_of_a_text_are_prepared_as_the_text_was(alone, tmp_path, kind):
+    wanted = open_data(alone)
+    part = write_tokens(tmp_path / "a.bin", kind, runs_of(wanted))
+    path = f"{alone.data_dir}/tokenizer.json"
+    config = replace(alone, corpus=(part.path,), data_dir=f"{tmp_path}/data", tokenizer_path=path)
+    with small_pieces_and_one_core():
+        data = prepare(config)
+    assert runs_of(data) == runs_of(wanted) and sums(data) == sums(wanted)
+    assert len(data.train.shards) > 2 and data.manifest["num_duplicates"] == data.manifest["num_empty"] == 0
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory) -> Data:
+    """Bytes as tokens, of a text with invalid bytes and other letters; two documents are empty."""
+    folder = tmp_path_factory.mktemp("raw")
+    documents = [f"{text} \u6f22\u00e9".encode() + b"\xff\n" for text in drawn_texts(4, 99)]
+    (folder / "a.txt").write_bytes(b"<|sep|>".join([b"", *documents, b" ", documents[7]]))
+    config = config_in(folder, corpus=(f"{folder}/a.txt",), vocab_size=257, document_separator="<|sep|>")
+    with small_pieces_and_one_core():
+        return prepare(config)
+
+
+def test_tokens_that_are_bytes_need_no_tokenizer_and_stand_beside_text(raw, tmp_path):
+    runs = runs_of(raw)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_bytes(b"a document of text")
+    (tmp_path / "text" / "empty.txt").write_bytes(b"")
+    part = write_tokens(tmp_path / "a.bin", "nanoGPT", [[256], *runs, [32, 256], runs[7]])
+    config = config_in(tmp_path, corpus=(part.path, f"{tmp_path}/text"), vocab_size=257, validation_fraction=0.25)
+    with small_pieces_and_one_core():
+        data = prepare(config)
+    assert sorted(runs_of(data)) == sorted([*runs, [*b"a document of text", 256]])
+    assert [data.manifest[f"num_{name}"] for name in ("duplicates", "empty", "invalid")] == [1, 3, 100]
+    assert [raw.manifest[f"num_{name}"] for name in ("duplicates", "empty", "invalid")] == [1, 2, 100]
+    assert data.manifest["sources"][0]["num_tokens"] == raw.manifest["sources"][0]["num_tokens"]
+
+
+def test_held_out_tokens_are_not_trained_on_and_lengths_bound_their_text(raw, tmp_path):
+    runs = runs_of(raw)
+    parts = [write_tokens(tmp_path / f"{name}.bin", "nanoGPT", some) for name, some in (("a", runs), ("b", runs[:20]))]
+    lengths = sorted(len(bytes(run[:-1]).decode(errors="surrogateescape")) for run in runs)
+    config = config_in(
+        tmp_path, corpus=(parts[0].path,), validation_corpus=(parts[1].path,), vocab_size=257,
+        shortest_document_characters=lengths[9], longest_document_characters=lengths[-9],
+    )  # fmt: skip
+    with small_pieces_and_one_core():
+        data = prepare(config)
+    kept = [run for run in runs if lengths[9] <= len(bytes(run[:-1]).decode(errors="surrogateescape")) <= lengths[-9]]
+    held_out = [run for run in runs[:20] if run in kept]
+    assert runs_of(data) == [*held_out, *(run for run in kept if run not in held_out)] and held_out
+
+
+def test_tokens_are_refused_before_anything_is_made(raw, tmp_path):
+    (tmp_path / "tokens").mkdir()
+    part = write_tokens(tmp_path / "tokens" / "a.bin", "nanoGPT", runs_of(raw))
+    for changes, words in (
+        ({"vocab_size": 270}, "set tokenizer_path to the tokenizer that made them, or vocab_size=257"),
+        ({"corpus": (f"{ROOT}/ds",), "validation_corpus": (part.path,)}, "set tokenizer_path to the tokenizer that made them"),
+        ({"corpus": (f"{tmp_path}/tokens",)}, "names the file itself"),
+    ):
+        config = replace(config_in(tmp_path / "x", corpus=(part.path,)), **changes)
+        with pytest.raises(ValueError, match=f"^[^\n]*{words}[^\n]*$"):
+            prepare(config)
+        assert not Path(config.data_dir).exists()
 
 
 @pytest.mark.slow
