@@ -22,7 +22,7 @@ SHOWN_CHARACTERS = 90
 CUT_OR_NAME = "document_separator cuts a file into documents, and validation_corpus names held-out files"
 NOTES = {
     "faulty": "faulty rows skipped",
-    "separator": "files that may be many documents",
+    "separator": "texts that may be many documents",
     "json": ".json files read as text, not rows",
 }
 
