@@ -28,7 +28,7 @@ import numpy as np
 from ds import tokenizer as bpe
 from ds.corpus import Reading, Tally, is_held_out, part_documents
 from ds.encoder import Encoder, encode_documents, encoder_of, plain_encoder, with_end_of_text
-from ds.files import CorpusFile, Part, corpus_pieces, one_line
+from ds.files import CorpusFile, Part, corpus_pieces, is_url, one_line
 from ds.shards import TokenStream, open_shard, published, sync_folder, write_shard
 
 SPLITS = ("train", "validation")
@@ -63,14 +63,16 @@ class Recipe(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Some of the corpus: its parts and their bytes, the number of the entry of `corpus` that names it, and the split that its
-    documents go to; None: their hash decides.
+    """Some of the corpus: its parts and their bytes, the number of the entry of `corpus` that names it, the split that its
+    documents go to (None: their hash decides), and how large and from when its files are, so that a file that was mended is
+    read again.
     """
 
     parts: tuple[Part, ...]
     num_bytes: int
     source: int
     split: str | None
+    states: str
 
 
 class WrittenShard(NamedTuple):
@@ -129,29 +131,25 @@ def pieces_of(files: list[CorpusFile], held_out: list[CorpusFile]) -> list[Piece
     documents decide which are held out. The files of an entry of the corpus stay together.
     """
     sizes, split = {file.path: file.num_bytes for file in files + held_out}, SPLITS[0] if held_out else None
-    found = [Piece(parts, 0, 0, SPLITS[1]) for parts in corpus_pieces(held_out, PIECE_BYTES)]
+    times = {path: 0 if is_url(path) else Path(path).stat().st_mtime_ns for path in sizes}
+    found = [Piece(parts, 0, 0, SPLITS[1], "") for parts in corpus_pieces(held_out, PIECE_BYTES)]
     for source in range(1 + max((file.source for file in files), default=0)):
         own = [file for file in files if file.source == source]
-        found += [Piece(parts, 0, source, split) for parts in corpus_pieces(own, PIECE_BYTES)]
+        found += [Piece(parts, 0, source, split, "") for parts in corpus_pieces(own, PIECE_BYTES)]
     lengths = [sum((part.stop or sizes[part.path]) - part.start for part in piece.parts) for piece in found]
-    return [piece._replace(num_bytes=length) for piece, length in zip(found, lengths, strict=True)]
+    states = [json.dumps([(sizes[part.path], times[part.path]) for part in piece.parts]) for piece in found]
+    return [piece._replace(num_bytes=length, states=state) for piece, length, state in zip(found, lengths, states, strict=True)]
 
 
 def name_of(recipe: Recipe, piece: Piece) -> str:
     """The name of a piece in the building folder: it tells all that decides what the piece becomes."""
-    decisive = [*recipe._replace(folder="", is_fast=False, num_threads=None), piece.parts, piece.num_bytes, piece.split]
+    decisive = [*recipe._replace(folder="", is_fast=False, num_threads=None), *piece._replace(source=0)]
     return sha256(json.dumps(decisive).encode()).hexdigest()[:16]
 
 
 def finished(recipe: Recipe, piece: Piece) -> Result | None:
     """What became of a piece, if it is there."""
-    try:
-        found = json.loads((Path(recipe.folder) / f"{name_of(recipe, piece)}.json").read_bytes())
-    except FileNotFoundError:
-        return None
-    splits = {name: Summary(*split) for name, split in found["splits"].items()}
-    listed = {name: split._replace(shards=[WrittenShard(*shard) for shard in split.shards]) for name, split in splits.items()}
-    return Result(**found | {"splits": listed})
+    return _finished(recipe, name_of(recipe, piece))
 
 
 def write_piece(recipe: Recipe, piece: Piece) -> Result:
@@ -170,9 +168,14 @@ def write_piece(recipe: Recipe, piece: Piece) -> Result:
 
 
 def drop_documents(recipe: Recipe, piece: Piece, dropped: np.ndarray) -> Result:
-    """Writes a finished piece anew without the documents whose numbers are `dropped` (N,) int64."""
-    result, name = finished(recipe, piece), f"{name_of(recipe, piece)}-distinct"
+    """What a finished piece is without the documents whose numbers are `dropped` (N,) int64. It is written beside the piece,
+    which stays whole: where the same command goes on with another corpus, other documents repeat an earlier one.
+    """
+    result, name = finished(recipe, piece), f"{name_of(recipe, piece)}-{sha256(dropped.tobytes()).hexdigest()[:16]}"
     assert result is not None, piece
+    done = _finished(recipe, name)
+    if done is not None:
+        return done
     records = np.fromfile(Path(recipe.folder) / result.records, RECORD)
     is_kept = np.ones(len(records), bool)
     is_kept[dropped] = False
@@ -184,10 +187,7 @@ def drop_documents(recipe: Recipe, piece: Piece, dropped: np.ndarray) -> Result:
         for run in _runs(is_kept[is_mine]):
             ids = TokenStream(shards, recipe.fingerprint).parts(int(borders[run.start]), int(borders[run.stop]))
             draft.add(ids, records[is_mine][run])
-    with published(Path(recipe.folder) / f"{name}.records", os.replace) as file:
-        file.write(records[is_kept].tobytes())
-    left = result._replace(records=f"{name}.records", num_duplicates=result.num_duplicates + len(dropped))
-    return _publish(recipe, name_of(recipe, piece), drafts, left)
+    return _publish(recipe, name, drafts, result._replace(num_duplicates=len(dropped)))
 
 
 def duplicates(folder: Path, names: list[str]) -> dict[int, np.ndarray]:
@@ -357,6 +357,16 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
+
+
+def _finished(recipe: Recipe, name: str) -> Result | None:
+    try:
+        found = json.loads((Path(recipe.folder) / f"{name}.json").read_bytes())
+    except FileNotFoundError:
+        return None
+    splits = {name: Summary(*split) for name, split in found["splits"].items()}
+    listed = {name: split._replace(shards=[WrittenShard(*shard) for shard in split.shards]) for name, split in splits.items()}
+    return Result(**found | {"splits": listed})
 
 
 def _publish(recipe: Recipe, name: str, drafts: list[_Draft], result: Result) -> Result:

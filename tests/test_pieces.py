@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,12 +23,13 @@ from ds import tokenizer as bpe
 from ds.corpus import Reading
 from ds.files import Part
 from ds.pieces import RECORD, Made, Piece, Recipe, Result, Summary, WrittenShard, contents, duplicates, final_names, name_of
+from scripts import prepare_data
 from scripts.config import TrainingConfig
 from scripts.prepare_data import open_data, prepare
 
 ROOT = Path(pieces.__file__).parents[1]
 RECIPE = Recipe("building", "ab" * 32, True, None, 300, 500, Reading("text", None, False), 0.25, None, None)
-PIECE = Piece((Part("a.jsonl", 0, 100), Part("b.txt", 0, None)), 120, 0, None)
+PIECE = Piece((Part("a.jsonl", 0, 100), Part("b.txt", 0, None)), 120, 0, None, "[]")
 PREPARE = """
 import sys
 sys.argv[1:] = []
@@ -245,6 +247,45 @@ def test_a_faulty_row_in_a_late_piece_is_one_line_and_the_rest_is_kept(alone, tm
     assert any((Path(config.data_dir) / "building").glob("*.json"))
 
 
+def stopped(config: TrainingConfig, monkeypatch) -> None:
+    """Prepares in this process up to the moment at which all is finished but the publishing."""
+    with monkeypatch.context() as patch:
+        patch.setattr(pieces, "PIECE_BYTES", 3000)
+        patch.setattr(os, "sched_getaffinity", lambda _: {0})
+        patch.setattr(prepare_data, "draw_data", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config)
+    assert any((Path(config.data_dir) / "building").glob("*-train-*.bin"))
+
+
+def interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_document_that_was_dropped_comes_back_where_the_earlier_one_leaves_the_corpus(tmp_path, monkeypatch):
+    config = config_in(tmp_path, vocab_size=257)
+    stopped(config, monkeypatch)
+    fewer = replace(config, corpus=config.corpus[1:])
+    stopped(fewer, monkeypatch)
+    found = prepare(fewer)
+    assert found.manifest["num_duplicates"] == 0 and found.manifest["train"]["shards"]
+    shutil.rmtree(config.data_dir)
+    assert prepare(fewer).fingerprint == found.fingerprint
+
+
+def test_a_file_that_was_mended_after_a_stop_is_read_again(tmp_path, monkeypatch):
+    config = config_in(tmp_path, vocab_size=257)
+    rows = Path(config.corpus[0])
+    stopped(config, monkeypatch)
+    lines = rows.read_text().splitlines(keepends=True)
+    rows.write_text("".join(lines[:100] + lines[101:]))
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 3000)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    found = prepare(config)
+    shutil.rmtree(config.data_dir)
+    assert prepare(config).fingerprint == found.fingerprint
+
+
 NUMBERS = st.integers(0, 3)
 
 
@@ -272,6 +313,7 @@ OTHER_RECIPES = [
     RECIPE._replace(shortest_characters=2), RECIPE._replace(longest_characters=2),
 ]  # fmt: skip
 OTHER_PIECES = [PIECE._replace(parts=PIECE.parts[:1]), PIECE._replace(num_bytes=121), PIECE._replace(split="train")]
+OTHER_PIECES.append(PIECE._replace(states="[[1, 2]]"))
 
 
 def test_name_of_a_piece_tells_all_that_decides_it_and_nothing_else():
