@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -284,6 +285,32 @@ def test_a_file_that_was_mended_after_a_stop_is_read_again(tmp_path, monkeypatch
     found = prepare(config)
     shutil.rmtree(config.data_dir)
     assert prepare(config).fingerprint == found.fingerprint
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 5, 2**20])
+def test_documents_are_as_long_as_their_characters_however_they_are_counted(tmp_path, monkeypatch, at_once):
+    documents = [b"abc" * 3, "aé😀".encode() * 3, b"\xff\xf0\x9f\x98" * 2 + b"a", b"abc" * 3 + b"d", "😀".encode() * 8]
+    for number, document in enumerate(documents):
+        (tmp_path / f"{number}.txt").write_bytes(document)
+    bounds = {"shortest_document_characters": 9, "longest_document_characters": 9}
+    config = config_in(tmp_path, corpus=(f"{tmp_path}/*.txt",), vocab_size=257, validation_fraction=0.0, eval_every_steps=None)
+    monkeypatch.setattr(pieces, "COUNTED_BYTES", at_once)
+    manifest = prepare(replace(config, **bounds)).manifest
+    counts = manifest["num_short"], manifest["num_long"], manifest["train"]["num_documents"]
+    assert counts == (1, 1, 3)
+
+
+def test_one_emoji_does_not_make_a_document_four_times_as_large(tmp_path):
+    text = "😀".encode() + b"a" * 2**24
+    (tmp_path / "a.txt").write_bytes(text)
+    config = config_in(tmp_path, corpus=(f"{tmp_path}/a.txt",), vocab_size=257, longest_document_characters=9)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="too long"):
+            prepare(config)
+        assert tracemalloc.get_traced_memory()[1] < 3 * len(text)
+    finally:
+        tracemalloc.stop()
 
 
 NUMBERS = st.integers(0, 3)
