@@ -418,7 +418,7 @@ def refusing() -> Iterator[None]:
         yield
     except ValueError as refusal:
         if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
-            print(f"refused: {refusal}", file=sys.stderr, flush=True)
+            print("refused:", str(refusal).replace("\n", r"\n"), file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("Stopped; the same command begins again", file=sys.stderr, flush=True)

@@ -228,9 +228,9 @@ def _build_in(build: _Build) -> None:
     recipe = _recipe(build, tokenizer)
     made = _distinct(config, recipe, _made(config, recipe, making.pieces_of(build.files, build.held_out)))
     manifest: dict = build.head | {"tokenizer_fingerprint": recipe.fingerprint} | making.contents(made, config.corpus)
-    for line in data_notes(config, manifest, making.met(made)):
-        print(line, flush=True)
     try:
+        for line in data_notes(config, manifest, making.met(made)):
+            print(line, flush=True)
         _check_windows(config, *(manifest[split]["num_tokens"] for split in SPLITS))
     except ValueError:
         shutil.rmtree(folder)
