@@ -337,10 +337,15 @@ def _executor(workers: Workers) -> Iterator[Executor]:
 def _dask_executor(address: str) -> Iterator[Executor]:
     try:
         from distributed import Client, KilledWorker
+
+        client = Client(address, timeout=DASK_SECONDS, set_as_default=False)
     except ImportError:
         raise ValueError(f'dask_scheduler={address!r} needs dask; pip install "dask[distributed]"') from None
+    except (OSError, ValueError) as error:
+        remedy = 'write it as in "tcp://host:8786", and see that it runs'
+        raise ValueError(f"dask_scheduler={address!r} cannot be reached ({one_line(error)}); {remedy}") from error
     try:
-        with Client(address, timeout=DASK_SECONDS, set_as_default=False) as client:
+        with client:
             yield client.get_executor(pure=False)
     except (KilledWorker, CancelledError, OSError) as error:
         remedy = "see that it and its workers run; what is finished stays, and the same command goes on"

@@ -337,7 +337,7 @@ def _publish(folder: Path, data_dir: Path, manifest: dict, names: dict[str, str]
     sync_folder(data_dir)
     write_text(data_dir / "manifest.json", json.dumps(manifest, indent=1) + "\n")
     sync_folder(data_dir)
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)  # A process that opens the data removes it too.
 
 
 def _make_tokenizer(config: TrainingConfig, files: list[CorpusFile]) -> Tokenizer:

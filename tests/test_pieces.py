@@ -427,3 +427,9 @@ def test_a_dask_scheduler_that_does_not_answer_is_refused_in_one_line(alone, tmp
     _, faults = process.communicate(timeout=300)
     assert process.returncode == 2 and faults.count("\n") == 1, faults
     assert faults.startswith(f"refused: dask_scheduler={address!r} ")
+
+
+def test_an_address_that_is_none_is_refused_by_its_field(tmp_path):
+    pytest.importorskip("distributed")
+    with pytest.raises(ValueError, match="^dask_scheduler='nonsense' cannot be reached "):
+        prepare(config_in(tmp_path, vocab_size=257, dask_scheduler="nonsense"))
