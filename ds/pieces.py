@@ -149,7 +149,7 @@ def name_of(recipe: Recipe, piece: Piece) -> str:
 
 
 def finished(recipe: Recipe, piece: Piece) -> Result | None:
-    """What became of a piece, if it is there."""
+    """What became of a piece, if all of it is there."""
     return _finished(recipe, name_of(recipe, piece))
 
 
@@ -368,11 +368,12 @@ def _end_with_parent() -> None:
 def _finished(recipe: Recipe, name: str) -> Result | None:
     try:
         found = json.loads((Path(recipe.folder) / f"{name}.json").read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return None
     splits = {name: Summary(*split) for name, split in found["splits"].items()}
     listed = {name: split._replace(shards=[WrittenShard(*shard) for shard in split.shards]) for name, split in splits.items()}
-    return Result(**found | {"splits": listed})
+    names = [found["records"], *(shard.name for split in listed.values() for shard in split.shards)]
+    return Result(**found | {"splits": listed}) if all(Path(recipe.folder, name).exists() for name in names) else None
 
 
 def _publish(recipe: Recipe, name: str, drafts: list[_Draft], result: Result) -> Result:

@@ -287,6 +287,19 @@ def test_a_file_that_was_mended_after_a_stop_is_read_again(tmp_path, monkeypatch
     assert prepare(config).fingerprint == found.fingerprint
 
 
+@pytest.mark.parametrize(("lost", "is_damaged"), [("*-train-*.bin", False), ("*.records", False), ("*[0-9a-f].json", True)])
+def test_a_piece_of_which_something_is_lost_is_made_again(tmp_path, monkeypatch, lost, is_damaged):
+    config = config_in(tmp_path, vocab_size=257)
+    stopped(config, monkeypatch)
+    for path in (Path(config.data_dir) / "building").glob(lost):
+        path.write_text("{") if is_damaged else path.unlink()
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 3000)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    found = prepare(config)
+    shutil.rmtree(config.data_dir)
+    assert prepare(config).fingerprint == found.fingerprint
+
+
 @pytest.mark.parametrize("at_once", [1, 2, 5, 2**20])
 def test_documents_are_as_long_as_their_characters_however_they_are_counted(tmp_path, monkeypatch, at_once):
     documents = [b"abc" * 3, "aé😀".encode() * 3, b"\xff\xf0\x9f\x98" * 2 + b"a", b"abc" * 3 + b"d", "😀".encode() * 8]
