@@ -301,7 +301,7 @@ def _run(workers: Workers, pieces: list[Piece], jobs: dict[int, partial], what: 
     """The result of each job; the progress is shown in bytes of the pieces of these numbers."""
     results, total, started = {}, sum(pieces[number].num_bytes for number in jobs), time.monotonic()
     is_terminal, said = sys.stderr.isatty(), started
-    with tqdm(total=total, desc=what, unit="B", unit_scale=True, dynamic_ncols=True, disable=not is_terminal) as bar:
+    with tqdm(total=total, desc=what, unit="B", unit_scale=True, dynamic_ncols=True, disable=not (is_terminal and jobs)) as bar:
         for number, result in making.completed(jobs, workers):
             results[number] = result
             bar.update(pieces[number].num_bytes)
