@@ -38,7 +38,8 @@ PIECE_BYTES = 2**26
 # One document: half of its sha256 in two numbers, how long it is, and the number of its split.
 RECORD = np.dtype([(name, "<u8") for name in ("high", "low", "num_bytes", "num_characters", "num_tokens")] + [("split", "u1")])
 # So many tokens are put into shards at once, and so many bytes are counted at once.
-BATCH_TOKENS, COUNTED_BYTES = 2**20, 2**20
+BATCH_TOKENS = 2**20
+COUNTED_BYTES = 2**20
 # So many documents are compared at once, which bounds the memory; a larger corpus is gone through several times.
 COMPARED_DOCUMENTS = 2**23
 # A document of n characters is counted in the class floor(LENGTH_CLASSES * log2(n)).
