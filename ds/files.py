@@ -187,6 +187,13 @@ def read_pieces(file: BinaryIO) -> Iterator[bytes]:
     yield held.getvalue()
 
 
+def joined(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """All pieces as one, without a second copy."""
+    document = io.BytesIO()
+    document.writelines(pieces)
+    yield document.getvalue()
+
+
 def split_pieces(pieces: Iterable[bytes], separator: bytes) -> Iterator[bytes]:
     """What bytes.split gives for all pieces together."""
     document, held = io.BytesIO(), b""
