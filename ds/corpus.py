@@ -11,7 +11,6 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
@@ -140,11 +139,12 @@ def is_held_out(document: bytes, fraction: float) -> bool:
 
 def _is_utf8(document: bytes) -> bool:
     decoder, view = codecs.getincrementaldecoder("utf-8")(), memoryview(document)
-    with suppress(UnicodeDecodeError):
+    try:
         for start in range(0, len(view), files.PIECE_BYTES):
             decoder.decode(view[start : start + files.PIECE_BYTES])
         return decoder.decode(b"", final=True) == ""
-    return False
+    except UnicodeDecodeError:
+        return False
 
 
 def _is_content(error: BaseException) -> bool:

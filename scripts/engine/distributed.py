@@ -1,7 +1,6 @@
-"""Ranks: which one this process is, the process group, and what all ranks do together; and the processes that only work off
-jobs, here or on other machines. Knows no run and no step.
+"""Ranks: which one this process is, the process group, and what all ranks do together. Knows no run and no step.
 
-Functions that say so must be called by every rank: the others would wait for the one that does not.
+Beside them, processes that work off jobs, on this machine or through dask. Functions that say so must be called by every rank: the others would wait for the one that does not.
 """
 
 import errno
