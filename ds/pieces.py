@@ -1,7 +1,7 @@
 """A piece of the corpus -> its shards: what one worker does. Owns the files that wait in the building folder.
 
-    building/tokenizer.json
-    building/0123456789abcdef.json  0123456789abcdef.records  0123456789abcdef-train-00000.bin ...
+    unfinished-shards/tokenizer.json
+    unfinished-shards/0123456789abcdef.json  0123456789abcdef.records  0123456789abcdef-train-00000.bin ...
 
 A piece counts once its .json is there, which is written last. What it becomes depends on nothing outside it. So any number of
 workers, on any number of machines, writes the same bytes, and what is there is not made again. Knows nothing of training.

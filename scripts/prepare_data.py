@@ -39,7 +39,7 @@ from scripts.report import CUT_OR_NAME, data_notes, data_table, draw_data
 from scripts.run.storage import hold, link, write_text
 
 FORMAT_VERSION = 1
-BUILDING = "building"
+BUILDING = "unfinished-shards"
 # The fields that decide the data: the manifest holds them, and data made with other values is refused.
 FIELDS = (
     "corpus", "corpus_exclude", "text_field", "validation_fraction", "tokens_per_shard", "vocab_size", "tokenizer_path",

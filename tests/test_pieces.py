@@ -238,7 +238,7 @@ def test_tokens_are_refused_before_anything_is_made(raw, tmp_path):
 def test_ten_kills_at_random_cost_only_what_was_under_way(alone, tmp_path):
     """Of all processes at once, or of the first alone: its workers end with it."""
     config, draw = replace(alone, data_dir=f"{tmp_path}/data"), random.Random(5)
-    building, kills, most = Path(config.data_dir) / "building", 0, 0
+    building, kills, most = Path(config.data_dir) / prepare_data.BUILDING, 0, 0
     while not (Path(config.data_dir) / "manifest.json").exists():
         process = start(config, tmp_path)
         if kills < 10:
@@ -273,7 +273,7 @@ def wait_until(happens) -> None:
 
 def at_work(process: subprocess.Popen, config: TrainingConfig) -> list[psutil.Process]:
     """The processes of a preparation that has finished its first piece."""
-    building = Path(config.data_dir) / "building"
+    building = Path(config.data_dir) / prepare_data.BUILDING
     wait_until(lambda: any(building.glob("*.records")) or process.poll() is not None)
     assert process.poll() is None, process.communicate()
     return psutil.Process(process.pid).children(recursive=True)
@@ -300,7 +300,7 @@ def test_ctrl_c_is_one_line_and_status_130_and_leaves_no_process(stoppable):
     _, faults = process.communicate(timeout=120)
     assert (process.returncode, faults) == (130, "Stopped; the same command begins again\n")
     assert psutil.wait_procs(workers, timeout=60)[1] == []
-    assert any((Path(config.data_dir) / "building").glob("*.json"))
+    assert any((Path(config.data_dir) / prepare_data.BUILDING).glob("*.json"))
 
 
 @pytest.mark.slow
@@ -310,7 +310,7 @@ def test_a_killed_worker_is_a_refusal_that_keeps_what_is_finished(stoppable):
     worker.kill()
     _, faults = process.communicate(timeout=120)
     assert process.returncode == 2 and faults.startswith("refused: a process that prepares the data was killed;"), faults
-    assert faults.count("\n") == 1 and any((Path(config.data_dir) / "building").glob("*.json"))
+    assert faults.count("\n") == 1 and any((Path(config.data_dir) / prepare_data.BUILDING).glob("*.json"))
 
 
 @pytest.mark.slow
@@ -334,7 +334,7 @@ def test_a_faulty_row_in_a_late_piece_is_one_line_and_the_rest_is_kept(alone, tm
     _, faults = process.communicate(timeout=120)
     assert process.returncode == 2 and faults.count("\n") == 1
     assert faults.startswith(f"refused: {rows}, line 3001: not JSON")
-    assert any((Path(config.data_dir) / "building").glob("*.json"))
+    assert any((Path(config.data_dir) / prepare_data.BUILDING).glob("*.json"))
 
 
 def stopped(config: TrainingConfig, monkeypatch) -> None:
@@ -345,7 +345,7 @@ def stopped(config: TrainingConfig, monkeypatch) -> None:
         patch.setattr(prepare_data, "draw_data", interrupt)
         with pytest.raises(KeyboardInterrupt):
             prepare(config)
-    assert any((Path(config.data_dir) / "building").glob("*-train-*.bin"))
+    assert any((Path(config.data_dir) / prepare_data.BUILDING).glob("*-train-*.bin"))
 
 
 def interrupt(*_) -> None:
@@ -380,7 +380,7 @@ def test_a_file_that_was_mended_after_a_stop_is_read_again(tmp_path, monkeypatch
 def test_a_piece_of_which_something_is_lost_is_made_again(tmp_path, monkeypatch, lost, is_damaged):
     config = config_in(tmp_path, vocab_size=257)
     stopped(config, monkeypatch)
-    for path in (Path(config.data_dir) / "building").glob(lost):
+    for path in (Path(config.data_dir) / prepare_data.BUILDING).glob(lost):
         path.write_text("{") if is_damaged else path.unlink()
     monkeypatch.setattr(pieces, "PIECE_BYTES", 3000)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})

@@ -243,13 +243,13 @@ def test_interrupted_build_is_built_again(built):
     for head in ("", "{", (folder / "manifest.json").read_text()):
         (folder / "manifest.json").unlink()
         (folder / "train-00001.bin").write_bytes(b"half")
-        (folder / "building").mkdir()
-        (folder / "building" / "head.json").write_text(head)
-        (folder / "building" / "tokenizer.json").write_text('{"model"')
-        (folder / "building" / "0123.records.tmp").write_bytes(b"half")
+        (folder / prepare_data.BUILDING).mkdir()
+        (folder / prepare_data.BUILDING / "head.json").write_text(head)
+        (folder / prepare_data.BUILDING / "tokenizer.json").write_text('{"model"')
+        (folder / prepare_data.BUILDING / "0123.records.tmp").write_bytes(b"half")
         prepare(built)
         assert content(built.data_dir) == whole
-    (folder / "building").mkdir()
+    (folder / prepare_data.BUILDING).mkdir()
     prepare(built)
     assert content(built.data_dir) == whole
 

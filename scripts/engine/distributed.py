@@ -1,6 +1,7 @@
 """Ranks: which one this process is, the process group, and what all ranks do together. Knows no run and no step.
 
-Beside them, processes that work off jobs, on this machine or through dask. Functions that say so must be called by every rank: the others would wait for the one that does not.
+Beside them, processes that work off jobs, on this machine or through dask. Functions that say so must be called by every rank:
+the others would wait for the one that does not.
 """
 
 import errno
