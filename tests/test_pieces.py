@@ -246,7 +246,8 @@ def test_ten_kills_at_random_cost_only_what_was_under_way(alone, tmp_path):
             wait_for_pieces(process, building, len(seen) + draw.randint(1, 4))
             time.sleep(draw.random() * 0.05)
             workers = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-            os.kill(process.pid, signal.SIGKILL) if kills % 2 else os.killpg(process.pid, signal.SIGKILL)
+            if process.poll() is None:
+                os.kill(process.pid, signal.SIGKILL) if kills % 2 else os.killpg(process.pid, signal.SIGKILL)
             kills += 1
             psutil.wait_procs(workers, timeout=60)
             assert not [worker for worker in workers if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE]
