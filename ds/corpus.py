@@ -22,22 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ds import files
-from ds.files import (
-    COMPRESSIONS,
-    EXCLUDE,
-    Part,
-    compression,
-    file_name,
-    first_start,
-    is_url,
-    num_line_ends,
-    one_line,
-    open_file,
-    overlaps_itself,
-    read_pieces,
-    split_pieces,
-    texts_from,
-)
+from ds.files import COMPRESSIONS, EXCLUDE, Part, is_url, one_line, open_file, split_pieces
 
 READ_ERRORS = (*files.DECOMPRESS_ERRORS, pa.ArrowException)
 # How much of a table is read at once, and how much of a file shows what it is.
@@ -60,7 +45,8 @@ SEPARATORS |= {b"\n</s>\n": "</s>", b"\n</s>\r\n": "</s>"}
 # Nearer than this to the end of what is read, an error may be a word that is cut off.
 LONGEST_JSON_WORD = 16
 BLANK, ARRAY_START, ARRAY_NEXT = (re.compile(gap) for gap in (r"\s*()", r"\s*\[\s*(\]?)\s*", r"\s*(?:,|(\]))\s*"))
-NAME, INVALID_BYTES = re.compile(r"[\w.-]+"), re.compile("([\udc80-\udcff]+)")
+DELIMITERS = ",\t;|"
+NAME, INVALID_BYTES = re.compile(r"[\w.-]*"), re.compile("([\udc80-\udcff]+)")
 SKIP = "mend it, or set skip_faulty_rows=True"
 ONE_STRING = "write each row's list into one string, such as by a chat template, and set text_field to that"
 TEXT_TYPE = re.compile(r"(large_)?(string|binary)(_view)?|fixed_size_binary.*|null")
@@ -77,7 +63,7 @@ class Reading(NamedTuple):
 @dataclass
 class Tally:
     """What was met: how often each kind, and where first. Kinds: "documents"; "empty", "faulty", which are skipped; "invalid",
-    which are not UTF-8; "separator", plain files with one of `SEPARATORS`; "json", .json files that are no rows.
+    which are not UTF-8; "separator", plain texts with one of `SEPARATORS`; "json", .json files that are no rows.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -94,9 +80,7 @@ class Tally:
 
 
 def documents(parts: Iterable[Part], reading: Reading, tally: Tally) -> Iterator[bytes]:
-    """Every document, part by part, but for those of tokens. Raises ValueError as `part_documents` does, or if there is neither
-    a document nor a part of tokens.
-    """
+    """Every document of text, part by part. ValueError as `part_documents`, or if there is none and no part of tokens."""
     before, has_tokens = tally.counts.get("documents", 0), False
     for part in parts:
         has_tokens |= part.tokens is not None
@@ -133,9 +117,8 @@ def part_documents(part: Part, reading: Reading, tally: Tally) -> Iterator[bytes
                 del document
     except READ_ERRORS as error:
         if not part.start or not reading.skip_faulty_rows or not _is_content(error):
-            _refuse_unreadable(
-                error, f"{part.path} cannot be read ({one_line(error)}); repair it, or {EXCLUDE}", reading, tally
-            )
+            words = f"{part.path} cannot be read ({one_line(error)}); repair it, or {EXCLUDE}"
+            _refuse_unreadable(error, words, reading, tally)
 
 
 def is_document(document: bytes, path: str, tally: Tally) -> bool:
@@ -159,10 +142,9 @@ def _is_utf8(document: bytes) -> bool:
     try:
         for start in range(0, len(view), files.PIECE_BYTES):
             decoder.decode(view[start : start + files.PIECE_BYTES])
-        decoder.decode(b"", final=True)
+        return decoder.decode(b"", final=True) == ""
     except UnicodeDecodeError:
         return False
-    return True
 
 
 def _is_content(error: BaseException) -> bool:
@@ -176,12 +158,12 @@ def _refuse_unreadable(error: Exception, words: str, reading: Reading, tally: Ta
 
 
 def _reader(file: BinaryIO, part: Part, reading: Reading, tally: Tally) -> Iterator[bytes]:
-    begin, name = file.read(files.COMPRESSED_BYTES), file_name(part.path)
+    begin, name = file.read(files.COMPRESSED_BYTES), files.file_name(part.path)
     file.seek(-min(4, file.seek(0, io.SEEK_END)), io.SEEK_END)
     is_parquet = begin[:4] == file.read(4) == b"PAR1"
     if is_parquet or (name.suffix.lower() == ".parquet" and begin):
         return _parquet(file, part, reading, tally)
-    is_compressed, is_named_so = compression(begin) is not None, name.suffix.lower() in COMPRESSIONS
+    is_compressed, is_named_so = files.compression(begin) is not None, name.suffix.lower() in COMPRESSIONS
     if part.start and (is_compressed or is_named_so):
         return iter(())
     if is_named_so and begin and not is_compressed:
@@ -196,24 +178,24 @@ def _reader(file: BinaryIO, part: Part, reading: Reading, tally: Tally) -> Itera
         tally.count("json", part.path)
     separator = b"\n" if rows == ".jsonl" else (reading.document_separator or "").encode() if rows is None else b""
     pieces, begin = chain([head], pieces), 0
-    if separator and not is_compressed and not overlaps_itself(separator):
-        begin = first_start(file, part, separator)
-        texts = texts_from(file, range(begin, part.stop or sys.maxsize), separator)
+    if separator and not is_compressed and not files.overlaps_itself(separator):
+        begin = files.first_start(file, part, separator)
+        texts = files.texts_from(file, range(begin, part.stop or sys.maxsize), separator)
     elif part.start:
         return iter(())
     else:
-        texts = split_pieces(pieces, separator)
+        texts = split_pieces(pieces, separator) if separator else files.joined(pieces)
     if rows == ".csv":
         return _table(part.path, pieces, reading, tally)
     if rows is not None:
         texts = texts if rows == ".jsonl" else _json_values(pieces)
-        return _json_rows(part.path, texts, cache(lambda: num_line_ends(file, begin)), reading, tally)
-    return (text.strip(b"\r\n") for text in texts) if separator else _whole(part.path, pieces, tally)
+        return _json_rows(part.path, texts, cache(lambda: files.num_line_ends(file, begin)), reading, tally)
+    return _plain(part.path, (text.strip(b"\r\n") for text in texts) if separator else texts, tally)
 
 
 def _readable(file: BinaryIO, path: str, reading: Reading, tally: Tally) -> Iterator[bytes]:
     try:
-        yield from read_pieces(file)
+        yield from files.read_pieces(file)
     except READ_ERRORS as error:
         words = f"{path} cannot be read beyond byte {file.tell()} ({one_line(error)}); {SKIP}, or {EXCLUDE}"
         _refuse_unreadable(error, words, reading, tally)
@@ -224,7 +206,8 @@ def _refuse_binary(place: str, head: bytes) -> None:
     encoding = next((name for name, mark in MARKS.items() if head.startswith(mark)), None)
     if kind is None and encoding is None and b"\0" in head[:HEAD_BYTES]:
         kind, most = "binary, with NUL bytes", 0
-        for name, width in (("UTF-32LE", 4), ("UTF-32BE", 4), ("UTF-16LE", 2), ("UTF-16BE", 2)):
+        is_wide = head.count(b"\0") > len(head) / 8 or not _is_utf8(head[:HEAD_BYTES].rsplit(b"\0", 1)[0])
+        for name, width in (("UTF-32LE", 4), ("UTF-32BE", 4), ("UTF-16LE", 2), ("UTF-16BE", 2)) if is_wide else ():
             text = head[: min(len(head), HEAD_BYTES) // width * width].decode(name, "replace")
             num_plain = 0 if "\0" in text or "\ufffd" in text[:-1] else sum(map(str.isascii, text))
             encoding, most = (name, num_plain) if num_plain > most else (encoding, most)
@@ -254,9 +237,11 @@ def _row_format(head: bytes, text_field: str, is_json: bool) -> str | None:
         return ".json" if is_json or _begins_object(text, array.end()) else None
     if not text.startswith("{", begin):
         first = head.partition(b"\n")[0].decode("utf-8", "replace").strip()
-        rows = {ending: first.split(mark) for ending, mark in ((".csv", ","), (".tsv", "\t")) if not is_json}
-        looks = (ending for ending, row in rows.items() if row[1:] and text_field in row and all(map(NAME.fullmatch, row)))
-        return next(looks, None)
+        second = text[begin:].partition("\n")[2].partition("\n")[0]
+        marks = [mark for mark in DELIMITERS if not is_json and mark in second]
+        rows = {mark: [cell.strip() for cell in _cells(first, mark)] for mark in marks}
+        looks = (mark for mark, row in rows.items() if row[1:] and text_field in row and all(map(NAME.fullmatch, row)))
+        return {None: None, "\t": ".tsv"}.get(next(looks, None), ".csv")
     if not _begins_object(text, begin):
         return ".jsonl" if is_json and re.search(word, text) else None
     end = _value_end(text, begin)
@@ -264,7 +249,7 @@ def _row_format(head: bytes, text_field: str, is_json: bool) -> str | None:
     if end > len(text):
         is_rows = re.search(word, text) is not None if is_json != is_line else is_json
     else:
-        value = json.loads(head[begin:end].decode("utf-8", "replace"))
+        value = json.loads(head[begin:end].decode("utf-8", "replace"), parse_int=float)
         has_field = text_field in value or text_field.partition(".")[0] in value
         is_rows = has_field or (is_json and is_line) or _begins_object(text, len(text) - len(text[end:].lstrip()))
     return (".jsonl" if is_line else ".json") if is_rows else None
@@ -276,9 +261,9 @@ def _begins_object(text: str, at: int) -> bool:
 
 
 def _value_end(text: str, at: int) -> int:
-    """Where the JSON value at `at` ends; beyond the text where it is cut off; 0 where it is no JSON."""
+    """Where the JSON value at `at` ends; beyond the text where it is cut off; 0 where it is no JSON. Any int is one."""
     try:
-        return json.JSONDecoder().raw_decode(text, at)[1]
+        return json.JSONDecoder(parse_int=float).raw_decode(text, at)[1]
     except json.JSONDecodeError as error:
         is_cut = error.msg.startswith("Unterminated string") or error.pos > len(text) - LONGEST_JSON_WORD
         return len(text) + 1 if is_cut else 0
@@ -286,24 +271,25 @@ def _value_end(text: str, at: int) -> int:
         return 0
 
 
-def _whole(path: str, pieces: Iterable[bytes], tally: Tally) -> Iterator[bytes]:
-    document = io.BytesIO()
-    document.writelines(pieces)
-    separator = next((name for written, name in SEPARATORS.items() if written in document.getvalue()), None)
-    if separator is not None:
-        tally.count("separator", f"{path} holds {separator!r}; document_separator={separator!r} cuts there")
-    yield document.getvalue()
+def _plain(path: str, texts: Iterable[bytes], tally: Tally) -> Iterator[bytes]:
+    """The same texts. Raises ValueError at a NUL, such as a download has where it broke off."""
+    for text in texts:
+        if b"\0" in text:
+            raise ValueError(f"{path} holds NUL bytes, which is no text; get it again, or {EXCLUDE}")
+        separator = next((name for written, name in SEPARATORS.items() if written in text), None)
+        if separator is not None:
+            tally.count("separator", f"{path} holds {separator!r}; document_separator={separator!r} cuts there")
+        yield text
+        del text
 
 
-def _json_rows(
-    path: str, rows: Iterator[bytes], num_before: Callable[[], int], reading: Reading, tally: Tally
-) -> Iterator[bytes]:
+def _json_rows(path: str, rows: Iterator[bytes], before: Callable[[], int], reading: Reading, tally: Tally) -> Iterator[bytes]:
     for number, row in enumerate(rows, 1):
         row = row.removeprefix(UTF8_MARK)
         try:
             document = _json_text(row, reading.text_field) if row and not row.isspace() else None
         except ValueError as error:
-            tally.fault(ValueError(f"{path}, line {num_before() + number}: {error}"), reading)
+            tally.fault(ValueError(f"{path}, line {before() + number}: {error}"), reading)
             continue
         if document is not None:
             yield document
@@ -374,26 +360,40 @@ def _table(path: str, pieces: Iterable[bytes], reading: Reading, tally: Tally) -
     csv.field_size_limit(sys.maxsize)
     lines = (line.decode("utf-8", "surrogateescape") + "\n" for line in split_pieces(pieces, b"\n"))
     head = next((line for line in lines if line.strip()), "")
-    rows = csv.reader(chain([head], lines), delimiter=max(",\t;|", key=head.count), strict=True)
-    names = next(rows, [])
-    if names and reading.text_field not in names:
-        raise ValueError(f"{path}: no column {reading.text_field!r}, there is {_names(names)}; set text_field to one of these")
+    delimiter = next((mark for mark in DELIMITERS if reading.text_field in _cells(head, mark)), max(DELIMITERS, key=head.count))
+    rows = _table_rows(path, csv.reader(chain([head], lines), delimiter=delimiter, strict=True), reading, tally)
+    names = next(rows, [reading.text_field])
+    if names.count(reading.text_field) != 1:
+        found = f"{'more than one' if reading.text_field in names else 'no'} column {reading.text_field!r}"
+        raise ValueError(f"{path}: {found}, there is {_names(names)}; set text_field to one of these")
+    yield from (cells[names.index(reading.text_field)].encode("utf-8", "surrogateescape") for cells in rows)
+
+
+def _table_rows(path: str, rows: Any, reading: Reading, tally: Tally) -> Iterator[list[str]]:
+    """The rows of a csv.reader, all as long as the first; without a first one there are none."""
+    num_columns = None
     while True:
         try:
             cells = next(rows, None)
-            if cells and len(cells) != len(names):
-                raise csv.Error(f"{len(cells)} columns, the first line names {len(names)}")
+            if cells and num_columns not in (None, len(cells)):
+                raise csv.Error(f"{len(cells)} columns, the first line names {num_columns}")
         except csv.Error as error:
             tally.fault(ValueError(f"{path}, line {rows.line_num}: not CSV ({one_line(error)}); {SKIP}"), reading)
-            continue
+            cells = None if num_columns is None else []
         if cells is None:
             return
         if cells:
-            yield cells[names.index(reading.text_field)].encode("utf-8", "surrogateescape")
+            num_columns = len(cells)
+            yield cells
+
+
+def _cells(line: str, delimiter: str) -> list[str]:
+    return next(csv.reader([line.replace("\r", " ").strip()], delimiter=delimiter), [])
 
 
 def _parquet(file: BinaryIO, part: Part, reading: Reading, tally: Tally) -> Iterator[bytes]:
-    with pq.ParquetFile(file if is_url(part.path) else part.path, buffer_size=files.PIECE_BYTES) as table:
+    source = file if is_url(part.path) else part.path
+    with pq.ParquetFile(source, buffer_size=files.PIECE_BYTES, page_checksum_verification=True) as table:
         names = _column_names(table.schema_arrow, reading.text_field, part.path)
         for group in range(table.num_row_groups):
             first = table.metadata.row_group(group).column(0)
@@ -424,6 +424,8 @@ def _column_names(schema: pa.Schema, text_field: str, path: str) -> list[str]:
     names = [text_field] if text_field in schema.names else text_field.split(".")
     for name in names:
         inner = {part.name: part.type for part in kind} if isinstance(kind, pa.StructType) else {}
+        if isinstance(kind, pa.StructType) and len(kind.get_all_field_indices(name)) > 1:
+            raise ValueError(f"{path}: more than one column {name!r}; rename them, or {EXCLUDE}")
         if name not in inner and "list" not in str(kind)[:10]:
             raise ValueError(f"{path}: no column {text_field!r}, there is {_names(inner)}; set text_field to one of these")
         kind = inner.get(name, kind)

@@ -109,7 +109,7 @@ def corpus_digest(files: Iterable[CorpusFile]) -> str:
 
 def corpus_pieces(files: Iterable[CorpusFile], piece_bytes: int) -> list[tuple[Part, ...]]:
     """The parts of all files in order, in pieces of about equal work: small files stand together up to `piece_bytes`, a file
-    that is larger is cut. Names and sizes alone decide.
+    that is larger is cut into equal ranges. Names and sizes alone decide.
     """
     pieces, together, num_bytes = [], [], 0
     for file in files:
@@ -117,8 +117,9 @@ def corpus_pieces(files: Iterable[CorpusFile], piece_bytes: int) -> list[tuple[P
             pieces.append(tuple(together))
             together, num_bytes = [], 0
         if file.num_bytes > piece_bytes:
-            *starts, last = range(0, file.num_bytes, piece_bytes)
-            pieces += [(Part(file.path, start, start + piece_bytes, file.tokens),) for start in starts]
+            own_bytes = -(-file.num_bytes // -(-file.num_bytes // piece_bytes))
+            *starts, last = range(0, file.num_bytes, own_bytes)
+            pieces += [(Part(file.path, start, start + own_bytes, file.tokens),) for start in starts]
             pieces.append((Part(file.path, last, None, file.tokens),))
         else:
             together.append(Part(file.path, 0, None, file.tokens))
@@ -185,6 +186,13 @@ def read_pieces(file: BinaryIO) -> Iterator[bytes]:
         yield held.getvalue()
         raise
     yield held.getvalue()
+
+
+def joined(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """All pieces as one, without a second copy."""
+    document = io.BytesIO()
+    document.writelines(pieces)
+    yield document.getvalue()
 
 
 def split_pieces(pieces: Iterable[bytes], separator: bytes) -> Iterator[bytes]:

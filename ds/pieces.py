@@ -1,7 +1,7 @@
 """A piece of the corpus -> its shards: what one worker does. Owns the files that wait in the building folder.
 
-    building/tokenizer.json
-    building/0123456789abcdef.json  0123456789abcdef.records  0123456789abcdef-train-00000.bin ...
+    unfinished-shards/tokenizer.json
+    unfinished-shards/0123456789abcdef.json  0123456789abcdef.records  0123456789abcdef-train-00000.bin ...
 
 A piece counts once its .json is there, which is written last. What it becomes depends on nothing outside it. So any number of
 workers, on any number of machines, writes the same bytes, and what is there is not made again. Knows nothing of training.
@@ -9,18 +9,14 @@ workers, on any number of machines, writes the same bytes, and what is there is 
 
 import json
 import os
-import signal
+from codecs import getincrementaldecoder
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import BrokenExecutor, CancelledError, Executor, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import sha256
 from itertools import groupby, tee
-from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
-from threading import Thread
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +25,7 @@ from ds import encoder as encoding
 from ds import tokenizer as bpe
 from ds.corpus import Reading, Tally, is_document, is_held_out, part_documents
 from ds.encoder import Encoder, encode_documents, encoder_of, plain_encoder, with_end_of_text
-from ds.files import CorpusFile, Part, corpus_pieces, one_line
+from ds.files import CorpusFile, Part, corpus_pieces, is_url
 from ds.shards import TokenStream, open_shard, published, sync_folder, write_shard
 
 SPLITS = ("train", "validation")
@@ -37,13 +33,13 @@ SPLITS = ("train", "validation")
 PIECE_BYTES = 2**26
 # One document: half of its sha256 in two numbers, how long it is, and the number of its split.
 RECORD = np.dtype([(name, "<u8") for name in ("high", "low", "num_bytes", "num_characters", "num_tokens")] + [("split", "u1")])
-# So many tokens are put into shards at once.
+# So many tokens are put into shards at once, and so many bytes are counted at once.
 BATCH_TOKENS = 2**20
+COUNTED_BYTES = 2**20
 # So many documents are compared at once, which bounds the memory; a larger corpus is gone through several times.
 COMPARED_DOCUMENTS = 2**23
 # A document of n characters is counted in the class floor(LENGTH_CLASSES * log2(n)).
 LENGTH_CLASSES = 4
-DASK_SECONDS = 15
 
 
 class Recipe(NamedTuple):
@@ -64,14 +60,16 @@ class Recipe(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Some of the corpus: its parts and their bytes, the number of the entry of `corpus` that names it, and the split that its
-    documents go to; None: their hash decides.
+    """Some of the corpus: its parts and their bytes, the number of the entry of `corpus` that names it, the split that its
+    documents go to (None: their hash decides), and how large and from when its files are, so that a file that was mended is
+    read again.
     """
 
     parts: tuple[Part, ...]
     num_bytes: int
     source: int
     split: str | None
+    states: str
 
 
 class WrittenShard(NamedTuple):
@@ -111,48 +109,30 @@ class Made(NamedTuple):
     result: Result
 
 
-class Workers(NamedTuple):
-    """Who works: `number` processes of this machine, or those of the dask scheduler at an address."""
-
-    number: int
-    dask_scheduler: str | None
-
-
-class Done(NamedTuple):
-    """The number of a job and its result."""
-
-    number: int
-    result: Result
-
-
 def pieces_of(files: list[CorpusFile], held_out: list[CorpusFile]) -> list[Piece]:
     """All pieces, those of `held_out` first, so that of a document in both the held-out one stays. Without any, the hashes of
     documents decide which are held out. The files of an entry of the corpus stay together.
     """
     sizes, split = {file.path: file.num_bytes for file in files + held_out}, SPLITS[0] if held_out else None
-    found = [Piece(parts, 0, 0, SPLITS[1]) for parts in corpus_pieces(held_out, PIECE_BYTES)]
+    times = {path: 0 if is_url(path) else Path(path).stat().st_mtime_ns for path in sizes}
+    found = [Piece(parts, 0, 0, SPLITS[1], "") for parts in corpus_pieces(held_out, PIECE_BYTES)]
     for source in range(1 + max((file.source for file in files), default=0)):
         own = [file for file in files if file.source == source]
-        found += [Piece(parts, 0, source, split) for parts in corpus_pieces(own, PIECE_BYTES)]
+        found += [Piece(parts, 0, source, split, "") for parts in corpus_pieces(own, PIECE_BYTES)]
     lengths = [sum((part.stop or sizes[part.path]) - part.start for part in piece.parts) for piece in found]
-    return [piece._replace(num_bytes=length) for piece, length in zip(found, lengths, strict=True)]
+    states = [json.dumps([(sizes[part.path], times[part.path]) for part in piece.parts]) for piece in found]
+    return [piece._replace(num_bytes=length, states=state) for piece, length, state in zip(found, lengths, states, strict=True)]
 
 
 def name_of(recipe: Recipe, piece: Piece) -> str:
     """The name of a piece in the building folder: it tells all that decides what the piece becomes."""
-    decisive = [*recipe._replace(folder="", is_fast=False, num_threads=None), piece.parts, piece.num_bytes, piece.split]
+    decisive = [*recipe._replace(folder="", is_fast=False, num_threads=None), *piece._replace(source=0)]
     return sha256(json.dumps(decisive).encode()).hexdigest()[:16]
 
 
 def finished(recipe: Recipe, piece: Piece) -> Result | None:
-    """What became of a piece, if it is there."""
-    try:
-        found = json.loads((Path(recipe.folder) / f"{name_of(recipe, piece)}.json").read_bytes())
-    except FileNotFoundError:
-        return None
-    splits = {name: Summary(*split) for name, split in found["splits"].items()}
-    listed = {name: split._replace(shards=[WrittenShard(*shard) for shard in split.shards]) for name, split in splits.items()}
-    return Result(**found | {"splits": listed})
+    """What became of a piece, if all of it is there."""
+    return _finished(recipe, name_of(recipe, piece))
 
 
 def write_piece(recipe: Recipe, piece: Piece) -> Result:
@@ -171,9 +151,14 @@ def write_piece(recipe: Recipe, piece: Piece) -> Result:
 
 
 def drop_documents(recipe: Recipe, piece: Piece, dropped: np.ndarray) -> Result:
-    """Writes a finished piece anew without the documents whose numbers are `dropped` (N,) int64."""
-    result, name = finished(recipe, piece), f"{name_of(recipe, piece)}-distinct"
+    """What a finished piece is without the documents whose numbers are `dropped` (N,) int64. It is written beside the piece,
+    which stays whole: where the same command goes on with another corpus, other documents repeat an earlier one.
+    """
+    result, name = finished(recipe, piece), f"{name_of(recipe, piece)}-{sha256(dropped.tobytes()).hexdigest()[:16]}"
     assert result is not None, piece
+    done = _finished(recipe, name)
+    if done is not None:
+        return done
     records = np.fromfile(Path(recipe.folder) / result.records, RECORD)
     is_kept = np.ones(len(records), bool)
     is_kept[dropped] = False
@@ -185,10 +170,7 @@ def drop_documents(recipe: Recipe, piece: Piece, dropped: np.ndarray) -> Result:
         for run in _runs(is_kept[is_mine]):
             ids = TokenStream(shards, recipe.fingerprint).parts(int(borders[run.start]), int(borders[run.stop]))
             draft.add(ids, records[is_mine][run])
-    with published(Path(recipe.folder) / f"{name}.records", os.replace) as file:
-        file.write(records[is_kept].tobytes())
-    left = result._replace(records=f"{name}.records", num_duplicates=result.num_duplicates + len(dropped))
-    return _publish(recipe, name_of(recipe, piece), drafts, left)
+    return _publish(recipe, name, drafts, result._replace(num_duplicates=len(dropped)))
 
 
 def duplicates(folder: Path, names: list[str]) -> dict[int, np.ndarray]:
@@ -210,24 +192,6 @@ def duplicates(folder: Path, names: list[str]) -> dict[int, np.ndarray]:
         found.append(np.array([numbers[again], places[again]], np.int64))
     numbers, places = np.concatenate(found, axis=1)
     return {number: np.sort(places[numbers == number]) for number in np.unique(numbers).tolist()}
-
-
-def completed(jobs: dict[int, Callable[[], Result]], workers: Workers) -> Iterator[Done]:
-    """Does each job, and yields it as soon as it is done. Raises what a job raises, and ValueError where a worker was killed
-    or the scheduler does not answer.
-    """
-    if not jobs or workers == Workers(1, None):
-        yield from (Done(number, job()) for number, job in jobs.items())
-        return
-    dask = workers.dask_scheduler
-    with _executor(workers) if dask is None else _dask_executor(dask) as executor:
-        numbers = {executor.submit(job): number for number, job in jobs.items()}
-        try:
-            for future in as_completed(numbers):
-                yield Done(numbers[future], future.result())
-        except BrokenExecutor as error:
-            remedy = "the memory may be full; what is finished stays, and the same command goes on"
-            raise ValueError(f"a process that prepares the data was killed; {remedy}") from error
 
 
 def met(made: list[Made]) -> Tally:
@@ -319,45 +283,15 @@ def _whole_split(made: list[Made], name: str) -> dict:
     return sums | {"lengths": dict(sorted(lengths.items(), key=lambda pair: int(pair[0])))} | {"shards": shards}
 
 
-@contextmanager
-def _executor(workers: Workers) -> Iterator[Executor]:
-    """What is under way is abandoned if the block raises."""
-    others = {*active_children()}
-    with ProcessPoolExecutor(workers.number, get_context("forkserver"), _start_worker) as executor:
-        try:
-            yield executor
-        except BaseException:
-            executor.shutdown(wait=False, cancel_futures=True)
-            for child in {*active_children()} - others:
-                child.terminate()
-            raise
-
-
-@contextmanager
-def _dask_executor(address: str) -> Iterator[Executor]:
+def _finished(recipe: Recipe, name: str) -> Result | None:
     try:
-        from distributed import Client, KilledWorker
-    except ImportError:
-        raise ValueError(f'dask_scheduler={address!r} needs dask; pip install "dask[distributed]"') from None
-    try:
-        with Client(address, timeout=DASK_SECONDS, set_as_default=False) as client:
-            yield client.get_executor(pure=False)
-    except (KilledWorker, CancelledError, OSError) as error:
-        remedy = "see that it and its workers run; what is finished stays, and the same command goes on"
-        raise ValueError(f"dask_scheduler={address!r} failed ({one_line(error)}); {remedy}") from error
-
-
-def _start_worker() -> None:
-    """A worker leaves Ctrl-C to the process that it works for, and ends with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+        found = json.loads((Path(recipe.folder) / f"{name}.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    splits = {name: Summary(*split) for name, split in found["splits"].items()}
+    listed = {name: split._replace(shards=[WrittenShard(*shard) for shard in split.shards]) for name, split in splits.items()}
+    names = [found["records"], *(shard.name for split in listed.values() for shard in split.shards)]
+    return Result(**found | {"splits": listed}) if all(Path(recipe.folder, name).exists() for name in names) else None
 
 
 def _publish(recipe: Recipe, name: str, drafts: list[_Draft], result: Result) -> Result:
@@ -426,7 +360,10 @@ def _fits(recipe: Recipe, part: Part, document: bytes, tally: Tally) -> bool:
 
 
 def _num_characters(document: bytes) -> int:
-    return len(document.decode(errors="surrogateescape"))
+    """Counted in parts: a string of all takes 4 bytes a character where there is one emoji."""
+    decoder, view = getincrementaldecoder("utf-8")("surrogateescape"), memoryview(document)
+    starts = range(0, len(view), COUNTED_BYTES)
+    return sum(len(decoder.decode(view[at : at + COUNTED_BYTES])) for at in starts) + len(decoder.decode(b"", final=True))
 
 
 def _batches(encoded: Iterator[_Encoded]) -> Iterator[list[_Encoded]]:

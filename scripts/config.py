@@ -88,7 +88,7 @@ FEWEST_OFFERED_CHUNK_ROWS = 64
 SHORTEST_OFFERED_CONTEXT = 64
 OFFERED_MEMORY_SHARE = 0.9
 NUM_NAMED_DOCUMENTS, NAMED_DOCUMENT_TOKENS, FEW_DOCUMENTS = 3, 48, 10
-SHARD_WORKER_BYTES, PROGRESS_SECONDS = 3 * 2**28, 60
+SHARD_WORKER_BYTES, PROGRESS_SECONDS, DASK_SECONDS = 3 * 2**28, 60, 15
 LABEL_ERROR_TOKENS = 8192
 
 
@@ -418,7 +418,7 @@ def refusing() -> Iterator[None]:
         yield
     except ValueError as refusal:
         if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
-            print(f"refused: {refusal}", file=sys.stderr, flush=True)
+            print("refused:", str(refusal).replace("\n", r"\n"), file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("Stopped; the same command begins again", file=sys.stderr, flush=True)

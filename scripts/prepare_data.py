@@ -29,22 +29,17 @@ from ds.corpus import Reading, Tally, documents, is_held_out, part_documents
 from ds.encoder import check_token_files, disagreement, encode, encoder_of, plain_encoder
 from ds.files import CorpusFile, Part, corpus_digest, corpus_files, fixed_part, is_url, whole_parts
 from ds.loader import count_windows
-from ds.pieces import SPLITS, Made, Piece, Recipe, Result, Workers
+from ds.pieces import SPLITS, Made, Piece, Recipe, Result
 from ds.shards import TokenStream, open_shard, sync_folder, verify_shard
-from scripts.config import (  # fmt: skip
-    PRETRAIN,
-    PROGRESS_SECONDS,
-    SHARD_WORKER_BYTES,
-    TrainingConfig,
-    refuse_arguments,
-    refusing,
-)
+from scripts import config as settings
+from scripts.config import PRETRAIN, TrainingConfig, refuse_arguments, refusing
+from scripts.engine.distributed import Workers, completed
 from scripts.plan.machine import room_free
 from scripts.report import CUT_OR_NAME, data_notes, data_table, draw_data
 from scripts.run.storage import hold, link, write_text
 
 FORMAT_VERSION = 1
-BUILDING = "building"
+BUILDING = "unfinished-shards"
 # The fields that decide the data: the manifest holds them, and data made with other values is refused.
 FIELDS = (
     "corpus", "corpus_exclude", "text_field", "validation_fraction", "tokens_per_shard", "vocab_size", "tokenizer_path",
@@ -228,9 +223,9 @@ def _build_in(build: _Build) -> None:
     recipe = _recipe(build, tokenizer)
     made = _distinct(config, recipe, _made(config, recipe, making.pieces_of(build.files, build.held_out)))
     manifest: dict = build.head | {"tokenizer_fingerprint": recipe.fingerprint} | making.contents(made, config.corpus)
-    for line in data_notes(config, manifest, making.met(made)):
-        print(line, flush=True)
     try:
+        for line in data_notes(config, manifest, making.met(made)):
+            print(line, flush=True)
         _check_windows(config, *(manifest[split]["num_tokens"] for split in SPLITS))
     except ValueError:
         shutil.rmtree(folder)
@@ -291,7 +286,7 @@ def _distinct(config: TrainingConfig, recipe: Recipe, made: list[Made]) -> list[
 
 def _workers(config: TrainingConfig, pieces: list[Piece]) -> Workers:
     """As many processes as there are cores, work and room in memory for; one for what only this process has in its memory."""
-    room = room_free(config, torch.device("cpu")).host // SHARD_WORKER_BYTES
+    room = room_free(config, torch.device("cpu")).host // settings.SHARD_WORKER_BYTES
     work = -(-sum(piece.num_bytes for piece in pieces) // making.PIECE_BYTES)
     is_here = any(part.path.startswith("memory:") for piece in pieces for part in piece.parts)
     return Workers(1 if is_here else max(1, min(len(os.sched_getaffinity(0)), work, room)), config.dask_scheduler)
@@ -301,12 +296,12 @@ def _run(workers: Workers, pieces: list[Piece], jobs: dict[int, partial], what: 
     """The result of each job; the progress is shown in bytes of the pieces of these numbers."""
     results, total, started = {}, sum(pieces[number].num_bytes for number in jobs), time.monotonic()
     is_terminal, said = sys.stderr.isatty(), started
-    with tqdm(total=total, desc=what, unit="B", unit_scale=True, dynamic_ncols=True, disable=not is_terminal) as bar:
-        for number, result in making.completed(jobs, workers):
+    with tqdm(total=total, desc=what, unit="B", unit_scale=True, dynamic_ncols=True, disable=not (is_terminal and jobs)) as bar:
+        for number, result in completed(jobs, workers):
             results[number] = result
             bar.update(pieces[number].num_bytes)
             done, now = sum(pieces[each].num_bytes for each in results), time.monotonic()
-            if not is_terminal and now - said > PROGRESS_SECONDS:
+            if not is_terminal and now - said > settings.PROGRESS_SECONDS:
                 said, rate = now, done / (now - started)
                 words = f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s"
                 print(f"{what}: {words}, {(total - done) / rate:,.0f} s left", flush=True)
@@ -333,7 +328,7 @@ def _publish(folder: Path, data_dir: Path, manifest: dict, names: dict[str, str]
     sync_folder(data_dir)
     write_text(data_dir / "manifest.json", json.dumps(manifest, indent=1) + "\n")
     sync_folder(data_dir)
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)  # A process that opens the data removes it too.
 
 
 def _make_tokenizer(config: TrainingConfig, files: list[CorpusFile]) -> Tokenizer:

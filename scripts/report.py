@@ -22,7 +22,7 @@ SHOWN_CHARACTERS = 90
 CUT_OR_NAME = "document_separator cuts a file into documents, and validation_corpus names held-out files"
 NOTES = {
     "faulty": "faulty rows skipped",
-    "separator": "files that may be many documents",
+    "separator": "texts that may be many documents",
     "json": ".json files read as text, not rows",
 }
 
@@ -139,14 +139,22 @@ def table(rows: list[Row]) -> list[str]:
 def data_notes(config: TrainingConfig, manifest: dict, met: Tally) -> list[str]:
     """Lines on what may be otherwise than was meant, with the first place of each kind. ValueError if there is no text."""
     num_documents = sum(manifest[split]["num_documents"] for split in SPLITS)
+    if not num_documents and met.counts.get("documents"):
+        bounds = "shortest_document_characters, raise longest_document_characters"
+        raise ValueError(f"corpus: all {met.counts['documents']:,} documents are too short or too long; lower {bounds}")
     if not num_documents:
         why = f"the first of its faulty rows is {met.first['faulty']}" if "faulty" in met.first else "every file is empty"
         raise ValueError(f"corpus holds no text: {why}; add files with text to corpus")
     seen = [kind for kind in NOTES if kind in met.first]
-    lines = [f"note: {met.counts[kind]:,} {NOTES[kind]}, the first: {met.first[kind]}" for kind in seen]
+    lines = [f"note: {met.counts[kind]:,} {NOTES[kind]}, the first: {printable(met.first[kind])}" for kind in seen]
     if num_documents < FEW_DOCUMENTS and config.has_validation and not config.validation_corpus:
         lines.append(f"note: only {num_documents} documents, each held out whole or not at all; {CUT_OR_NAME}")
     return lines
+
+
+def printable(name: str) -> str:
+    """A name of a file in one line that every terminal takes: it may hold line ends and bytes that are no UTF-8."""
+    return name.encode(errors="backslashreplace").decode().replace("\n", r"\n")
 
 
 def data_table(manifest: dict, seconds: float) -> str:
@@ -182,7 +190,7 @@ def draw_data(manifest: dict, picture: Path) -> None:
     tokens.barh(places, [each["num_tokens"] for each in sources], color=TRAIN)
     for place, each in zip(places, sources, strict=True):
         name = each["name"] if len(each["name"]) <= SHOWN_CHARACTERS else f"…{each['name'][1 - SHOWN_CHARACTERS :]}"
-        tokens.text(0.01, place, name, transform=tokens.get_yaxis_transform(), va="center")
+        tokens.text(0.01, place, printable(name), transform=tokens.get_yaxis_transform(), va="center", parse_math=False)
     tokens.set_yticks([])
     tokens.invert_yaxis()
     tokens.set_title("What the training tokens come from", loc="left")

@@ -525,9 +525,9 @@ def test_refusal_exits_with_2_and_one_rank_a_machine_speaks(monkeypatch, capsys,
     for name, value in ranks.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as exit_, refusing():
-        raise ValueError("value; law; nearest")
+        raise ValueError("a\nvalue; law; nearest")
     assert exit_.value.code == 2
-    assert capsys.readouterr() == ("", "refused: value; law; nearest\n" if speaks else "")
+    assert capsys.readouterr() == ("", "refused: a\\nvalue; law; nearest\n" if speaks else "")
 
 
 def test_refusing_lets_every_other_error_through():

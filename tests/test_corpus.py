@@ -166,6 +166,21 @@ def test_parquet_keeps_bytes_that_are_not_utf8(tmp_path):
     assert read([tmp_path / "t.parquet"]) == [b"\xff\xfe"]
 
 
+def test_a_page_that_differs_from_its_checksum_is_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    table = pa.table({"text": [f"number {number}" for number in range(30)]})
+    pq.write_table(table, path, row_group_size=10, compression="none", use_dictionary=False, write_page_checksum=True)
+    path.write_bytes(path.read_bytes().replace(b"number 15", b"number 16"))
+    assert f"{path}, row group 1" in refusal(read, [path])
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], names=["text", "text", "title"])
+    pq.write_table(twice, tmp_path / "a.parquet")
+    assert "more than one column 'text'" in refusal(read, [tmp_path / "a.parquet"])
+    assert read([tmp_path / "a.parquet"], PLAIN._replace(text_field="title")) == [b"c"]
+
+
 def test_parquet_without_a_column_of_strings_is_refused(tmp_path):
     path = tmp_path / "t.parquet"
     pq.write_table(pa.table({"n": [1], "body": ["x"]}), path)
@@ -294,6 +309,8 @@ def test_a_known_separator_that_does_not_cut_is_told(tmp_path, separator):
     assert len(list(part_documents(whole(path), PLAIN, tally))) == 1
     assert f"document_separator={separator!r}" in tally.first["separator"]
     assert read([path], PLAIN._replace(document_separator=separator)) == [b"one", b"two"]
+    assert len(list(part_documents(whole(path), PLAIN._replace(document_separator="---"), tally := Tally()))) == 1
+    assert f"document_separator={separator!r}" in tally.first["separator"]
 
 
 NAMES = ("a.jsonl", "a.ndjson", "a.json", "array.json", "pretty.json", "a.csv", "a.tsv", "A.JSONL", "sep.txt")
@@ -462,7 +479,9 @@ def test_json_array_gives_what_json_lines_give_wherever_it_is_read(tmp_path_fact
     "content",
     [
         '{"text": "a"}\n', '{"a": 1}\n{"a": 2}\n', '[{"a": 1}]', '\n [\n {"a": 1},\n {"a": 2}]', "id,text\n1,hello\n",
-        "text\tid\nhello\t1\n", '{"text": "' + "long " * 300_000 + '"}\n', '{\n"text": "a"\n}\n{\n"text": "b"\n}',
+        "text\tid\nhello\t1\n", '"id","text"\r\n1,"hello"\r\n', ",text\n0,hello\n", "id, text\n1, hello\n", "id;text\n1;a\n",
+        '{"id": ' + "1" * 5000 + ', "text": "a"}\n', '{"text": "' + "long " * 300_000 + '"}\n',
+        '{\n"text": "a"\n}\n{\n"text": "b"\n}',
     ],
 )  # fmt: skip
 def test_rows_under_another_name_are_never_text(tmp_path, name, content):
@@ -482,6 +501,7 @@ SOURCES = {
     "a.nix": "{ a, b }: a\n",
     ".babelrc": '{"presets": []}\n',
     "a.c": "text, id\n",
+    "b.py": "import re, text\nimport os, sys\n",
     "a.html": "<p>text</p>\n",
     "a.ipynb": '{\n "cells": [{"text": "x"}]\n}\n',
     "a.map": '{"version":3,"mappings":"' + "A" * 2_000_000 + '"}',
@@ -509,6 +529,10 @@ def test_a_folder_of_source_code_is_text(tmp_path, name):
         ("a.csv", "a,b\n1,2\n", "no column 'text', there is 'a', 'b'"),
         ("a.csv", "id,text\n1,x\n2\n", "line 3: not CSV (1 columns, the first line names 2)"),
         ("a.csv", 'id,text\n1,"x\n', "line 3: not CSV"),
+        ("a.csv", "id,text\r1,x\r", "line 1: not CSV"),
+        ("a.csv", '"text"x,id\na,1\n', "line 1: not CSV"),
+        ("a.csv", "text,id,text\na,1,b\n", "more than one column 'text', there is 'text', 'id', 'text'"),
+        ("a.json", '[{"text": "a"}, {"text": "b", "id": ' + "1" * 5000 + "}]", "line 2: not JSON"),
         ("a.jsonl", '{"text": ["a"]}', "write each row's list into one string"),
     ],
 )
@@ -519,6 +543,21 @@ def test_rows_that_are_none_are_refused_with_their_place(tmp_path, name, content
         with pieces_of(3):
             late = content.replace("}", "}" + " " * files.COMPRESSED_BYTES, 1)
             assert f"byte {int(reason.split()[-1]) + files.COMPRESSED_BYTES}" in refusal(read_as, tmp_path / name, late)
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "row"),
+    [
+        ("a.csv", 'id,"a;b;c;d",text', '1,2,"x, y"'), ("a.tsv", '"a,b,c"\ttext', "1\tx, y"), ("a.csv", "id;text", "1;x, y"),
+        ("a.csv", '"a\nb",text', '1,"x, y"'),
+    ],
+)  # fmt: skip
+def test_the_delimiter_of_a_table_is_the_one_that_gives_the_column(tmp_path, name, head, row):
+    assert read_as(tmp_path / name, f"{head}\n{row}\n") == [b"x, y"]
+
+
+def test_the_lost_head_of_a_table_is_counted_where_faults_are_skipped(tmp_path):
+    assert read_as(tmp_path / "a.csv", "id,text\r1,x\r", skip_faulty_rows=True) == []
 
 
 @pytest.mark.parametrize("suffix", ["", *COMPRESS])
@@ -577,6 +616,15 @@ def test_binary_files_are_refused_by_name_whatever_they_are_called(tmp_path, nam
     for path in (tmp_path / name, tmp_path / "named.txt", tmp_path / "named.jsonl"):
         assert str(path) in (message := refusal(read_as, path, BINARIES[name])) and "corpus_exclude" in message
     assert "compressed" in refusal(read_as, tmp_path / "a.txt.gz", gzip.compress(gzip.compress(b"x")))
+
+
+@pytest.mark.parametrize("text", ["Hello world\n", "Привет\n"])
+def test_a_stray_nul_is_no_other_encoding_and_no_text_wherever_it_stands(tmp_path, text):
+    late = text * (2 * files.PIECE_BYTES // len(text)) + "a\0" + text
+    for reading, content in ((PLAIN, text * 20 + "a\0" + text), (PLAIN, late), (PLAIN._replace(document_separator="\n"), late)):
+        (tmp_path / "a.txt").write_text(content)
+        message = refusal(read, [tmp_path / "a.txt"], reading)
+        assert "NUL bytes" in message and "UTF-" not in message
 
 
 def test_text_field_is_a_path_and_the_very_name_comes_first(tmp_path):

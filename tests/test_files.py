@@ -178,6 +178,9 @@ def test_pieces_hold_every_byte_of_every_file_once_in_order(sizes, piece_bytes):
             assert at.get(path, 0) == start and (stop is None or start < stop < num_bytes[path])
             at[path] = num_bytes[path] if stop is None else stop
     assert list(at) == [file.path for file in named] and at == num_bytes
+    for path in num_bytes:
+        cut = [(stop or num_bytes[path]) - start for piece in pieces for name, start, stop, _ in piece if name == path]
+        assert max(cut) - min(cut) < len(cut), "ranges of a file are equal but for rounding"
     together = [sum(num_bytes[path] for path, start, stop, _ in piece if (start, stop) == (0, None)) for piece in pieces]
     assert all(one + other > piece_bytes for one, other in zip(together, together[1:], strict=False) if one and other)
 

@@ -22,7 +22,7 @@ BESIDE = {"memory": "plan", "report": "plan"}
 ENTRIES_IMPORT = {
     "scripts.train_pretrain": {"scripts.trainer", "scripts.prepare_data", "scripts.run.state", "scripts.engine.distributed"},
     "scripts.train_distill": {"scripts.trainer", "scripts.prepare_data", "scripts.run.state", "scripts.engine.distributed"},
-    "scripts.prepare_data": {"scripts.run.storage", "scripts.plan.machine", "scripts.report"},
+    "scripts.prepare_data": {"scripts.run.storage", "scripts.plan.machine", "scripts.engine.distributed", "scripts.report"},
     "scripts.generate": {"scripts.run.checkpoint"},
 }
 WITHIN = {
@@ -217,7 +217,7 @@ NOT_SETTINGS = {
         "(MAGIC, VERSION)", "(DIGEST_AT, DIGEST_BYTES)", "BLOCK_BYTES", "(LABEL_MAGIC, LABEL_VERSION)",
         "(HASHED_BYTES, HASHING_THREADS)",
     },
-    "ds.pieces": {"PIECE_BYTES", "BATCH_TOKENS", "COMPARED_DOCUMENTS", "LENGTH_CLASSES", "DASK_SECONDS"},
+    "ds.pieces": {"PIECE_BYTES", "BATCH_TOKENS", "COUNTED_BYTES", "COMPARED_DOCUMENTS", "LENGTH_CLASSES"},
     "ds.loader": {"NUM_ROUNDS", "SCAN_TOKENS", "PERMUTED_ROWS", "REMEMBERED_COUNTS"},
     "scripts.model.huggingface": {"LARGEST_JSON_BYTES"},
     "scripts.model.losses": {"IGNORED", "HALF_GRADIENT_SCALE"},

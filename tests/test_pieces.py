@@ -3,10 +3,12 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,12 +27,13 @@ from ds import tokenizer as bpe
 from ds.corpus import Reading
 from ds.files import Part
 from ds.pieces import RECORD, Made, Piece, Recipe, Result, Summary, WrittenShard, contents, duplicates, final_names, name_of
+from scripts import prepare_data
 from scripts.config import TrainingConfig
 from scripts.prepare_data import Data, open_data, prepare
 
 ROOT = Path(pieces.__file__).parents[1]
 RECIPE = Recipe("building", "ab" * 32, True, None, 300, 500, Reading("text", None, False), 0.25, None, None)
-PIECE = Piece((Part("a.jsonl", 0, 100), Part("b.txt", 0, None)), 120, 0, None)
+PIECE = Piece((Part("a.jsonl", 0, 100), Part("b.txt", 0, None)), 120, 0, None, "[]")
 PREPARE = """
 import sys
 sys.argv[1:] = []
@@ -235,7 +238,7 @@ def test_tokens_are_refused_before_anything_is_made(raw, tmp_path):
 def test_ten_kills_at_random_cost_only_what_was_under_way(alone, tmp_path):
     """Of all processes at once, or of the first alone: its workers end with it."""
     config, draw = replace(alone, data_dir=f"{tmp_path}/data"), random.Random(5)
-    building, kills, most = Path(config.data_dir) / "building", 0, 0
+    building, kills, most = Path(config.data_dir) / prepare_data.BUILDING, 0, 0
     while not (Path(config.data_dir) / "manifest.json").exists():
         process = start(config, tmp_path)
         if kills < 10:
@@ -243,7 +246,8 @@ def test_ten_kills_at_random_cost_only_what_was_under_way(alone, tmp_path):
             wait_for_pieces(process, building, len(seen) + draw.randint(1, 4))
             time.sleep(draw.random() * 0.05)
             workers = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-            os.kill(process.pid, signal.SIGKILL) if kills % 2 else os.killpg(process.pid, signal.SIGKILL)
+            if process.poll() is None:
+                os.kill(process.pid, signal.SIGKILL) if kills % 2 else os.killpg(process.pid, signal.SIGKILL)
             kills += 1
             psutil.wait_procs(workers, timeout=60)
             assert not [worker for worker in workers if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE]
@@ -270,7 +274,7 @@ def wait_until(happens) -> None:
 
 def at_work(process: subprocess.Popen, config: TrainingConfig) -> list[psutil.Process]:
     """The processes of a preparation that has finished its first piece."""
-    building = Path(config.data_dir) / "building"
+    building = Path(config.data_dir) / prepare_data.BUILDING
     wait_until(lambda: any(building.glob("*.records")) or process.poll() is not None)
     assert process.poll() is None, process.communicate()
     return psutil.Process(process.pid).children(recursive=True)
@@ -297,7 +301,7 @@ def test_ctrl_c_is_one_line_and_status_130_and_leaves_no_process(stoppable):
     _, faults = process.communicate(timeout=120)
     assert (process.returncode, faults) == (130, "Stopped; the same command begins again\n")
     assert psutil.wait_procs(workers, timeout=60)[1] == []
-    assert any((Path(config.data_dir) / "building").glob("*.json"))
+    assert any((Path(config.data_dir) / prepare_data.BUILDING).glob("*.json"))
 
 
 @pytest.mark.slow
@@ -307,7 +311,7 @@ def test_a_killed_worker_is_a_refusal_that_keeps_what_is_finished(stoppable):
     worker.kill()
     _, faults = process.communicate(timeout=120)
     assert process.returncode == 2 and faults.startswith("refused: a process that prepares the data was killed;"), faults
-    assert faults.count("\n") == 1 and any((Path(config.data_dir) / "building").glob("*.json"))
+    assert faults.count("\n") == 1 and any((Path(config.data_dir) / prepare_data.BUILDING).glob("*.json"))
 
 
 @pytest.mark.slow
@@ -331,7 +335,85 @@ def test_a_faulty_row_in_a_late_piece_is_one_line_and_the_rest_is_kept(alone, tm
     _, faults = process.communicate(timeout=120)
     assert process.returncode == 2 and faults.count("\n") == 1
     assert faults.startswith(f"refused: {rows}, line 3001: not JSON")
-    assert any((Path(config.data_dir) / "building").glob("*.json"))
+    assert any((Path(config.data_dir) / prepare_data.BUILDING).glob("*.json"))
+
+
+def stopped(config: TrainingConfig, monkeypatch) -> None:
+    """Prepares in this process up to the moment at which all is finished but the publishing."""
+    with monkeypatch.context() as patch:
+        patch.setattr(pieces, "PIECE_BYTES", 3000)
+        patch.setattr(os, "sched_getaffinity", lambda _: {0})
+        patch.setattr(prepare_data, "draw_data", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config)
+    assert any((Path(config.data_dir) / prepare_data.BUILDING).glob("*-train-*.bin"))
+
+
+def interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_document_that_was_dropped_comes_back_where_the_earlier_one_leaves_the_corpus(tmp_path, monkeypatch):
+    config = config_in(tmp_path, vocab_size=257)
+    stopped(config, monkeypatch)
+    fewer = replace(config, corpus=config.corpus[1:])
+    stopped(fewer, monkeypatch)
+    found = prepare(fewer)
+    assert found.manifest["num_duplicates"] == 0 and found.manifest["train"]["shards"]
+    shutil.rmtree(config.data_dir)
+    assert prepare(fewer).fingerprint == found.fingerprint
+
+
+def test_a_file_that_was_mended_after_a_stop_is_read_again(tmp_path, monkeypatch):
+    config = config_in(tmp_path, vocab_size=257)
+    rows = Path(config.corpus[0])
+    stopped(config, monkeypatch)
+    lines = rows.read_text().splitlines(keepends=True)
+    rows.write_text("".join(lines[:100] + lines[101:]))
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 3000)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    found = prepare(config)
+    shutil.rmtree(config.data_dir)
+    assert prepare(config).fingerprint == found.fingerprint
+
+
+@pytest.mark.parametrize(("lost", "is_damaged"), [("*-train-*.bin", False), ("*.records", False), ("*[0-9a-f].json", True)])
+def test_a_piece_of_which_something_is_lost_is_made_again(tmp_path, monkeypatch, lost, is_damaged):
+    config = config_in(tmp_path, vocab_size=257)
+    stopped(config, monkeypatch)
+    for path in (Path(config.data_dir) / prepare_data.BUILDING).glob(lost):
+        path.write_text("{") if is_damaged else path.unlink()
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 3000)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    found = prepare(config)
+    shutil.rmtree(config.data_dir)
+    assert prepare(config).fingerprint == found.fingerprint
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 5, 2**20])
+def test_documents_are_as_long_as_their_characters_however_they_are_counted(tmp_path, monkeypatch, at_once):
+    documents = [b"abc" * 3, "aé😀".encode() * 3, b"\xff\xf0\x9f\x98" * 2 + b"a", b"abc" * 3 + b"d", "😀".encode() * 8]
+    for number, document in enumerate(documents):
+        (tmp_path / f"{number}.txt").write_bytes(document)
+    bounds = {"shortest_document_characters": 9, "longest_document_characters": 9}
+    config = config_in(tmp_path, corpus=(f"{tmp_path}/*.txt",), vocab_size=257, validation_fraction=0.0, eval_every_steps=None)
+    monkeypatch.setattr(pieces, "COUNTED_BYTES", at_once)
+    manifest = prepare(replace(config, **bounds)).manifest
+    counts = manifest["num_short"], manifest["num_long"], manifest["train"]["num_documents"]
+    assert counts == (1, 1, 3)
+
+
+def test_one_emoji_does_not_make_a_document_four_times_as_large(tmp_path):
+    text = "😀".encode() + b"a" * 2**24
+    (tmp_path / "a.txt").write_bytes(text)
+    config = config_in(tmp_path, corpus=(f"{tmp_path}/a.txt",), vocab_size=257, longest_document_characters=9)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="too long"):
+            prepare(config)
+        assert tracemalloc.get_traced_memory()[1] < 3 * len(text)
+    finally:
+        tracemalloc.stop()
 
 
 NUMBERS = st.integers(0, 3)
@@ -361,6 +443,7 @@ OTHER_RECIPES = [
     RECIPE._replace(shortest_characters=2), RECIPE._replace(longest_characters=2),
 ]  # fmt: skip
 OTHER_PIECES = [PIECE._replace(parts=PIECE.parts[:1]), PIECE._replace(num_bytes=121), PIECE._replace(split="train")]
+OTHER_PIECES.append(PIECE._replace(states="[[1, 2]]"))
 
 
 def test_name_of_a_piece_tells_all_that_decides_it_and_nothing_else():
@@ -447,3 +530,9 @@ def test_a_dask_scheduler_that_does_not_answer_is_refused_in_one_line(alone, tmp
     _, faults = process.communicate(timeout=300)
     assert process.returncode == 2 and faults.count("\n") == 1, faults
     assert faults.startswith(f"refused: dask_scheduler={address!r} ")
+
+
+def test_an_address_that_is_none_is_refused_by_its_field(tmp_path):
+    pytest.importorskip("distributed")
+    with pytest.raises(ValueError, match="^dask_scheduler='nonsense' cannot be reached "):
+        prepare(config_in(tmp_path, vocab_size=257, dask_scheduler="nonsense"))

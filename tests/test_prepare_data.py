@@ -116,6 +116,13 @@ def test_building_is_deterministic_and_happens_once(built, capsys):
     assert content(built.data_dir) == first
 
 
+def test_a_terminal_shows_a_bar_for_what_there_is_to_do_alone(config, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    prepare(config)
+    shown = capsys.readouterr().err
+    assert "shards: 100%" in shown and "duplicates" not in shown and shown.count("\n") == 1
+
+
 def test_where_tiktoken_differs_tokenizers_encodes_and_a_line_says_so(built, monkeypatch, capsys):
     first = content(built.data_dir)
     shutil.rmtree(built.data_dir)
@@ -236,13 +243,13 @@ def test_interrupted_build_is_built_again(built):
     for head in ("", "{", (folder / "manifest.json").read_text()):
         (folder / "manifest.json").unlink()
         (folder / "train-00001.bin").write_bytes(b"half")
-        (folder / "building").mkdir()
-        (folder / "building" / "head.json").write_text(head)
-        (folder / "building" / "tokenizer.json").write_text('{"model"')
-        (folder / "building" / "0123.records.tmp").write_bytes(b"half")
+        (folder / prepare_data.BUILDING).mkdir()
+        (folder / prepare_data.BUILDING / "head.json").write_text(head)
+        (folder / prepare_data.BUILDING / "tokenizer.json").write_text('{"model"')
+        (folder / prepare_data.BUILDING / "0123.records.tmp").write_bytes(b"half")
         prepare(built)
         assert content(built.data_dir) == whole
-    (folder / "building").mkdir()
+    (folder / prepare_data.BUILDING).mkdir()
     prepare(built)
     assert content(built.data_dir) == whole
 

@@ -9,8 +9,23 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ds.corpus import Tally
 from scripts.config import NUM_NAMED_DOCUMENTS, TrainingConfig
-from scripts.report import HELD_OUT, NORM, RATE, TRAIN, Alone, Row, data_table, draw_data, draw_losses, line_of, summary, table
+from scripts.report import (  # fmt: skip
+    HELD_OUT,
+    NORM,
+    RATE,
+    TRAIN,
+    Alone,
+    Row,
+    data_notes,
+    data_table,
+    draw_data,
+    draw_losses,
+    line_of,
+    summary,
+    table,
+)  # fmt: skip
 
 LINES = 40
 
@@ -237,3 +252,25 @@ def test_picture_of_the_data_shows_both_splits_and_every_source(tmp_path):
         other = matplotlib.image.imread(tmp_path / "changed.png")
         assert other.shape != whole.shape or not np.array_equal(other, whole), change
     assert whole.shape[1] == 1080 and [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_a_picture_takes_names_as_they_are(tmp_path):
+    pictures = []
+    for name in ("a$b$c", "abc", "$\\foo{$", "a\udcff\n"):
+        draw_data(DATA | {"sources": [{"name": name, "num_tokens": 1}]}, tmp_path / "data.png")
+        pictures.append(matplotlib.image.imread(tmp_path / "data.png"))
+    assert len({picture.shape for picture in pictures}) == 1 and len({picture.tobytes() for picture in pictures}) == 4
+
+
+def test_notes_are_one_line_each_whatever_a_file_is_called():
+    met = Tally({"documents": 1, "separator": 1}, {"separator": "a\udcff\nb holds"})
+    (line,) = data_notes(TrainingConfig(validation_fraction=0, eval_every_steps=None), DATA, met)
+    assert line.endswith(r"a\udcff\nb holds") and line.encode()
+
+
+def test_without_documents_the_cause_is_told():
+    nothing = {split: DATA[split] | {"num_documents": 0} for split in ("train", "validation")}
+    causes = {"every file is empty": Tally({"empty": 2}), "all 3 documents are too short or too long": Tally({"documents": 3})}
+    for words, met in causes.items():
+        with pytest.raises(ValueError, match=words):
+            data_notes(TrainingConfig(), nothing, met)

@@ -1,6 +1,7 @@
 """Ranks: which one this process is, the process group, and what all ranks do together. Knows no run and no step.
 
-Functions that say so must be called by every rank: the others would wait for the one that does not.
+Beside them, processes that work off jobs, on this machine or through dask. Functions that say so must be called by every rank:
+the others would wait for the one that does not.
 """
 
 import errno
@@ -8,15 +9,19 @@ import gc
 import os
 import random
 import re
+import signal
 import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -24,7 +29,8 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
-from scripts.config import CONNECT_SECONDS, LOCK_POLL_SECONDS, TrainingConfig
+from ds.files import one_line
+from scripts.config import CONNECT_SECONDS, DASK_SECONDS, LOCK_POLL_SECONDS, TrainingConfig
 from scripts.engine import offload, watch
 from scripts.plan.machine import KERNEL_FILE, allocator_settings, is_wsl
 
@@ -42,6 +48,20 @@ class Ranks(NamedTuple):
     local_rank: int
     local_size: int
     num_launchers: int
+
+
+class Workers(NamedTuple):
+    """Who works: `number` processes of this machine, or those of the dask scheduler at an address."""
+
+    number: int
+    dask_scheduler: str | None
+
+
+class Done(NamedTuple):
+    """The number of a job and its result."""
+
+    number: int
+    result: Any
 
 
 def ranks_from_launcher() -> Ranks:
@@ -226,6 +246,24 @@ def forget_earlier_run() -> None:
         getattr(torch.accelerator, "empty_host_cache", lambda: None)()
 
 
+def completed(jobs: dict[int, Callable[[], Any]], workers: Workers) -> Iterator[Done]:
+    """Does each job, and yields it as soon as it is done. Raises what a job raises, and ValueError where a worker was killed
+    or the scheduler does not answer.
+    """
+    if not jobs or workers == Workers(1, None):
+        yield from (Done(number, job()) for number, job in jobs.items())
+        return
+    dask = workers.dask_scheduler
+    with _executor(workers) if dask is None else _dask_executor(dask) as executor:
+        numbers = {executor.submit(job): number for number, job in jobs.items()}
+        try:
+            for future in as_completed(numbers):
+                yield Done(numbers[future], future.result())
+        except BrokenExecutor as error:
+            remedy = "the memory may be full; what is finished stays, and the same command goes on"
+            raise ValueError(f"a process that prepares the data was killed; {remedy}") from error
+
+
 def release_memory() -> None:
     """Gives memory of tensors that are gone back to the GPU."""
     gc.collect()
@@ -305,3 +343,49 @@ def _slurm_as_torch(env) -> dict[str, str]:
         "MASTER_ADDR": env.get("MASTER_ADDR", first),
         "MASTER_PORT": env.get("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000)),
     }
+
+
+@contextmanager
+def _executor(workers: Workers) -> Iterator[Executor]:
+    """What is under way is abandoned if the block raises."""
+    others = {*active_children()}
+    with ProcessPoolExecutor(workers.number, get_context("forkserver"), _start_worker) as executor:
+        try:
+            yield executor
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            for child in {*active_children()} - others:
+                child.terminate()
+            raise
+
+
+@contextmanager
+def _dask_executor(address: str) -> Iterator[Executor]:
+    try:
+        from distributed import Client, KilledWorker
+
+        client = Client(address, timeout=DASK_SECONDS, set_as_default=False)
+    except ImportError:
+        raise ValueError(f'dask_scheduler={address!r} needs dask; pip install "dask[distributed]"') from None
+    except (OSError, ValueError) as error:
+        remedy = 'write it as in "tcp://host:8786", and see that it runs'
+        raise ValueError(f"dask_scheduler={address!r} cannot be reached ({one_line(error)}); {remedy}") from error
+    try:
+        with client:
+            yield client.get_executor(pure=False)
+    except (KilledWorker, CancelledError, OSError) as error:
+        remedy = "see that it and its workers run; what is finished stays, and the same command goes on"
+        raise ValueError(f"dask_scheduler={address!r} failed ({one_line(error)}); {remedy}") from error
+
+
+def _start_worker() -> None:
+    """A worker leaves Ctrl-C to the process that it works for, and ends with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

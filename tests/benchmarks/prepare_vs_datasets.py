@@ -39,7 +39,7 @@ if __name__ == "__main__":
 THEIRS = """
 import os, sys
 corpus, folder, tokenizer, _ = sys.argv[1:]
-os.environ["HF_HOME"] = folder
+os.environ |= {"HF_HOME": folder, "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 from datasets import load_dataset
 from tokenizers import Tokenizer
 if __name__ == "__main__":
