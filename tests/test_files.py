@@ -211,7 +211,7 @@ def test_parts_of_a_file_of_tokens_say_so_and_give_no_text(tmp_path):
     path.write_bytes(b"\1\0" * 50)
     pieces = corpus_pieces(corpus_files((str(path),), ()), 30)
     assert [part for piece in pieces for part in piece] == [
-        Part(str(path), start, stop, "nanoGPT") for start, stop in ((0, 30), (30, 60), (60, 90), (90, None))
+        Part(str(path), start, stop, "nanoGPT") for start, stop in ((0, 25), (25, 50), (50, 75), (75, None))
     ]
     assert texts(str(path)) == []
 
