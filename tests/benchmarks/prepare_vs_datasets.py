@@ -166,7 +166,7 @@ def run(code: str, folder: Path, corpus: Path, tokenizer: Path, vocab_size: int)
         process = subprocess.Popen(words, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
         while process.poll() is None:
             peak_bytes = max(peak_bytes, held_bytes(process.pid))
-            time.sleep(0.2)
+            time.sleep(1)
         assert process.returncode == 0, code
         return Taken(time.perf_counter() - start, peak_bytes / 2**30)
 
