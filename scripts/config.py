@@ -8,7 +8,6 @@ import os
 import re
 import sys
 import sysconfig
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
@@ -16,7 +15,6 @@ from difflib import get_close_matches
 from glob import has_magic
 from inspect import signature
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -36,8 +34,9 @@ AT_LEAST = {
     "seed": 0, "teacher_top_k": 1,
 }  # fmt: skip
 MAKE_TEACHER = "deepspeed scripts/train_pretrain.py makes a teacher, or name a Llama or Qwen3 folder of transformers' format"
-TORCH_OF_OLD_CARDS, TORCH_OF_NEW_CARDS = "https://download.pytorch.org/whl/cu126", "https://pytorch.org/get-started/locally"
 LARGEST_SEED, LARGEST_NUMBER = 2**32 - 1, 1e300
+# Part of the data order: over any so many steps the share of each source is exact.
+WEIGHED_STEPS = 1000
 NOT_NEGATIVE = ("validation_fraction", "min_learning_rate", "weight_decay", "sample_temperature")
 BELOW_ONE = ("validation_fraction", "beta1", "beta2")
 
@@ -106,6 +105,7 @@ class TrainingConfig:
     run_dir: str = "runs/pretrain"
     data_dir: str = "data/stdlib"
     corpus: tuple[str, ...] = (STANDARD_LIBRARY,)
+    corpus_weights: tuple[float, ...] | None = None
     corpus_exclude: tuple[str, ...] = ("site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings")
     text_field: str = "text"
     document_separator: str | None = None
@@ -123,6 +123,7 @@ class TrainingConfig:
     dask_scheduler: str | None = None
 
     context_length: int = 256
+    mask_across_documents: bool = False
     hidden_size: int = 192
     num_layers: int = 4
     num_heads: int = 3
@@ -333,72 +334,6 @@ def refuse_on_this_machine(config: TrainingConfig, world_size: int) -> None:
                 raise ValueError(f"corpus: {path!r} is not there; name a file, folder or glob that exists")
 
 
-class Card(NamedTuple):
-    """A GPU: its name, and its compute capability `major`.`minor`."""
-
-    name: str
-    major: int
-    minor: int
-
-
-def has_kernels(card: Card, arch_list: list[str]) -> bool:
-    """Whether a torch built for `arch_list`, as torch.cuda.get_arch_list() tells it, runs on `card`.
-
-    A binary sm_XY runs on compute capability X.Y and later minors of X, PTX compute_XY on X.Y and all that is newer (CUDA C++
-    Programming Guide). With an "a" at the end, either runs on X.Y alone, with an "f" on later minors of X too. A list without a
-    name of NVIDIA's says nothing: True.
-    """
-    names = [re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name) for name in arch_list]
-    codes = [(found[1] + found[4], int(found[2]), int(found[3])) for found in names if found]
-    own = (card.major, card.minor)
-    return not codes or any(
-        (major, minor) == own if kind.endswith("a") else (major, minor) <= own and (kind == "compute" or major == card.major)
-        for kind, major, minor in codes
-    )
-
-
-def refuse_card(card: Card, arch_list: list[str]) -> None:
-    """Raises ValueError where a torch built for `arch_list` has no kernels for `card`."""
-    if has_kernels(card, arch_list):
-        return
-    oldest, nearest = min(int(re.sub(r"\D", "", name)) for name in arch_list), f"a torch of a newer CUDA, {TORCH_OF_NEW_CARDS}"
-    if 10 * card.major + card.minor < oldest:
-        nearest = f"a card of {oldest / 10} or newer, or the torch of CUDA 12.6, {TORCH_OF_OLD_CARDS}"
-    built_for = f"torch {torch.__version__} is built for {' '.join(arch_list)}"
-    raise ValueError(f"{card.name} has compute capability {card.major}.{card.minor} and {built_for}; nearest is {nearest}")
-
-
-def refuse_precision(precision: str, card: Card | None) -> None:
-    """Raises ValueError where `card`, None for the CPU, lacks `precision`: bf16 needs compute capability 8.0, and for fp16
-    DeepSpeed asks for 7.0 (accelerator/cuda_accelerator.py, is_fp16_supported).
-    """
-    if card is None:
-        works, named = ["bf16", "fp32"], "a machine without a CUDA device"
-    else:
-        works = ["bf16"] * (card.major >= 8) + ["fp16"] * (card.major >= 7) + ["fp32"]
-        named = f"{card.name} of compute capability {card.major}.{card.minor}"
-    if precision not in works:
-        raise ValueError(f'precision="{precision}" does not run on {named}; nearest is "{works[0]}"')
-
-
-def usable_card(device: torch.device) -> Card | None:
-    """The GPU that `device` is, None for the CPU. Raises ValueError where torch has no kernels for it; torch itself would only
-    warn, in many lines.
-    """
-    if device.type == "cpu":
-        return None
-    with warnings.catch_warnings(action="ignore"):
-        found = torch.cuda.get_device_properties(device)
-    card = Card(found.name, found.major, found.minor)
-    refuse_card(card, torch.cuda.get_arch_list())
-    return card
-
-
-def refuse_on_this_device(config: TrainingConfig, device: torch.device) -> None:
-    """Raises ValueError where torch has no kernels for the device that this rank computes on, or it lacks the precision."""
-    refuse_precision(config.precision, usable_card(device))
-
-
 def refuse_arguments(arguments: list[str]) -> None:
     """Lets the launcher's `--local_rank` pass and nothing else: a choice is a value in scripts/config.py.
 
@@ -576,6 +511,22 @@ def _check_data(config: TrainingConfig) -> None:
         raise ValueError(f"{name}={getattr(config, name)!r} has no effect without a tokenizer_path; set {name}=None")
 
 
+def _check_weights(config: TrainingConfig) -> None:
+    weights, num_rows = config.corpus_weights, WEIGHED_STEPS * config.rows_per_step
+    if weights is None:
+        return
+    named, remedy = f"corpus_weights={weights!r}", "set corpus_weights=None to read by size"
+    for weight in weights:
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < LARGEST_NUMBER:
+            raise ValueError(f"{named}: {weight!r} is no number above 0; {remedy}")
+    if len(weights) != len(config.corpus):
+        raise ValueError(f"{named}: {len(weights)} numbers for {len(config.corpus)} entries of corpus; {remedy}")
+    smallest, least = min(weights) / sum(weights), 1 / num_rows
+    if smallest < least:
+        windows = f"one of the {num_rows:,} windows of {WEIGHED_STEPS:,} steps"
+        raise ValueError(f"{named}: a share of {smallest:.2g} is below {windows}; write a share of {least:.2g} or more")
+
+
 def _check_teacher(config: TrainingConfig) -> None:
     teacher_top_k, vocab_size = config.teacher_top_k, config.vocab_size
     if config.distill_weight > 1:
@@ -588,7 +539,7 @@ def _check_teacher(config: TrainingConfig) -> None:
 
 LAWS = (
     _check_types, _check_ranges, _check_choices, _check_accumulation, _check_model, _check_rope_scaling, _check_batch,
-    _check_schedule, _check_data, _check_teacher,
+    _check_schedule, _check_data, _check_weights, _check_teacher,
 )  # fmt: skip
 
 FOR_CARDS = {

@@ -14,10 +14,11 @@ from tokenizers import Tokenizer
 
 from ds.encoder import encode, plain_encoder
 from ds.tokenizer import end_of_text_id, load, token_bytes
-from scripts.config import PRETRAIN, refuse_arguments, refusing, usable_card
+from scripts.config import PRETRAIN, refuse_arguments, refusing
 from scripts.model.decoder import Decoder, empty_model
 from scripts.model.huggingface import described_config, load_weights
 from scripts.model.sampling import continue_ids
+from scripts.plan.machine import usable_card
 from scripts.run.checkpoint import newest_verified
 
 

@@ -25,6 +25,7 @@ from scripts.plan.machine import (
     room_free,
     teacher_seconds,
     tokens_per_second,
+    usable_card,
 )
 
 GPU = "GPU memory"
@@ -221,7 +222,7 @@ def main() -> None:
     with settings.refusing():
         settings.refuse_arguments(sys.argv[1:])
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        settings.usable_card(device)
+        usable_card(device)
         for name, config in {"PRETRAIN": settings.PRETRAIN, "DISTILL": settings.DISTILL}.items():
             ranks = max(1, torch.cuda.device_count())
             while config.rows_per_step % (config.micro_batch_rows * ranks):

@@ -9,31 +9,22 @@ import re
 import shutil
 import subprocess
 import sys
-import warnings
 from dataclasses import FrozenInstanceError, fields, replace
-from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import REPOSITORY, clean_environment
-from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from scripts import config as config_module
 from scripts.config import (
     AT_LEAST,
-    Card,
     TrainingConfig,
-    has_kernels,
     refuse_arguments,
-    refuse_card,
-    refuse_on_this_device,
     refuse_on_this_machine,
-    refuse_precision,
     refusing,
 )
 from scripts.model.decoder import Decoder
@@ -136,6 +127,17 @@ BAD = [
     ("corpus", {"corpus": "text.txt"}),
     ("corpus", {"corpus": ["text.txt"]}),
     ("corpus", {"corpus": (1,)}),
+    ("corpus_weights", {"corpus_weights": (0.5, 0.5)}),
+    ("corpus_weights", {"corpus_weights": ()}),
+    ("corpus_weights", {"corpus_weights": (0.0,)}),
+    ("corpus_weights", {"corpus_weights": (-1.0,)}),
+    ("corpus_weights", {"corpus_weights": (NAN,)}),
+    ("corpus_weights", {"corpus_weights": (INF,)}),
+    ("corpus_weights", {"corpus_weights": (True,)}),
+    ("corpus_weights", {"corpus_weights": ("1",)}),
+    ("corpus_weights", {"corpus_weights": 0.5}),
+    ("corpus_weights", {"corpus": (__file__, "b"), "corpus_weights": (1.0, 1e-6)}),
+    ("mask_across_documents", {"mask_across_documents": 1}),
     ("corpus_exclude", {"corpus_exclude": "tests"}),
     ("corpus_exclude", {"corpus_exclude": (None,)}),
     ("text_field", {"text_field": ""}),
@@ -383,116 +385,6 @@ def test_corpus_that_is_not_there_is_refused_unless_the_data_is_prepared(tmp_pat
         refuse_on_this_machine(config, 1)
     (tmp_path / "manifest.json").touch()
     refuse_on_this_machine(config, 1)
-
-
-def test_half_precision_without_a_cuda_device_is_refused_and_the_nearest_precision_works():
-    config, cpu = made(precision="fp16"), torch.device("cpu")
-    with pytest.raises(ValueError, match='^precision="fp16" .*; nearest is "bf16"$'):
-        refuse_on_this_device(config, cpu)
-    refuse_on_this_device(replace(config, precision="bf16"), cpu)
-    refuse_on_this_device(replace(config, precision="fp32"), cpu)
-
-
-# What torch's wheels of CUDA 12.6 and 13.0 are built for (pytorch/pytorch#175253), and cards.
-WHEELS = {
-    "12.6": ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"],
-    "13.0": ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"],
-}
-CARDS = {
-    "GeForce GTX 1080 Ti": (6, 1), "Tesla V100": (7, 0), "GeForce RTX 2060": (7, 5), "A100": (8, 0), "GeForce RTX 3060": (8, 6),
-    "GeForce RTX 4090": (8, 9), "H100": (9, 0), "B200": (10, 0), "GeForce RTX 5090": (12, 0), "GB10": (12, 1),
-}  # fmt: skip
-ON_CHIPS = {53, 62, 72, 87, 101}
-capabilities = st.tuples(st.integers(3, 13), st.integers(0, 9))
-
-
-@pytest.mark.parametrize("name", CARDS)
-def test_the_wheels_run_from_turing_on_and_those_of_cuda_12_6_up_to_hopper(name):
-    card = Card(name, *CARDS[name])
-    assert has_kernels(card, WHEELS["13.0"]) == (CARDS[name] >= (7, 5))
-    assert has_kernels(card, WHEELS["12.6"]) == (CARDS[name] < (10, 0))
-
-
-@pytest.mark.parametrize("code", [*product(range(8, 13), range(4))])
-def test_binaries_run_within_their_major_ptx_on_all_that_is_newer_and_a_special_one_on_its_own_card(code):
-    number = "".join(map(str, code))
-    for card in product(range(7, 14), range(5)):
-        runs = {
-            kind: has_kernels(Card("", *card), [f"{kind[:-1]}_{number}{kind[-1].strip()}"])
-            for kind in ("sm ", "smf", "sma", "compute ", "computef", "computea")
-        }
-        assert runs["sm "] == runs["smf"] == runs["computef"] == (card >= code and card[0] == code[0])
-        assert runs["sma"] == runs["computea"] == (card == code)
-        assert runs["compute "] == (card >= code)
-
-
-@given(card=capabilities, names=st.lists(st.sampled_from(WHEELS["12.6"] + WHEELS["13.0"]), min_size=1))
-def test_a_torch_runs_where_one_of_its_architectures_does(card, names):
-    own = Card("", *card)
-    assert has_kernels(own, names) == any(has_kernels(own, [name]) for name in names)
-    assert has_kernels(own, []) and has_kernels(own, ["gfx90a"]) and not has_kernels(own, ["gfx90a", "sm_140"])
-
-
-def test_no_card_that_torch_itself_would_take_is_refused():
-    """torch's table, by which it warns, also knows that a chip with a GPU in it runs only what was made for that chip."""
-    for code, takes in torch.cuda.DEVICE_REQUIREMENT.items():
-        for card in range(30, 140):
-            ours = has_kernels(Card("", *divmod(card, 10)), [f"sm_{code}"])
-            assert (card in takes) == ours or {card, code} & ON_CHIPS, (card, code)
-
-
-@pytest.mark.parametrize("name", CARDS)
-@pytest.mark.parametrize("cuda", WHEELS)
-def test_a_card_without_kernels_is_refused_in_one_line_that_names_it_and_what_works(name, cuda):
-    card, arch_list = Card(name, *CARDS[name]), WHEELS[cuda]
-    if has_kernels(card, arch_list):
-        return refuse_card(card, arch_list)
-    with pytest.raises(ValueError) as caught:
-        refuse_card(card, arch_list)
-    nearest, words = "a torch of a newer CUDA, https://pytorch.org/get-started/locally", str(caught.value)
-    if cuda == "13.0":
-        nearest = "a card of 7.5 or newer, or the torch of CUDA 12.6, https://download.pytorch.org/whl/cu126"
-    assert words.startswith(f"{name} has compute capability {card.major}.{card.minor} and torch ") and "\n" not in words
-    assert words.endswith(f" is built for {' '.join(arch_list)}; nearest is {nearest}")
-
-
-@given(capability=capabilities, precision=st.sampled_from(["bf16", "fp16", "fp32"]))
-def test_a_precision_that_a_card_lacks_is_refused_and_the_nearest_is_not(capability, precision):
-    card, works = Card("GeForce", *capability), {"bf16": capability >= (8, 0), "fp16": capability >= (7, 0), "fp32": True}
-    if works[precision]:
-        return refuse_precision(precision, card)
-    with pytest.raises(ValueError, match=f'^precision="{precision}" does not run on GeForce of [^\n]*; nearest is ') as caught:
-        refuse_precision(precision, card)
-    nearest = str(caught.value).split('"')[-2]
-    assert nearest == next(name for name in works if works[name])
-    refuse_precision(nearest, card)
-
-
-@pytest.mark.parametrize("major", range(3, 14))
-def test_half_precision_runs_where_deepspeed_says_so(monkeypatch, major):
-    monkeypatch.delenv("DS_ALLOW_DEPRECATED_FP16", raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (major, 0))
-    if CUDA_Accelerator().is_fp16_supported():
-        return refuse_precision("fp16", Card("", major, 0))
-    with pytest.raises(ValueError, match='nearest is "fp32"$'):
-        refuse_precision("fp16", Card("", major, 0))
-
-
-def test_a_rank_is_judged_by_its_own_card_and_torchs_many_lines_about_it_are_left_out(monkeypatch):
-    """Machines mix cards: of these two the second alone is too old."""
-
-    def properties(device: torch.device) -> SimpleNamespace:
-        warnings.warn("Found GPU1 which is of compute capability 6.1", stacklevel=2)
-        return [SimpleNamespace(name="A100", major=8, minor=0), SimpleNamespace(name="GTX 1080", major=6, minor=1)][
-            device.index
-        ]
-
-    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: WHEELS["13.0"])
-    refuse_on_this_device(made(precision="bf16"), torch.device("cuda", 0))
-    with pytest.raises(ValueError, match="^GTX 1080 has compute capability 6.1 "):
-        refuse_on_this_device(made(precision="bf16"), torch.device("cuda", 1))
 
 
 @pytest.mark.parametrize("arguments", [[], ["--local_rank=0"], ["--local-rank=11"]])

@@ -23,7 +23,7 @@ ENTRIES_IMPORT = {
     "scripts.train_pretrain": {"scripts.trainer", "scripts.prepare_data", "scripts.run.state", "scripts.engine.distributed"},
     "scripts.train_distill": {"scripts.trainer", "scripts.prepare_data", "scripts.run.state", "scripts.engine.distributed"},
     "scripts.prepare_data": {"scripts.run.storage", "scripts.plan.machine", "scripts.engine.distributed", "scripts.report"},
-    "scripts.generate": {"scripts.run.checkpoint"},
+    "scripts.generate": {"scripts.run.checkpoint", "scripts.plan.machine"},
 }
 WITHIN = {
     "ds.files": set(),

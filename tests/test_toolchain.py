@@ -17,14 +17,15 @@ from deepspeed.ops.op_builder.builder import CUDAMismatchException, CUDAOpBuilde
 from torch.utils import cpp_extension
 from torch.utils.file_baton import FileBaton
 
-from scripts.config import Card, TrainingConfig
+from scripts.config import TrainingConfig
 from scripts.engine import toolchain
+from scripts.plan.machine import Card
 
 WIDE_SECONDS = 60
 HOLDER = """
 import os, signal, sys, time
 from scripts.engine import toolchain
-from scripts.config import Card, TrainingConfig
+from scripts.config import TrainingConfig
 
 with toolchain.compiling(TrainingConfig(), 0):
     os.open(toolchain.extension_folders(TrainingConfig())[0] / "lock", os.O_CREAT | os.O_EXCL)

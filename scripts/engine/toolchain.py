@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
-from scripts.config import LOCK_POLL_SECONDS, LONG_LOCK_SECONDS, Card, TrainingConfig
+from scripts.config import LOCK_POLL_SECONDS, LONG_LOCK_SECONDS, TrainingConfig
 from scripts.engine.watch import process_stat
+from scripts.plan.machine import Card
 
 
 def extension_folders(config: TrainingConfig) -> list[Path]:

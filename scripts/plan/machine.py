@@ -1,8 +1,10 @@
 """What the machine has, what this process has taken of it, how fast it is, and the hours to expect. Knows no plan."""
 
+import re
 import resource
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +23,15 @@ PINNED_SIZES = ("pinned_max_cached_size_mb", "pinned_max_round_threshold_mb")
 LARGEST_LIMIT = 2**60
 BACKWARD_SHARE = 2 / 3
 ADAM_BYTES = 34
+TORCH_OF_OLD_CARDS, TORCH_OF_NEW_CARDS = "https://download.pytorch.org/whl/cu126", "https://pytorch.org/get-started/locally"
+
+
+class Card(NamedTuple):
+    """A GPU: its name, and its compute capability `major`.`minor`."""
+
+    name: str
+    major: int
+    minor: int
 
 
 class Room(NamedTuple):
@@ -52,6 +63,64 @@ class GroupLimit(NamedTuple):
 
     limit_bytes: int
     used_bytes: int
+
+
+def has_kernels(card: Card, arch_list: list[str]) -> bool:
+    """Whether a torch built for `arch_list`, as torch.cuda.get_arch_list() tells it, runs on `card`.
+
+    A binary sm_XY runs on compute capability X.Y and later minors of X, PTX compute_XY on X.Y and all that is newer (CUDA C++
+    Programming Guide). With an "a" at the end, either runs on X.Y alone, with an "f" on later minors of X too. A list without a
+    name of NVIDIA's says nothing: True.
+    """
+    names = [re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name) for name in arch_list]
+    codes = [(found[1] + found[4], int(found[2]), int(found[3])) for found in names if found]
+    own = (card.major, card.minor)
+    return not codes or any(
+        (major, minor) == own if kind.endswith("a") else (major, minor) <= own and (kind == "compute" or major == card.major)
+        for kind, major, minor in codes
+    )
+
+
+def refuse_card(card: Card, arch_list: list[str]) -> None:
+    """Raises ValueError where a torch built for `arch_list` has no kernels for `card`."""
+    if has_kernels(card, arch_list):
+        return
+    oldest, nearest = min(int(re.sub(r"\D", "", name)) for name in arch_list), f"a torch of a newer CUDA, {TORCH_OF_NEW_CARDS}"
+    if 10 * card.major + card.minor < oldest:
+        nearest = f"a card of {oldest / 10} or newer, or the torch of CUDA 12.6, {TORCH_OF_OLD_CARDS}"
+    built_for = f"torch {torch.__version__} is built for {' '.join(arch_list)}"
+    raise ValueError(f"{card.name} has compute capability {card.major}.{card.minor} and {built_for}; nearest is {nearest}")
+
+
+def refuse_precision(precision: str, card: Card | None) -> None:
+    """Raises ValueError where `card`, None for the CPU, lacks `precision`: bf16 needs compute capability 8.0, and for fp16
+    DeepSpeed asks for 7.0 (accelerator/cuda_accelerator.py, is_fp16_supported).
+    """
+    if card is None:
+        works, named = ["bf16", "fp32"], "a machine without a CUDA device"
+    else:
+        works = ["bf16"] * (card.major >= 8) + ["fp16"] * (card.major >= 7) + ["fp32"]
+        named = f"{card.name} of compute capability {card.major}.{card.minor}"
+    if precision not in works:
+        raise ValueError(f'precision="{precision}" does not run on {named}; nearest is "{works[0]}"')
+
+
+def usable_card(device: torch.device) -> Card | None:
+    """The GPU that `device` is, None for the CPU. Raises ValueError where torch has no kernels for it; torch itself would only
+    warn, in many lines.
+    """
+    if device.type == "cpu":
+        return None
+    with warnings.catch_warnings(action="ignore"):
+        found = torch.cuda.get_device_properties(device)
+    card = Card(found.name, found.major, found.minor)
+    refuse_card(card, torch.cuda.get_arch_list())
+    return card
+
+
+def refuse_on_this_device(config: TrainingConfig, device: torch.device) -> None:
+    """Raises ValueError where torch has no kernels for the device that this rank computes on, or it lacks the precision."""
+    refuse_precision(config.precision, usable_card(device))
 
 
 def room_free(config: TrainingConfig, device: torch.device) -> Room:

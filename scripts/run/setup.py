@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import torch
 
 from scripts import memory
-from scripts.config import RUN_DIR_WAIT_SECONDS, TrainingConfig, refuse_on_this_device, refuse_on_this_machine
+from scripts.config import RUN_DIR_WAIT_SECONDS, TrainingConfig, refuse_on_this_machine
 from scripts.engine import distributed, offload, toolchain, truth_check, watch
 from scripts.engine.distributed import Ranks, device_of, in_turn, largest, say, together
 from scripts.model.activation_offload import storage_bytes
 from scripts.model.decoder import Decoder, empty_model, initialise
 from scripts.model.huggingface import load_weights
-from scripts.plan.machine import peak_bytes, room_free, room_in_all
+from scripts.plan.machine import peak_bytes, refuse_on_this_device, room_free, room_in_all
 from scripts.run import run_dir
 from scripts.run.checkpoint import Checkpoint, load_state, newest_verified
 from scripts.run.metrics import rewind_metrics, summary, unsaved_steps
