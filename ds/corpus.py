@@ -138,6 +138,8 @@ def is_held_out(document: bytes, fraction: float) -> bool:
 
 
 def _is_utf8(document: bytes) -> bool:
+    if document.isascii():
+        return True
     decoder, view = codecs.getincrementaldecoder("utf-8")(), memoryview(document)
     try:
         for start in range(0, len(view), files.PIECE_BYTES):
@@ -321,9 +323,9 @@ def _json_values(pieces: Iterator[bytes]) -> Iterator[bytes]:
 
 def _json_text(row: bytes, text_field: str) -> bytes:
     try:
-        text, splits = row.decode("utf-8", "surrogatepass"), re.compile("(?!)")
+        text, is_utf8 = row.decode("utf-8", "surrogatepass"), True
     except UnicodeDecodeError:
-        text, splits = row.decode("utf-8", "surrogateescape"), INVALID_BYTES
+        text, is_utf8 = row.decode("utf-8", "surrogateescape"), False
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -335,8 +337,8 @@ def _json_text(row: bytes, text_field: str) -> bytes:
         remedy = ONE_STRING if isinstance(found, list) else f"set text_field to a field of strings, or {SKIP}"
         raise ValueError(f"field {text_field!r} is of type {type(found).__name__}, not a string; {remedy}")
     # Bytes that are no UTF-8 stay as they are; half a surrogate pair that is written as an escape has its own three bytes.
-    errors = ("surrogatepass", "surrogateescape")
-    return b"".join(part.encode("utf-8", errors[number % 2]) for number, part in enumerate(splits.split(found or "")))
+    errors, parts = ("surrogatepass", "surrogateescape"), [found or ""] if is_utf8 else INVALID_BYTES.split(found or "")
+    return b"".join(part.encode("utf-8", errors[number % 2]) for number, part in enumerate(parts))
 
 
 def _field(value: dict, text_field: str) -> Any:

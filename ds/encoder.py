@@ -38,11 +38,11 @@ NAMING = "corpus reads it as nanoGPT's uint16 tokens if an entry names the file 
 
 
 class Fast(NamedTuple):
-    """tiktoken's encoding, the (R,) ids of its ranks, and what finds in a text the added tokens that it does not know."""
+    """tiktoken's encoding, the (R,) ids of its ranks, and what finds added tokens that it does not know, if any."""
 
     encoding: tiktoken.Encoding
     ids: np.ndarray
-    unknown: re.Pattern[str]
+    unknown: re.Pattern[str] | None
 
 
 class Encoder(NamedTuple):
@@ -229,7 +229,7 @@ def _encode_texts(encoder: Encoder, texts: list[str], num_threads: int | None) -
     tokenizer, fast = encoder.tokenizer, encoder.fast
     if fast is None:
         return _encode_plainly(tokenizer, texts, num_threads)
-    unknown = {text for text in texts if fast.unknown.search(text)}
+    unknown = {text for text in texts if fast.unknown.search(text)} if fast.unknown else set()
     known = iter(_encode_fast(fast, [text for text in texts if text not in unknown], num_threads))
     others = iter(_encode_plainly(tokenizer, [text for text in texts if text in unknown], num_threads))
     return [next(others if text in unknown else known) for text in texts]
@@ -287,7 +287,7 @@ def _fast(tokenizer: Tokenizer) -> Fast | None:
     # A special token that is never allowed costs less than none: the pattern of none matches at every character.
     encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={bpe.END_OF_TEXT: len(kept)})
     ids = np.array([model["vocab"].get(token, 0) for token in kept], np.uint32)
-    return Fast(encoding, ids, re.compile("|".join(added) or "(?!)"))
+    return Fast(encoding, ids, re.compile("|".join(added)) if added else None)
 
 
 def _pattern(part: dict | None) -> str | None:

@@ -9,6 +9,7 @@ workers, on any number of machines, writes the same bytes, and what is there is 
 
 import json
 import os
+import signal
 from codecs import getincrementaldecoder
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -16,7 +17,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import sha256
 from itertools import groupby, tee
+from multiprocessing import parent_process
 from pathlib import Path
+from threading import Thread
 from typing import NamedTuple
 
 import numpy as np
@@ -135,6 +138,12 @@ def finished(recipe: Recipe, piece: Piece) -> Result | None:
     return _finished(recipe, name_of(recipe, piece))
 
 
+def start_worker() -> None:
+    """Begins a worker process: it leaves Ctrl-C to the process that it works for, and ends with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
 def write_piece(recipe: Recipe, piece: Piece) -> Result:
     """Reads, encodes and writes a piece. Raises ValueError as `part_documents`, `encode_documents` and `token_documents` do,
     OSError where the folder cannot be written.
@@ -143,9 +152,9 @@ def write_piece(recipe: Recipe, piece: Piece) -> Result:
     drafts = [_Draft(recipe, f"{name}-{split}") for split in SPLITS]
     with published(Path(recipe.folder) / f"{name}.records", os.replace) as file:
         for some in _batches(_encoded(recipe, piece, tally)):
-            records = np.concatenate([each.record for each in some])
+            records = np.array([each.record for each in some], RECORD)
             for split, draft in enumerate(drafts):
-                draft.add([each.ids for each in some if each.record["split"] == split], records[records["split"] == split])
+                draft.add([each.ids for each in some if each.record.split == split], records[records["split"] == split])
             file.write(records.tobytes())
     return _publish(recipe, name, drafts, Result({}, tally.counts, tally.first, f"{name}.records", 0))
 
@@ -226,9 +235,20 @@ def length_class(num_characters: np.ndarray) -> np.ndarray:
     return np.floor(LENGTH_CLASSES * np.log2(num_characters)).astype(np.int64)
 
 
+class _Record(NamedTuple):
+    """The fields of RECORD."""
+
+    high: int
+    low: int
+    num_bytes: int
+    num_characters: int
+    num_tokens: int
+    split: bool
+
+
 class _Encoded(NamedTuple):
     ids: np.ndarray
-    record: np.ndarray
+    record: _Record
 
 
 @dataclass
@@ -322,9 +342,9 @@ def _encoded(recipe: Recipe, piece: Piece, tally: Tally) -> Iterator[_Encoded]:
     for document, ids in _documents(recipe, piece, encoder, tally):
         digest = sha256(document).digest()
         is_out = is_held_out(document, recipe.validation_fraction) if piece.split is None else piece.split == SPLITS[1]
-        halves = (int.from_bytes(half, "little") for half in (digest[16:24], digest[24:]))
-        lengths = (len(document), _num_characters(document), len(ids) + 1)
-        yield _Encoded(with_end_of_text(ids, end), np.array([(*halves, *lengths, is_out)], RECORD))
+        high, low = (int.from_bytes(half, "little") for half in (digest[16:24], digest[24:]))
+        record = _Record(high, low, len(document), _num_characters(document), len(ids) + 1, is_out)
+        yield _Encoded(with_end_of_text(ids, end), record)
 
 
 def _documents(recipe: Recipe, piece: Piece, encoder: Encoder, tally: Tally) -> Iterator[encoding.TokenDocument]:
@@ -351,8 +371,11 @@ def _fitting(recipe: Recipe, parts: Iterable[Part], tally: Tally) -> Iterator[by
 
 def _fits(recipe: Recipe, part: Part, document: bytes, tally: Tally) -> bool:
     """Whether the length of a document is within the bounds; it is counted if it is not."""
-    num_characters, longest = _num_characters(document), recipe.longest_characters
-    kind = "short" if num_characters < (recipe.shortest_characters or 0) else None
+    shortest, longest = recipe.shortest_characters, recipe.longest_characters
+    if shortest is None and longest is None:
+        return True
+    num_characters = _num_characters(document)
+    kind = "short" if num_characters < (shortest or 0) else None
     kind = "long" if longest is not None and num_characters > longest else kind
     if kind:
         tally.count(kind, part.path)
@@ -361,6 +384,8 @@ def _fits(recipe: Recipe, part: Part, document: bytes, tally: Tally) -> bool:
 
 def _num_characters(document: bytes) -> int:
     """Counted in parts: a string of all takes 4 bytes a character where there is one emoji."""
+    if len(document) <= COUNTED_BYTES:
+        return len(document.decode("utf-8", "surrogateescape"))
     decoder, view = getincrementaldecoder("utf-8")("surrogateescape"), memoryview(document)
     starts = range(0, len(view), COUNTED_BYTES)
     return sum(len(decoder.decode(view[at : at + COUNTED_BYTES])) for at in starts) + len(decoder.decode(b"", final=True))
@@ -382,3 +407,10 @@ def _runs(is_kept: np.ndarray) -> list[slice]:
     """The longest runs of True in (N,) bool."""
     borders = np.flatnonzero(np.diff(is_kept, prepend=False, append=False))
     return [slice(start, stop) for start, stop in borders.reshape(-1, 2).tolist()]
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

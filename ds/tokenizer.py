@@ -123,7 +123,8 @@ def pieces(document: bytes) -> Iterator[str | bytes]:
     decoder, rest = getincrementaldecoder("utf-8")("surrogateescape"), ""
     for start in range(0, len(document), BLOCK_BYTES):
         end = start + BLOCK_BYTES
-        *parts, rest = INVALID_BYTES.split(rest + decoder.decode(document[start:end], final=end >= len(document)))
+        text = rest + decoder.decode(document[start:end], final=end >= len(document))
+        *parts, rest = INVALID_BYTES.split(text) if _has_invalid_bytes(text) else [text]
         for text, invalid in zip(parts[::2], parts[1::2], strict=True):
             yield from _cut(text)
             yield invalid.encode("utf-8", "surrogateescape")
@@ -387,6 +388,15 @@ def _cut(text: str) -> Iterator[str]:
         yield text[start : line_end.end() if line_end else end]
         start = line_end.end() if line_end else end
     yield text[start:]
+
+
+def _has_invalid_bytes(text: str) -> bool:
+    """What `INVALID_BYTES.search` finds, a hundred times as fast where there is nothing."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _bytes_of(tokenizer: Tokenizer, ids: Iterable[int]) -> list[bytes]:

@@ -17,11 +17,11 @@ from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
 from ds import pieces as making
 from ds import tokenizer as bpe
@@ -29,7 +29,7 @@ from ds.corpus import Reading, Tally, documents, is_held_out, part_documents
 from ds.encoder import check_token_files, disagreement, encode, encoder_of, plain_encoder
 from ds.files import CorpusFile, Part, corpus_digest, corpus_files, fixed_part, is_url, whole_parts
 from ds.loader import count_windows
-from ds.pieces import SPLITS, Made, Piece, Recipe, Result
+from ds.pieces import SPLITS, Made, Piece, Recipe
 from ds.shards import TokenStream, open_shard, sync_folder, verify_shard
 from scripts import config as settings
 from scripts.config import PRETRAIN, TrainingConfig, refuse_arguments, refusing
@@ -188,6 +188,7 @@ def _build(config: TrainingConfig) -> None:
     try:
         with _building_folder(Path(config.data_dir)) as folder:
             if not _manifest_path(config).exists():
+                _check_outside(config)
                 _build_in(_Build(config, files, held_out, folder))
     except OSError as error:
         raise ValueError(f"data_dir={config.data_dir!r} cannot be written ({error.strerror}); name another folder") from error
@@ -199,7 +200,21 @@ def _check_apart(config: TrainingConfig) -> None:
         for name in ("data_dir", "run_dir"):
             path = getattr(config, name)
             if root is not None and Path(path).resolve().is_relative_to(root.resolve()):
-                raise ValueError(f"{name}={path!r} lies in the corpus {entry!r} and would become text; name a folder outside")
+                raise ValueError(_inside(name, config, entry))
+
+
+def _inside(name: str, config: TrainingConfig, entry: str) -> str:
+    return f"{name}={getattr(config, name)!r} lies in the corpus {entry!r} and would become text; name a folder outside"
+
+
+def _check_outside(config: TrainingConfig) -> None:
+    """Raises ValueError where the corpus reaches data_dir by a link or a wildcard, as a file beside the shards shows."""
+    data_dir = Path(config.data_dir).resolve()
+    with NamedTemporaryFile(prefix=f"{SPLITS[0]}-", suffix=".bin", dir=data_dir):
+        for entry in config.corpus + config.validation_corpus:
+            found = [] if is_url(entry) else corpus_files((entry,), config.corpus_exclude)
+            if any(Path(file.path).resolve().is_relative_to(data_dir) for file in found):
+                raise ValueError(_inside("data_dir", config, entry))
 
 
 @contextmanager
@@ -271,7 +286,7 @@ def _made(config: TrainingConfig, recipe: Recipe, pieces: list[Piece]) -> list[M
     workers = _workers(config, [*missing.values()])
     recipe = recipe._replace(num_threads=None if workers == Workers(1, None) else 1)
     jobs = {number: partial(making.write_piece, recipe, piece) for number, piece in missing.items()}
-    results |= _run(workers, pieces, jobs, "shards")
+    results |= completed(jobs, {number: piece.num_bytes for number, piece in missing.items()}, workers, "shards")
     return [Made(piece, results[number]) for number, piece in enumerate(pieces)]
 
 
@@ -280,7 +295,8 @@ def _distinct(config: TrainingConfig, recipe: Recipe, made: list[Made]) -> list[
     dropped = making.duplicates(Path(recipe.folder), [each.result.records for each in made])
     pieces = [each.piece for each in made]
     jobs = {number: partial(making.drop_documents, recipe, pieces[number], places) for number, places in dropped.items()}
-    results = _run(_workers(config, [pieces[number] for number in jobs]), pieces, jobs, "duplicates")
+    sizes = {number: pieces[number].num_bytes for number in jobs}
+    results = completed(jobs, sizes, _workers(config, [pieces[number] for number in jobs]), "duplicates")
     return [each._replace(result=results.get(number, each.result)) for number, each in enumerate(made)]
 
 
@@ -290,22 +306,6 @@ def _workers(config: TrainingConfig, pieces: list[Piece]) -> Workers:
     work = -(-sum(piece.num_bytes for piece in pieces) // making.PIECE_BYTES)
     is_here = any(part.path.startswith("memory:") for piece in pieces for part in piece.parts)
     return Workers(1 if is_here else max(1, min(len(os.sched_getaffinity(0)), work, room)), config.dask_scheduler)
-
-
-def _run(workers: Workers, pieces: list[Piece], jobs: dict[int, partial], what: str) -> dict[int, Result]:
-    """The result of each job; the progress is shown in bytes of the pieces of these numbers."""
-    results, total, started = {}, sum(pieces[number].num_bytes for number in jobs), time.monotonic()
-    is_terminal, said = sys.stderr.isatty(), started
-    with tqdm(total=total, desc=what, unit="B", unit_scale=True, dynamic_ncols=True, disable=not (is_terminal and jobs)) as bar:
-        for number, result in completed(jobs, workers):
-            results[number] = result
-            bar.update(pieces[number].num_bytes)
-            done, now = sum(pieces[each].num_bytes for each in results), time.monotonic()
-            if not is_terminal and now - said > settings.PROGRESS_SECONDS:
-                said, rate = now, done / (now - started)
-                words = f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s"
-                print(f"{what}: {words}, {(total - done) / rate:,.0f} s left", flush=True)
-    return results
 
 
 def _reading(config: TrainingConfig) -> Reading:

@@ -43,8 +43,7 @@ from scripts.config import TrainingConfig
 
 pieces.PIECE_BYTES = 3000
 prepare_data.PRETRAIN = {config!r}
-if __name__ == "__main__":
-    prepare_data.main()
+prepare_data.main()
 """
 
 

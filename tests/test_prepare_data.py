@@ -237,6 +237,16 @@ def test_data_dir_inside_the_corpus_is_refused(tmp_path, config):
     assert "lies in the corpus" in refusal(replace(config, run_dir=f"{tmp_path}/text/run"))
 
 
+@pytest.mark.parametrize("entry", ["text", "text/**", "*/*"])
+def test_data_dir_that_the_corpus_reaches_by_a_link_or_a_wildcard_is_refused_before_anything_is_made(tmp_path, config, entry):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "notes.txt").write_text("mine")
+    (tmp_path / "text" / "more").symlink_to(tmp_path)
+    words = refusal(replace(config, corpus=(f"{tmp_path}/{entry}",), data_dir=f"{tmp_path}/data"))
+    assert words.startswith("data_dir=") and "lies in the corpus" in words
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["notes.txt"]
+
+
 def test_interrupted_build_is_built_again(built):
     """What a killed build may leave: shards without a manifest, and the folder where they waited, of this build or another."""
     whole, folder = content(built.data_dir), Path(built.data_dir)

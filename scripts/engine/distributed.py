@@ -9,7 +9,6 @@ import gc
 import os
 import random
 import re
-import signal
 import socket
 import sys
 import time
@@ -19,9 +18,9 @@ from concurrent.futures import BrokenExecutor, CancelledError, Executor, Process
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
-from multiprocessing import active_children, get_context, parent_process
+from multiprocessing import active_children, get_context
 from pathlib import Path
-from threading import Thread
+from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -30,7 +29,8 @@ from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 from ds.files import one_line
-from scripts.config import CONNECT_SECONDS, DASK_SECONDS, LOCK_POLL_SECONDS, TrainingConfig
+from ds.pieces import start_worker
+from scripts.config import CONNECT_SECONDS, DASK_SECONDS, LOCK_POLL_SECONDS, PROGRESS_SECONDS, TrainingConfig
 from scripts.engine import offload, watch
 from scripts.plan.machine import KERNEL_FILE, allocator_settings, is_wsl
 
@@ -246,22 +246,23 @@ def forget_earlier_run() -> None:
         getattr(torch.accelerator, "empty_host_cache", lambda: None)()
 
 
-def completed(jobs: dict[int, Callable[[], Any]], workers: Workers) -> Iterator[Done]:
-    """Does each job, and yields it as soon as it is done. Raises what a job raises, and ValueError where a worker was killed
-    or the scheduler does not answer.
+def completed(jobs: dict[int, Callable[[], Any]], num_bytes: dict[int, int], workers: Workers, what: str) -> dict[int, Any]:
+    """The result of each job. The progress of `what` is shown in bytes: a bar on a terminal, else a line now and then. Raises
+    what a job raises, and ValueError where a worker was killed or the scheduler does not answer.
     """
-    if not jobs or workers == Workers(1, None):
-        yield from (Done(number, job()) for number, job in jobs.items())
-        return
-    dask = workers.dask_scheduler
-    with _executor(workers) if dask is None else _dask_executor(dask) as executor:
-        numbers = {executor.submit(job): number for number, job in jobs.items()}
-        try:
-            for future in as_completed(numbers):
-                yield Done(numbers[future], future.result())
-        except BrokenExecutor as error:
-            remedy = "the memory may be full; what is finished stays, and the same command goes on"
-            raise ValueError(f"a process that prepares the data was killed; {remedy}") from error
+    results, total, done_bytes = {}, sum(num_bytes.values()), 0
+    started, is_terminal = time.monotonic(), sys.stderr.isatty()
+    said = started
+    with tqdm(total=total, desc=what, unit="B", unit_scale=True, dynamic_ncols=True, disable=not (is_terminal and jobs)) as bar:
+        for number, result in _as_done(jobs, workers):
+            results[number] = result
+            bar.update(num_bytes[number])
+            done_bytes, now = done_bytes + num_bytes[number], time.monotonic()
+            if not is_terminal and now - said > PROGRESS_SECONDS:
+                said, rate = now, done_bytes / (now - started)
+                words = f"{done_bytes / 1e6:,.0f} of {total / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s"
+                print(f"{what}: {words}, {(total - done_bytes) / rate:,.0f} s left", flush=True)
+    return results
 
 
 def release_memory() -> None:
@@ -275,6 +276,22 @@ def say(ranks: Ranks, line: str) -> None:
     if ranks.rank == 0:
         with tqdm.external_write_mode(sys.stdout):
             watch.say(line, sys.stdout)
+
+
+def _as_done(jobs: dict[int, Callable[[], Any]], workers: Workers) -> Iterator[Done]:
+    if not jobs or workers == Workers(1, None):
+        yield from (Done(number, job()) for number, job in jobs.items())
+        return
+    dask = workers.dask_scheduler
+    with _executor(workers) if dask is None else _dask_executor(dask) as executor:
+        with _without_main():
+            numbers = {executor.submit(job): number for number, job in jobs.items()}
+        try:
+            for future in as_completed(numbers):
+                yield Done(numbers[future], future.result())
+        except BrokenExecutor as error:
+            remedy = "the memory may be full; what is finished stays, and the same command goes on"
+            raise ValueError(f"a process that prepares the data was killed; {remedy}") from error
 
 
 def _words_of_ranks(words: str, config: TrainingConfig, ranks: Ranks) -> list[str]:
@@ -349,7 +366,7 @@ def _slurm_as_torch(env) -> dict[str, str]:
 def _executor(workers: Workers) -> Iterator[Executor]:
     """What is under way is abandoned if the block raises."""
     others = {*active_children()}
-    with ProcessPoolExecutor(workers.number, get_context("forkserver"), _start_worker) as executor:
+    with ProcessPoolExecutor(workers.number, get_context("forkserver"), start_worker) as executor:
         try:
             yield executor
         except BaseException:
@@ -378,14 +395,13 @@ def _dask_executor(address: str) -> Iterator[Executor]:
         raise ValueError(f"dask_scheduler={address!r} failed ({one_line(error)}); {remedy}") from error
 
 
-def _start_worker() -> None:
-    """A worker leaves Ctrl-C to the process that it works for, and ends with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Worker processes that start meanwhile do not import the program that they work for: its torch takes each of them seconds
+    and half a GiB, and a program without `if __name__ == "__main__"` would begin again in each.
+    """
+    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
