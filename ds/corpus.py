@@ -86,8 +86,13 @@ def documents(parts: Iterable[Part], reading: Reading, tally: Tally) -> Iterator
         has_tokens |= part.tokens is not None
         yield from part_documents(part, reading, tally) if part.tokens is None else ()
     if not has_tokens and tally.counts.get("documents", 0) == before:
-        why = f"the first of its faulty rows is {tally.first['faulty']}" if "faulty" in tally.first else "every file is empty"
-        raise ValueError(f"corpus holds no text: {why}; add files with text to corpus")
+        raise ValueError(no_text(tally))
+
+
+def no_text(tally: Tally) -> str:
+    """What is wrong with a corpus of no document, and what to do."""
+    why = f"the first of its faulty rows is {tally.first['faulty']}" if "faulty" in tally.first else "every file is empty"
+    return f"corpus holds no text: {why}; add files with text to corpus"
 
 
 def part_documents(part: Part, reading: Reading, tally: Tally) -> Iterator[bytes]:
@@ -190,8 +195,10 @@ def _reader(file: BinaryIO, part: Part, reading: Reading, tally: Tally) -> Itera
     if rows == ".csv":
         return _table(part.path, pieces, reading, tally)
     if rows is not None:
-        texts = texts if rows == ".jsonl" else _json_values(pieces)
-        return _json_rows(part.path, texts, cache(lambda: files.num_line_ends(file, begin)), reading, tally)
+        if rows != ".jsonl":
+            return _json_rows(part.path, _json_values(pieces), "row {}".format, reading, tally)
+        before = cache(lambda: files.num_line_ends(file, begin))
+        return _json_rows(part.path, texts, lambda number: f"line {before() + number}", reading, tally)
     return _plain(part.path, (text.strip(b"\r\n") for text in texts) if separator else texts, tally)
 
 
@@ -285,13 +292,15 @@ def _plain(path: str, texts: Iterable[bytes], tally: Tally) -> Iterator[bytes]:
         del text
 
 
-def _json_rows(path: str, rows: Iterator[bytes], before: Callable[[], int], reading: Reading, tally: Tally) -> Iterator[bytes]:
+def _json_rows(
+    path: str, rows: Iterator[bytes], place: Callable[[int], str], reading: Reading, tally: Tally
+) -> Iterator[bytes]:
     for number, row in enumerate(rows, 1):
         row = row.removeprefix(UTF8_MARK)
         try:
             document = _json_text(row, reading.text_field) if row and not row.isspace() else None
         except ValueError as error:
-            tally.fault(ValueError(f"{path}, line {before() + number}: {error}"), reading)
+            tally.fault(ValueError(f"{path}, {place(number)}: {error}"), reading)
             continue
         if document is not None:
             yield document

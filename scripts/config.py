@@ -485,8 +485,11 @@ def _check_data(config: TrainingConfig) -> None:
         if name != "sample_prompt" and not value.isprintable():
             raise ValueError(f"{name}={value!r} holds a character that cannot be printed; write it without")
     for name in ("document_separator", "end_of_text", "dask_scheduler"):
+        value = getattr(config, name) or ""
         if getattr(config, name) == "":
             raise ValueError(f"{name} is empty; the default is None")
+        if value != value.encode(errors="replace").decode():
+            raise ValueError(f"{name}={value!r} holds half a surrogate pair, which is no UTF-8; write it without")
     shortest, longest = config.shortest_document_characters, config.longest_document_characters
     if shortest is not None and longest is not None and shortest > longest:
         raise ValueError(

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from ds.corpus import Tally
+from ds.corpus import Tally, no_text
 from ds.pieces import LENGTH_CLASSES, SPLITS
 from scripts.config import FEW_DOCUMENTS, NUM_NAMED_DOCUMENTS, TrainingConfig
 from scripts.memory import comparison_words
@@ -143,8 +143,7 @@ def data_notes(config: TrainingConfig, manifest: dict, met: Tally) -> list[str]:
         bounds = "shortest_document_characters, raise longest_document_characters"
         raise ValueError(f"corpus: all {met.counts['documents']:,} documents are too short or too long; lower {bounds}")
     if not num_documents:
-        why = f"the first of its faulty rows is {met.first['faulty']}" if "faulty" in met.first else "every file is empty"
-        raise ValueError(f"corpus holds no text: {why}; add files with text to corpus")
+        raise ValueError(no_text(met))
     seen = [kind for kind in NOTES if kind in met.first]
     lines = [f"note: {met.counts[kind]:,} {NOTES[kind]}, the first: {printable(met.first[kind])}" for kind in seen]
     if num_documents < FEW_DOCUMENTS and config.has_validation and not config.validation_corpus:

@@ -143,6 +143,7 @@ BAD = [
     ("text_field", {"text_field": ""}),
     ("document_separator", {"document_separator": ""}),
     ("document_separator", {"document_separator": b"x"}),
+    ("document_separator", {"document_separator": "\ud800"}),
     ("shortest_document_characters", {"shortest_document_characters": 0}),
     ("shortest_document_characters", {"shortest_document_characters": 9, "longest_document_characters": 8}),
     ("longest_document_characters", {"longest_document_characters": 0}),

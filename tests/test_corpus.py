@@ -532,7 +532,7 @@ def test_a_folder_of_source_code_is_text(tmp_path, name):
         ("a.csv", "id,text\r1,x\r", "line 1: not CSV"),
         ("a.csv", '"text"x,id\na,1\n', "line 1: not CSV"),
         ("a.csv", "text,id,text\na,1,b\n", "more than one column 'text', there is 'text', 'id', 'text'"),
-        ("a.json", '[{"text": "a"}, {"text": "b", "id": ' + "1" * 5000 + "}]", "line 2: not JSON"),
+        ("a.json", '[{"text": "a"}, {"text": "b", "id": ' + "1" * 5000 + "}]", "row 2: not JSON"),
         ("a.jsonl", '{"text": ["a"]}', "write each row's list into one string"),
     ],
 )
