@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
@@ -70,6 +71,7 @@ MODULES = {
 every_module = pytest.mark.parametrize("module", MODULES)
 
 
+@cache
 def imported(tree: ast.AST) -> set[str]:
     """Dotted names; `from scripts import losses` counts as scripts.losses, `from scripts.losses import x` too."""
     names = set()
@@ -83,10 +85,12 @@ def imported(tree: ast.AST) -> set[str]:
     return names
 
 
+@cache
 def called(tree: ast.AST) -> set[str]:
     return {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
 
 
+@cache
 def spelled(tree: ast.AST) -> set[str]:
     """Dotted names as they are used; `from os import environ` counts as os.environ."""
     froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
@@ -94,6 +98,7 @@ def spelled(tree: ast.AST) -> set[str]:
     return names | {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
 
 
+@cache
 def words(tree: ast.AST) -> set[str]:
     """Every identifier of the code: names, attributes, arguments, keywords, functions."""
     fields = ("id", "attr", "arg", "name")
@@ -187,14 +192,18 @@ PRIVATE = {
 TESTS = {path.name: path.read_text() for path in sorted((ROOT / "tests").rglob("*.py"))}
 
 
+IMPORT_LINE = re.compile(r"from ([\w.]+) import (\([^)]*\)|[^\n]*)")
+
+
 def private_uses(source: str) -> set[str]:
     """Private functions and classes of the house that a source imports or reads from a module, also in a script within it."""
-    found = set()
+    found, read = set(), set(re.findall(r"\b(\w+)\.(_\w+)", source))
+    lines = [(module, line) for module, line in IMPORT_LINE.findall(source) if module in PRIVATE]
     for module, names in PRIVATE.items():
         stem = module.split(".")[-1]
-        found |= {f"{stem}.{name}" for name in names if re.search(rf"\b{stem}\.{name}\b", source)}
-        for line in re.findall(rf"from {re.escape(module)} import (\([^)]*\)|[^\n]*)", source):
-            found |= {f"{stem}.{name}" for name in names & set(re.findall(r"\w+", line))}
+        found |= {f"{stem}.{name}" for name in names if (stem, name) in read}
+    for module, line in lines:
+        found |= {f"{module.split('.')[-1]}.{name}" for name in PRIVATE[module] & set(re.findall(r"\w+", line))}
     return found
 
 
