@@ -20,10 +20,13 @@ from hypothesis import strategies as st
 from ds import loader
 from ds.loader import (
     Document,
+    Grid,
+    Order,
     count_windows,
     digest_hex,
     digest_rows,
     documents_between,
+    grid_of,
     held_out_batches,
     micro_batches,
     permute,
@@ -62,10 +65,15 @@ def stream(num_tokens: int, num_shards: int = 3) -> TokenStream:
     return stream_of_arrays(np.array_split(np.arange(num_tokens, dtype=np.uint32), num_shards))
 
 
-def step_rows(tokens: TokenStream, world_size: int, *, rows_per_step: int, micro_batch_rows: int, **place) -> list[list]:
+def alone(num_windows: int, rows_per_step: int, seed: int, context_length: int = 1) -> Order:
+    """The order of a stream of one source."""
+    return Order(Grid(context_length, (0,), (num_windows,)), (rows_per_step,), rows_per_step, seed)
+
+
+def step_rows(tokens: TokenStream, order: Order, world_size: int, *, step: int, micro_batch_rows: int) -> list[list]:
     """By rank, the micro-batches of the step as nested lists."""
-    shared = {"rows_per_step": rows_per_step, "micro_batch_rows": micro_batch_rows, "world_size": world_size, **place}
-    return [[batch.ids.tolist() for batch in micro_batches(tokens, rank=rank, **shared)] for rank in range(world_size)]
+    share = {"step": step, "world_size": world_size, "micro_batch_rows": micro_batch_rows}
+    return [[batch.ids.tolist() for batch in micro_batches(tokens, order, rank=rank, **share)] for rank in range(world_size)]
 
 
 @given(num_items=st.integers(1, 3000), seed=SEEDS, epoch=st.integers(0, 2**40))
@@ -117,7 +125,7 @@ def test_windows_are_those_that_fit(num_tokens, context_length):
 @given(num_windows=st.integers(1, 60), rows_per_step=st.integers(1, 50), seed=SEEDS)
 def test_each_epoch_reads_every_window_once(num_windows, rows_per_step, seed):
     num_steps = -(-3 * num_windows // rows_per_step)
-    order = np.concatenate([step_windows(step, rows_per_step, num_windows, seed) for step in range(num_steps)])
+    order = np.concatenate([step_windows(step, alone(num_windows, rows_per_step, seed)) for step in range(num_steps)])
     for epoch in range(3):
         assert sorted(order[epoch * num_windows : (epoch + 1) * num_windows].tolist()) == list(range(num_windows))
 
@@ -127,16 +135,16 @@ TRILLIONS = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from ds.loader import count_windows, rank_windows, step_windows
+from ds.loader import Order, grid_of, rank_windows, step_windows
 from ds.shards import Shard, TokenStream
 
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 stream = TokenStream(tuple(Shard(Path(f"train-{n:05d}.bin"), 10**8 - n % 7, 2, "", "") for n in range(10**5)), "")
-num_windows = count_windows(stream.num_tokens, 4096)
-order = {"step": 10**6, "micro_batch_rows": 4, "rows_per_step": 4096, "seed": 0}
-read = np.stack([rank_windows(num_windows, rank=rank, world_size=1024, **order).windows for rank in range(1024)])
-assert np.array_equal(np.sort(read, axis=None), np.sort(step_windows(10**6, 4096, num_windows, 0)))
-assert len(np.unique(read)) == 4096 and 0 <= read.min() and read.max() < num_windows
+order = Order(grid_of([stream.num_tokens], 4096), (4096,), 4096, 0)
+share = {"step": 10**6, "micro_batch_rows": 4, "world_size": 1024}
+read = np.stack([rank_windows(order, rank=rank, **share).windows for rank in range(1024)])
+assert np.array_equal(np.sort(read, axis=None), np.sort(step_windows(10**6, order)))
+assert len(np.unique(read)) == 4096 and 0 <= read.min() and read.max() < order.grid.num_windows
 starts = (read[0].reshape(-1) * 4096).tolist()
 for start in starts:
     (first, *more) = stream.places(start, start + 4097)
@@ -170,28 +178,19 @@ def test_a_thousand_ranks_read_ten_trillion_tokens_in_100_000_shards():
 )
 def test_ranks_are_disjoint_and_read_what_one_rank_would(micro_batch_rows, factor, step, seed, num_tokens):
     tokens = stream(num_tokens)
-    place = {"micro_batch_rows": micro_batch_rows, "rows_per_step": 4 * micro_batch_rows * factor, "step": step}
-    place |= {"context_length": 8, "seed": seed}
-    (alone,) = step_rows(tokens, 1, **place)
+    order, place = alone((num_tokens - 1) // 8, 4 * micro_batch_rows * factor, seed, 8), {"step": step}
+    (one,) = step_rows(tokens, order, 1, micro_batch_rows=micro_batch_rows, **place)
     for world_size in (2, 4):
-        ranks = step_rows(tokens, world_size, **place)
-        assert [batch for turn in zip(*ranks, strict=True) for batch in turn] == alone
-    starts = [row[0] // 8 for batch in alone for row in batch]
-    assert starts == step_windows(step, place["rows_per_step"], count_windows(num_tokens, 8), seed).tolist()
+        ranks = step_rows(tokens, order, world_size, micro_batch_rows=micro_batch_rows, **place)
+        assert [batch for turn in zip(*ranks, strict=True) for batch in turn] == one
+    starts = [row[0] // 8 for batch in one for row in batch]
+    assert starts == step_windows(step, order).tolist()
 
 
 @given(seed=SEEDS, step=st.integers(0, 9), num_shards=st.integers(1, 7))
 def test_micro_batches_are_whole_windows_of_the_stream_in_any_shards(seed, step, num_shards):
-    place = {
-        "rank": 0,
-        "world_size": 1,
-        "micro_batch_rows": 2,
-        "rows_per_step": 6,
-        "context_length": 5,
-        "seed": seed,
-        "step": step,
-    }
-    batches = list(micro_batches(stream(101, num_shards), **place))
+    place = {"rank": 0, "world_size": 1, "micro_batch_rows": 2, "step": step}
+    batches = list(micro_batches(stream(101, num_shards), alone(20, 6, seed, 5), **place))
     assert len(batches) == 3
     for batch in batches:
         assert batch.ids.shape == (2, 6) and batch.ids.dtype == np.int64
@@ -199,9 +198,13 @@ def test_micro_batches_are_whole_windows_of_the_stream_in_any_shards(seed, step,
 
 
 def test_stream_without_a_window_is_refused():
-    place = {"rank": 0, "world_size": 1, "micro_batch_rows": 1, "rows_per_step": 1, "context_length": 8, "seed": 0, "step": 0}
-    with pytest.raises(ValueError, match=r"8 tokens hold no window of context_length \+ 1 = 9; add documents"):
-        next(micro_batches(stream(8), **place))
+    for tokens_by_source in ([8], [25, 8]):
+        order = Order(grid_of(tokens_by_source, 8), (1,) * len(tokens_by_source), len(tokens_by_source), 0)
+        words = (
+            rf"{sum(tokens_by_source)} tokens, or a source of them, hold no window of context_length \+ 1 = 9; add documents"
+        )
+        with pytest.raises(ValueError, match=words):
+            next(micro_batches(stream(sum(tokens_by_source)), order, step=0, rank=0, world_size=1, micro_batch_rows=1))
 
 
 @given(
@@ -211,8 +214,9 @@ def test_stream_without_a_window_is_refused():
     world_size=st.sampled_from([1, 2, 4]),
 )
 def test_held_out_windows_are_the_spread_ones_in_order_each_to_one_rank(num_tokens, rows, num_windows, world_size):
-    place = {"micro_batch_rows": rows, "context_length": 6, "num_windows": num_windows, "world_size": world_size}
-    ranks = [list(held_out_batches(stream(num_tokens), rank=rank, **place)) for rank in range(world_size)]
+    place = {"micro_batch_rows": rows, "num_windows": num_windows, "world_size": world_size, "source": 0}
+    grid = grid_of([num_tokens], 6)
+    ranks = [list(held_out_batches(stream(num_tokens), grid, rank=rank, **place)) for rank in range(world_size)]
     num_batches = sum(map(len, ranks))
     dealt = [ranks[number % world_size][number // world_size] for number in range(num_batches)]
     assert all(batch.shape == (rows, 7) for batch in dealt[:-1])
@@ -247,15 +251,15 @@ def test_held_out_windows_are_the_ones_that_losses_were_measured_on():
 def test_windows_of_a_run_are_those_of_its_steps(num_steps, rows_per_step, num_windows, piece, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loader, "PERMUTED_ROWS", piece)
-        windows = windows_of_run(num_steps, rows_per_step, num_windows, seed)
-    steps = [step_windows(step, rows_per_step, num_windows, seed).tolist() for step in range(num_steps)]
+        windows = windows_of_run(num_steps, alone(num_windows, rows_per_step, seed))
+    steps = [step_windows(step, alone(num_windows, rows_per_step, seed)).tolist() for step in range(num_steps)]
     assert windows.dtype == np.int64
     assert windows.tolist() == sorted({window for step in steps for window in step})
 
 
 def test_windows_of_a_run_take_a_byte_each():
     tracemalloc.start()
-    windows = windows_of_run(2**10, 2**9, 2**20, 0)
+    windows = windows_of_run(2**10, alone(2**20, 2**9, 0))
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(windows) == 2**19
@@ -279,7 +283,7 @@ def test_labels_of_a_window_are_those_after_each_of_its_inputs(tmp_path_factory,
     labels.write(0, Labels(said, said.astype(np.float16), positions.astype(np.float32)))
     windows = np.array(data.draw(st.lists(st.integers(0, num_windows - 1), min_size=1, max_size=5)))
     ids, logs, tail = read_labels(labels, windows, context_length)
-    inputs = read_windows(tokens, windows, context_length)[:, :-1]
+    inputs = read_windows(tokens, windows, grid_of([sum(sizes)], context_length))[:, :-1]
     assert ids.shape == logs.shape == (len(windows), context_length, top_k) and tail.shape == inputs.shape
     assert (ids.dtype, logs.dtype, tail.dtype) == (np.int64, np.float16, np.float32)
     assert (ids == inputs[:, :, None]).all() and (logs == inputs[:, :, None]).all() and (tail == inputs).all()
@@ -295,7 +299,7 @@ def least_seconds(call: Callable[[], object]) -> float:
 
 
 def test_order_of_a_large_data_set_costs_what_that_of_a_small_one_does():
-    small, large = (least_seconds(lambda number=number: step_windows(3, 512, number, 0)) for number in (10**4, 10**9))
+    small, large = (least_seconds(lambda number=number: step_windows(3, alone(number, 512, 0))) for number in (10**4, 10**9))
     assert large < 10 * small
 
 
@@ -308,12 +312,15 @@ def test_order_of_a_large_data_set_costs_what_that_of_a_small_one_does():
 )
 def test_every_rank_can_say_what_each_rank_reads(micro_batch_rows, factor, step, seed, world_size):
     tokens, rows_per_step = stream(203), 4 * micro_batch_rows * factor
-    place = {"step": step, "world_size": world_size, "micro_batch_rows": micro_batch_rows, "rows_per_step": rows_per_step}
+    place, order = (
+        {"step": step, "world_size": world_size, "micro_batch_rows": micro_batch_rows},
+        alone(25, rows_per_step, seed, 8),
+    )
     all_rows = []
     for rank in range(world_size):
-        due = rank_windows(count_windows(203, 8), rank=rank, seed=seed, **place)
+        due = rank_windows(order, rank=rank, **place)
         assert due.rows.dtype == due.windows.dtype == np.int64
-        batches = list(micro_batches(tokens, rank=rank, seed=seed, context_length=8, **place))
+        batches = list(micro_batches(tokens, order, rank=rank, **place))
         assert [batch.rows.tolist() for batch in batches] == due.rows.tolist()
         assert [batch.windows.tolist() for batch in batches] == due.windows.tolist()
         assert [batch.ids[:, 0].tolist() for batch in batches] == (due.windows * 8).tolist()

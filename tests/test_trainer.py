@@ -38,6 +38,7 @@ from scripts.model.decoder import empty_model, initialise, parameter_groups
 from scripts.prepare_data import prepare
 from scripts.run.checkpoint import find_fault
 from scripts.run.run_dir import newest_folder
+from scripts.run.state import data_order
 from scripts.trainer import learning_rate_at
 
 EXACT_STEPS = 6
@@ -103,10 +104,8 @@ def plain_adamw(config) -> tuple[dict[str, torch.Tensor], list[float]]:
     for step in range(EXACT_STEPS):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, config)
-        batch = next(micro_batches(
-            data.train, step=step, rank=0, world_size=1, micro_batch_rows=config.rows_per_step,
-            rows_per_step=config.rows_per_step, context_length=config.context_length, seed=config.seed,
-        ))  # fmt: skip
+        share = {"rank": 0, "world_size": 1, "micro_batch_rows": config.rows_per_step}
+        batch = next(micro_batches(data.train, data_order(config, data), step=step, **share))
         windows = torch.from_numpy(batch.ids)
         logits = torch.nn.functional.linear(model(windows[:, :-1]), model.head)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
@@ -437,12 +436,9 @@ def test_another_number_of_ranks_reads_the_same_tokens_in_each_step(finished_run
 
 
 def poisoned_steps(config) -> list[int]:
-    stream = prepare(config).train
-    order = dict(rank=0, world_size=1, micro_batch_rows=config.rows_per_step, rows_per_step=config.rows_per_step)
-    batches = [
-        next(micro_batches(stream, step=step, context_length=config.context_length, seed=config.seed, **order))
-        for step in range(config.num_steps)
-    ]
+    data, share = prepare(config), {"rank": 0, "world_size": 1, "micro_batch_rows": config.rows_per_step}
+    order = data_order(config, data)
+    batches = [next(micro_batches(data.train, order, step=step, **share)) for step in range(config.num_steps)]
     return [step + 1 for step, batch in enumerate(batches) if (batch.ids == POISON).any()]
 
 
