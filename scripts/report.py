@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,8 @@ from scripts.config import FEW_DOCUMENTS, NUM_NAMED_DOCUMENTS, TrainingConfig
 from scripts.memory import comparison_words
 
 TRAIN, HELD_OUT, RATE, NORM = "#9aa7b4", "#c2410c", "#1d4ed8", "#4d7c0f"
-SOURCES = ("#0891b2", "#7c3aed", "#65a30d", "#db2777", "#ca8a04", "#475569", "#0d9488", "#9f1239")
+SOURCES = ("#0891b2", "#7c3aed", "#65a30d", "#db2777", "#ca8a04", "#1e293b", "#92400e", "#14532d")
+BEHIND = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1}
 
 SHOWN_CHARACTERS, SHOWN_NAME_CHARACTERS = 90, 36
 CUT_OR_NAME = "document_separator cuts a file into documents, and validation_corpus names held-out files"
@@ -108,7 +110,8 @@ def held_out_words(record: dict) -> str:
     if record["val_loss"] is None or record["val_bits_per_byte"] is None:
         return "not finite"
     by_source = record.get("val_loss_by_source", {})
-    of_each = ", ".join(f"{_end_of(name)} {value or math.nan:.3f}" for name, value in by_source.items())
+    short = zip(_short_names([*by_source]), by_source.values(), strict=True)
+    of_each = ", ".join(f"{name} {value or math.nan:.3f}" for name, value in short)
     words = f"{record['val_loss']:.3f} nats per token, {record['val_bits_per_byte']:.3f} bits per byte"
     return f"{words} ({of_each})" if 0 < len(of_each) <= SHOWN_CHARACTERS else words
 
@@ -177,6 +180,12 @@ def data_notes(config: TrainingConfig, manifest: dict, met: Tally) -> list[str]:
 def _end_of(name: str) -> str:
     """A name of a source for a line of several: its end tells it from others."""
     return name if len(name) <= SHOWN_NAME_CHARACTERS else f"…{name[1 - SHOWN_NAME_CHARACTERS :]}"
+
+
+def _short_names(names: list[str]) -> list[str]:
+    """The same without the folders that all begin with."""
+    start = os.path.commonprefix(names).rfind("/") + 1
+    return [_end_of(name[start:] or name) for name in names]
 
 
 def printable(name: str) -> str:
@@ -285,26 +294,26 @@ def _plot_losses(axes: Axes, train: list[dict], held_out: list[dict], teacher: d
         axes.axhline(teacher["val_loss"], color=HELD_OUT, linewidth=1, linestyle="--", label="held out, the teacher")
     if held_out:
         tokens, losses = _values(held_out, "tokens"), _values(held_out, "val_loss")
-        axes.plot(tokens, losses, color=HELD_OUT, marker="o", markersize=4, label="held out")
+        axes.plot(tokens, losses, color=HELD_OUT, marker="o", markersize=4, label="held out", zorder=3)
         _plot_sources(axes, held_out)
     last = next((record for record in reversed(held_out) if record["val_loss"] is not None), None)
     if last is not None:
         words = f"{last['val_loss']:.2f} nats, {last['val_bits_per_byte']:.2f} bits per byte"
         at = (last["tokens"], last["val_loss"])
-        axes.annotate(words, at, (0, -18), textcoords="offset points", ha="right", color=HELD_OUT)
+        axes.annotate(words, at, (0, -18), textcoords="offset points", ha="right", color=HELD_OUT, zorder=4, bbox=BEHIND)
     axes.set_title("Loss")
-    axes.legend(frameon=False)
+    axes.legend(edgecolor="none", framealpha=0.7)
 
 
 def _plot_sources(axes: Axes, held_out: list[dict]) -> None:
     """The held-out loss of each source, of as many as there are colours."""
     tokens, by_source = _values(held_out, "tokens"), [record.get("val_loss_by_source", {}) for record in held_out]
     names = list(dict.fromkeys(name for each in by_source for name in each))
-    for number, (name, color) in enumerate(zip(names, SOURCES, strict=False), 1):
-        left_out = len(names) - number if number == len(SOURCES) else 0
-        label = f"held out, {_end_of(name)}" + (f", and {left_out} more in metrics.jsonl" if left_out else "")
-        losses = _values([{name: each.get(name)} for each in by_source], name)
-        axes.plot(tokens, losses, color=color, linewidth=1, marker=".", label=label.replace("$", r"\$"))
+    for name, short, color in zip(names, _short_names(names), SOURCES, strict=False):
+        losses, label = _values([{name: each.get(name)} for each in by_source], name), short.replace("$", r"\$")
+        axes.plot(tokens, losses, color=color, linewidth=1, marker=".", label=f"held out, {label}")
+    if len(names) > len(SOURCES):
+        axes.plot([], [], linestyle="none", label=f"and {len(names) - len(SOURCES)} more in metrics.jsonl")
 
 
 def _plot_line(axes: Axes, records: list[dict], name: str, *, unit: str, color: str, label: str | None = None) -> None:
