@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import RUNS, STEPS, expect_success, launch, metrics, tiny_config, tiny_student, training_script
+from conftest import STEPS, expect_success, launch, metrics, tiny_config, tiny_student, training_script
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -276,7 +276,7 @@ def test_a_launch_with_an_unfit_teacher_ends_in_one_line_and_status_2(data, copi
 
 @pytest.fixture(scope="module")
 def students(finished_runs) -> list[TrainingConfig]:
-    return [finished_runs[ranks, name] for ranks in (1, 2) for name in RUNS[2:]]
+    return [finished_runs[ranks, name] for ranks in (1, 2) for name in ("distill", "labels")]
 
 
 def test_the_teacher_is_neither_saved_nor_optimized(students):
@@ -316,8 +316,9 @@ def labels_of(config: TrainingConfig):
     return data, found, open_labels(config, data, config.teacher_top_k or 0, identity)
 
 
-def test_labels_on_the_disk_are_what_the_teacher_says_of_every_window_that_is_read(finished_runs):
-    config = finished_runs[2, "labels"]
+@pytest.mark.parametrize("name", ["labels", "mixture"])
+def test_labels_on_the_disk_are_what_the_teacher_says_of_every_window_that_is_read(finished_runs, name):
+    config = finished_runs[2, name]
     data, found, labels = labels_of(config)
     teacher = load_teacher(found, config, CPU)
     order, share = data_order(config, data), {"rank": 0, "world_size": 1, "micro_batch_rows": 2}
@@ -331,8 +332,9 @@ def test_labels_on_the_disk_are_what_the_teacher_says_of_every_window_that_is_re
             assert (ids == said.ids.numpy()).mean() > 0.9
 
 
-def test_only_windows_that_the_run_reads_are_labelled(finished_runs):
-    config = finished_runs[1, "labels"]
+@pytest.mark.parametrize("name", ["labels", "mixture"])
+def test_only_windows_that_the_run_reads_are_labelled(finished_runs, name):
+    config = finished_runs[1, name]
     data, _, labels = labels_of(config)
     windows = windows_of_run(config.num_steps, data_order(config, data))
     blocks = np.unique(windows * config.context_length // labels.block_tokens)
