@@ -179,7 +179,8 @@ def train(config):
 
 if __name__ == "__main__":
     for fields in json.loads({described!r}):
-        train(TrainingConfig(**{{name: tuple(each) if isinstance(each, list) else each for name, each in fields.items()}}))
+        fields = {{name: tuple(each) if isinstance(each, list) else each for name, each in fields.items()}}
+        train(TrainingConfig(**fields))
 {after}
 """
 

@@ -7,7 +7,8 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
-from hashlib import blake2b
+from fractions import Fraction
+from hashlib import blake2b, sha256
 from inspect import getsource
 from pathlib import Path
 from typing import Any, cast
@@ -30,11 +31,14 @@ from ds.loader import (
     held_out_batches,
     micro_batches,
     permute,
+    quotas_of,
     rank_windows,
     read_labels,
     read_windows,
+    rows_read,
     spread_windows,
     step_windows,
+    window_starts,
     windows_of_run,
 )
 from ds.shards import Labels, LabelStream, TokenStream, open_shard, write_shard
@@ -296,6 +300,156 @@ def least_seconds(call: Callable[[], object]) -> float:
         call()
         seconds.append(time.perf_counter() - start)
     return min(seconds)
+
+
+GOLDEN = [
+    ((0, 8, 23, 0), [2, 18, 4, 13, 7, 1, 19, 16], "70e940dbb43107c5"),
+    ((5, 8, 23, 0), [0, 4, 2, 1, 17, 11, 19, 20], "00dd53315e452ad0"),
+    ((12345, 512, 10**7, 7), [8228809, 1109988, 3344726, 580522, 4251592], "583bbd4054148328"),
+    ((10**6, 4096, 2441406250, 0), [2143430325, 427154893, 283769751], "ebe0cd17defd273c"),
+]
+
+
+@pytest.mark.parametrize(("place", "first", "digest"), GOLDEN)
+def test_order_of_one_source_is_the_one_that_runs_had_before_there_were_mixtures(place, first, digest):
+    step, rows_per_step, num_windows, seed = place
+    for quotas in ((rows_per_step,), (1000 * rows_per_step,)):
+        windows = step_windows(step, alone(num_windows, rows_per_step, seed)._replace(quotas=quotas))
+        assert windows[: len(first)].tolist() == first
+        assert sha256(windows.astype("<i8").tobytes()).hexdigest()[:16] == digest
+    found = windows_of_run(40, alone(3000, 12, 9))
+    assert (len(found), sha256(found.astype("<i8").tobytes()).hexdigest()[:16]) == (480, "2639e25dc27ec795")
+
+
+@st.composite
+def mixtures(draw, most_rows: int = 24, most_windows: int = 10**9) -> Order:
+    """Two to nine sources of very different sizes and weights, as 1000 steps share them out."""
+    num_sources, rows_per_step = draw(st.integers(2, 9)), draw(st.integers(1, most_rows))
+    weights = draw(st.lists(st.floats(0.02, 1) | st.just(1.0), min_size=num_sources, max_size=num_sources))
+    tokens = draw(st.lists(st.integers(4, 3 * most_windows), min_size=num_sources, max_size=num_sources))
+    quotas = quotas_of(tuple(weights), 1000 * rows_per_step)
+    return Order(grid_of(tokens, 3), quotas, rows_per_step, draw(SEEDS))
+
+
+def test_order_of_a_mixture_is_the_one_that_runs_were_started_with():
+    order = Order(grid_of([40, 7, 300], 3), quotas_of((5, 3, 2), 4000), 4, 7)
+    assert order.quotas == (2000, 1200, 800) and order.grid.counts == (13, 2, 99)
+    read = [step_windows(step, order).tolist() for step in (0, 1, 999, 1234)]
+    assert read == [[3, 14, 60, 9], [11, 13, 7, 85], [1, 87, 13, 7], [0, 97, 14, 7]]
+
+
+def sources_of(windows: np.ndarray, grid: Grid) -> np.ndarray:
+    return np.searchsorted(np.cumsum(grid.counts), windows, side="right")
+
+
+@given(
+    weights=st.lists(st.floats(1e-3, 1e3) | st.integers(1, 9), min_size=1, max_size=9), num_rows=st.sampled_from([1000, 10**7])
+)
+def test_quotas_are_the_shares_to_within_a_row_and_none_is_lost(weights, num_rows):
+    quotas = quotas_of(tuple(weights), num_rows)
+    assert sum(quotas) == num_rows
+    for weight, quota in zip(weights, quotas, strict=True):
+        assert abs(quota - num_rows * Fraction(weight) / sum(map(Fraction, weights))) < 1
+
+
+def test_equal_remainders_go_to_the_first_sources():
+    assert quotas_of((1, 1, 1), 1000) == (334, 333, 333) and quotas_of((0.5, 0.25, 0.25), 1000) == (500, 250, 250)
+
+
+@given(order=mixtures(), step=st.integers(0, 10**7))
+@example(order=Order(grid_of([4, 10**9], 3), quotas_of((0.999, 0.001), 1000), 1, 0), step=999)
+def test_share_of_each_source_is_exact_over_any_thousand_steps(order, step):
+    """And close to it over any number of rows from the beginning: at most a row a source too many or too few."""
+    before, after = (np.array(rows_read(at, order)) for at in (step, step + 1000))
+    assert (after - before).tolist() == list(order.quotas)
+    shares = np.array(order.quotas) / sum(order.quotas)
+    assert before.sum() == step * order.rows_per_step
+    assert np.abs(before - shares * (step * order.rows_per_step)).max() <= len(order.quotas) / 2 + 1
+
+
+@given(order=mixtures(most_rows=8), step=st.integers(0, 10**5))
+def test_rows_that_are_read_are_those_of_the_steps(order, step):
+    counted = np.array(rows_read(step, order))
+    for each in range(step, step + 8):
+        counted += np.bincount(sources_of(step_windows(each, order), order.grid), minlength=len(order.quotas))
+        assert counted.tolist() == rows_read(each + 1, order)
+
+
+@given(
+    quotas=st.lists(st.integers(1, 20), min_size=2, max_size=9),
+    rows_per_step=st.sampled_from([1, 2, 3]),
+    period=st.integers(0, 3),
+)
+def test_sources_take_turns_as_their_evenly_spread_rows_do(quotas, rows_per_step, period):
+    quotas = [quota * rows_per_step for quota in quotas]
+    turns = sorted((Fraction(2 * row + 1, 2 * quota), source) for source, quota in enumerate(quotas) for row in range(quota))
+    order, num_steps = Order(grid_of([10**4] * len(quotas), 3), tuple(quotas), rows_per_step, 0), sum(quotas) // rows_per_step
+    read = [step_windows(step, order) for step in range(period * num_steps, (period + 1) * num_steps)]
+    assert sources_of(np.concatenate(read), order.grid).tolist() == [source for _, source in turns]
+
+
+@given(order=mixtures(most_rows=6, most_windows=12), num_steps=st.integers(1, 60))
+def test_source_that_is_read_again_is_read_whole_before(order, num_steps):
+    windows = np.concatenate([step_windows(step, order) for step in range(num_steps)])
+    sources, first = sources_of(windows, order.grid), 0
+    for source, count in enumerate(order.grid.counts):
+        read = windows[sources == source] - first
+        for epoch in range(0, len(read), count):
+            whole = read[epoch : epoch + count].tolist()
+            assert len(set(whole)) == len(whole) and set(whole) <= set(range(count))
+        first += count
+    assert windows_of_run(num_steps, order).tolist() == sorted(set(windows.tolist()))
+
+
+def test_sources_of_one_size_are_not_read_in_one_order():
+    order = Order(grid_of([3001, 3001], 3), (4000, 4000), 8, 0)
+    windows = np.concatenate([step_windows(step, order) for step in range(250)])
+    first, second = (windows[sources_of(windows, order.grid) == source] - 1000 * source for source in (0, 1))
+    assert (first == second).sum() < 20 and sorted(first) == sorted(second)
+
+
+@given(order=mixtures(most_rows=2, most_windows=30), step=st.integers(0, 2000), rows=st.integers(1, 2))
+def test_a_mixture_is_the_same_for_1_2_and_8_ranks(order, step, rows):
+    order = order._replace(rows_per_step=16 * rows, quotas=tuple(quota * 16 for quota in order.quotas))
+    assume(sum(order.quotas) % order.rows_per_step == 0)
+    tokens = stream(sum(3 * count + 1 for count in order.grid.counts))
+    order = order._replace(grid=grid_of([3 * count + 1 for count in order.grid.counts], 3))
+    (one,) = step_rows(tokens, order, 1, step=step, micro_batch_rows=rows)
+    for world_size in (2, 8):
+        ranks = step_rows(tokens, order, world_size, step=step, micro_batch_rows=rows)
+        assert [batch for turn in zip(*ranks, strict=True) for batch in turn] == one
+
+
+@given(tokens_by_source=st.lists(st.integers(0, 40), min_size=1, max_size=6), context_length=st.integers(1, 9))
+def test_windows_of_sources_are_those_of_each_source_alone(tokens_by_source, context_length):
+    grid, tokens, expected = grid_of(tokens_by_source, context_length), stream(sum(tokens_by_source)), []
+    for first, num_tokens in zip(np.cumsum([0, *tokens_by_source]).tolist(), tokens_by_source, strict=False):
+        inside = range(first, first + num_tokens - context_length, context_length)
+        expected += [list(range(start, start + context_length + 1)) for start in inside]
+    assert grid.num_windows == len(expected)
+    assert window_starts(np.arange(grid.num_windows), grid).tolist() == [window[0] for window in expected]
+    assert not expected or read_windows(tokens, np.arange(grid.num_windows), grid).tolist() == expected
+    for source, count in enumerate(grid.counts):
+        place = {"source": source, "rank": 0, "world_size": 1, "micro_batch_rows": 3, "num_windows": 50}
+        read = [row for batch in held_out_batches(tokens, grid, **place) for row in batch.tolist()]
+        assert read == expected[sum(grid.counts[:source]) :][:count]
+
+
+def test_a_mixture_of_ten_trillion_tokens_is_sought_at_once_and_takes_no_memory():
+    tokens = (9 * 10**12, 10**12, 10**9, 10**6, 4097)
+    order = Order(grid_of(tokens, 4096), quotas_of((5, 3, 1, 0.9, 1e-5), 1000 * 4096), 4096, 0)
+    small = order._replace(grid=grid_of([10**8] * 5, 4096))
+    step_windows(0, order)
+    tracemalloc.start()
+    windows = step_windows(10**12 + 1, order)
+    rows = rows_read(10**12, order)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 2**21 and sum(rows) == 4096 * 10**12 and windows.max() < order.grid.num_windows
+    far, near = (
+        least_seconds(lambda step=step, order=each: step_windows(step, order)) for step, each in ((10**12, order), (3, small))
+    )
+    assert far < 10 * near
 
 
 def test_order_of_a_large_data_set_costs_what_that_of_a_small_one_does():
