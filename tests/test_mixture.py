@@ -179,7 +179,7 @@ def test_documents_of_a_skipped_step_are_those_that_its_windows_hold(mixed):
     order, ends = data_order(mixed, run.data), np.flatnonzero(run.data.train.read(0, run.data.train.num_tokens) == 256)
     losses, nothing = np.zeros((1, 8)), np.zeros(4, np.int64)
     losses[0, 3] = math.nan
-    for step in range(40):
+    for step in range(200):
         taken = Step(math.nan, losses, nothing, nothing, is_skipped=True, is_stop_requested=False)
         (record,) = bad_step_records(run, step, taken, Progress())
         held = set()
