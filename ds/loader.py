@@ -1,10 +1,12 @@
 """Step -> this rank's micro-batches: a pure function, so there is no loader state to save.
 
-Window i of a stream is tokens[i * T : i * T + T + 1] for T = context_length: rows to read and, one later, to predict. Owns the
-order of the windows, what says which were read, and which documents they come from. Knows nothing of bytes on disk or models.
+Window i of a source is its tokens[i * T : i * T + T + 1] for T = context_length: rows to read and, one later, to predict. A
+stream is one source, or several that are read in fixed shares. Owns the order of the windows, what says which were read, and
+which documents they come from. Knows nothing of bytes on disk or models.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from functools import lru_cache
 from hashlib import blake2b
 from itertools import pairwise
@@ -20,6 +22,32 @@ NUM_ROUNDS = 8
 SCAN_TOKENS = 2**22
 PERMUTED_ROWS = 2**16
 REMEMBERED_COUNTS = 2**16
+
+
+class Grid(NamedTuple):
+    """Where the windows of a stream lie: of each source its first token in the stream and how many windows it has. Windows are
+    numbered over all sources, and none crosses from one to the next.
+    """
+
+    context_length: int
+    first_tokens: tuple[int, ...]
+    counts: tuple[int, ...]
+
+    @property
+    def num_windows(self) -> int:
+        """Windows of all sources."""
+        return sum(self.counts)
+
+
+class Order(NamedTuple):
+    """What decides which windows a step reads. Of each sum(quotas) rows, a multiple of `rows_per_step`, each source gives its
+    quota, spread evenly.
+    """
+
+    grid: Grid
+    quotas: tuple[int, ...]
+    rows_per_step: int
+    seed: int
 
 
 class MicroBatch(NamedTuple):
@@ -52,50 +80,57 @@ def count_windows(num_tokens: int, context_length: int) -> int:
     return max(num_tokens - 1, 0) // context_length
 
 
+def grid_of(tokens_by_source: Sequence[int], context_length: int) -> Grid:
+    """The grid of a stream that holds so many tokens of each source, one source after another."""
+    first_tokens = np.cumsum([0, *tokens_by_source[:-1]], dtype=np.int64).tolist()
+    counts = (count_windows(num_tokens, context_length) for num_tokens in tokens_by_source)
+    return Grid(context_length, tuple(first_tokens), tuple(counts))
+
+
+@lru_cache(maxsize=1)
+def quotas_of(weights: tuple[float, ...], num_rows: int) -> tuple[int, ...]:
+    """`num_rows` rows in proportion to `weights`: each share rounded down, and what is left to the largest remainders."""
+    exact = [Fraction(weight) for weight in weights]
+    shares = [weight * num_rows / sum(exact) for weight in exact]
+    quotas = [int(share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda source: quotas[source] - shares[source])
+    for source in by_remainder[: num_rows - sum(quotas)]:
+        quotas[source] += 1
+    return tuple(quotas)
+
+
 def micro_batches(
-    stream: TokenStream,
-    *,
-    step: int,
-    rank: int,
-    world_size: int,
-    micro_batch_rows: int,
-    rows_per_step: int,
-    context_length: int,
-    seed: int,
+    stream: TokenStream, order: Order, *, step: int, rank: int, world_size: int, micro_batch_rows: int
 ) -> Iterator[MicroBatch]:
     """What this rank reads in this step, micro-batch after micro-batch, as `rank_windows` says; only the arguments decide.
-    Raises ValueError if the stream is shorter than one window.
+    Raises ValueError if a source of the stream is shorter than one window.
     """
-    num_tokens, num_windows = stream.num_tokens, count_windows(stream.num_tokens, context_length)
-    if not num_windows:
-        raise ValueError(f"{num_tokens} tokens hold no window of context_length + 1 = {context_length + 1}; add documents")
-    place = {"step": step, "rank": rank, "world_size": world_size, "seed": seed}
-    due = rank_windows(num_windows, micro_batch_rows=micro_batch_rows, rows_per_step=rows_per_step, **place)
+    if not min(order.grid.counts):
+        words = f"{stream.num_tokens} tokens, or a source of them, hold no window"
+        raise ValueError(f"{words} of context_length + 1 = {order.grid.context_length + 1}; add documents")
+    due = rank_windows(order, step=step, rank=rank, world_size=world_size, micro_batch_rows=micro_batch_rows)
     for rows, windows in zip(*due, strict=True):
-        yield MicroBatch(rows, windows, read_windows(stream, windows, context_length))
+        yield MicroBatch(rows, windows, read_windows(stream, windows, order.grid))
 
 
-def rank_windows(
-    num_windows: int, *, step: int, rank: int, world_size: int, micro_batch_rows: int, rows_per_step: int, seed: int
-) -> RankWindows:
+def rank_windows(order: Order, *, step: int, rank: int, world_size: int, micro_batch_rows: int) -> RankWindows:
     """What a rank reads in a step; any rank can compute it for any other. Row b of micro-batch m is row
     (m * world_size + rank) * micro_batch_rows + b of the step, so the ranks are disjoint and together read what one rank would.
     """
-    windows = step_windows(step, rows_per_step, num_windows, seed)
-    rows = step * rows_per_step + np.arange(rows_per_step, dtype=np.int64)
+    rows = step * order.rows_per_step + np.arange(order.rows_per_step, dtype=np.int64)
     shape = (-1, world_size, micro_batch_rows)
-    return RankWindows(rows.reshape(shape)[:, rank], windows.reshape(shape)[:, rank])
+    return RankWindows(rows.reshape(shape)[:, rank], step_windows(step, order).reshape(shape)[:, rank])
 
 
 def held_out_batches(
-    stream: TokenStream, *, rank: int, world_size: int, micro_batch_rows: int, context_length: int, num_windows: int
+    stream: TokenStream, grid: Grid, *, source: int, rank: int, world_size: int, micro_batch_rows: int, num_windows: int
 ) -> Iterator[np.ndarray]:
-    """The `spread_windows` of the whole stream, in order: arrays (micro_batch_rows, context_length + 1) int64, the last of them
-    with fewer rows if they do not suffice. Batch k goes to rank k % world_size.
+    """The `spread_windows` of a source, in order: arrays (micro_batch_rows, context_length + 1) int64, the last of them with
+    fewer rows if they do not suffice. Batch k goes to rank k % world_size.
     """
-    windows = spread_windows(count_windows(stream.num_tokens, context_length), num_windows)
+    windows = sum(grid.counts[:source]) + spread_windows(grid.counts[source], num_windows)
     for first in range(rank * micro_batch_rows, len(windows), world_size * micro_batch_rows):
-        yield read_windows(stream, windows[first : first + micro_batch_rows], context_length)
+        yield read_windows(stream, windows[first : first + micro_batch_rows], grid)
 
 
 def spread_windows(num_available: int, num_windows: int) -> np.ndarray:
@@ -106,34 +141,61 @@ def spread_windows(num_available: int, num_windows: int) -> np.ndarray:
     return (2 * np.arange(count, dtype=np.int64) + 1) * num_available // (2 * max(count, 1))
 
 
-def read_windows(stream: TokenStream, windows: np.ndarray, context_length: int) -> np.ndarray:
+def window_starts(windows: np.ndarray, grid: Grid) -> np.ndarray:
+    """Where in the stream each window begins: (N,) int64 -> (N,) int64."""
+    first_windows = np.cumsum([0, *grid.counts[:-1]], dtype=np.int64)
+    sources = np.searchsorted(first_windows, windows, side="right") - 1
+    first_tokens = np.array(grid.first_tokens, dtype=np.int64)
+    return first_tokens[sources] + (windows - first_windows[sources]) * grid.context_length
+
+
+def read_windows(stream: TokenStream, windows: np.ndarray, grid: Grid) -> np.ndarray:
     """The tokens of windows: (B,) int64 -> (B, context_length + 1) int64."""
-    return np.stack([stream.read(start, start + context_length + 1) for start in (windows * context_length).tolist()])
+    starts = window_starts(windows, grid).tolist()
+    return np.stack([stream.read(start, start + grid.context_length + 1) for start in starts])
 
 
 def read_labels(labels: LabelStream, windows: np.ndarray, context_length: int) -> Labels[np.ndarray]:
-    """The labels of the first T = context_length tokens of windows: (B,) int64 -> (B, T, k) ids and logs, (B, T) tail."""
+    """The labels of the first T = context_length tokens of windows: (B,) int64 -> (B, T, k) ids and logs, (B, T) tail. Those of
+    token t of window i are at position i * T + t, wherever the window lies.
+    """
     rows = [labels.read(start, start + context_length) for start in (windows * context_length).tolist()]
     return Labels(*(np.stack(field) for field in zip(*rows, strict=True)))
 
 
-def step_windows(step: int, rows_per_step: int, num_windows: int, seed: int) -> np.ndarray:
-    """The windows of one step over all ranks, (rows_per_step,) int64: each epoch is another permutation of all windows."""
-    epochs, places = np.divmod(step * rows_per_step + np.arange(rows_per_step, dtype=np.int64), num_windows)
-    windows = np.empty_like(places)
-    for epoch in np.unique(epochs).tolist():
-        windows[epochs == epoch] = permute(places[epochs == epoch], num_windows, seed, epoch)
+def step_windows(step: int, order: Order) -> np.ndarray:
+    """The windows of one step over all ranks, (rows_per_step,) int64. A source is read whole before it is read again, and each
+    epoch of it is another permutation of its windows.
+    """
+    period, row = divmod(step * order.rows_per_step, sum(order.quotas))
+    part = _pattern(row, row + order.rows_per_step, order.quotas)
+    own = slice(row - sum(part.num_before), row - sum(part.num_before) + order.rows_per_step)
+    sources, numbers, windows = part.sources[own], part.numbers[own], np.empty(order.rows_per_step, np.int64)
+    for source in np.unique(sources).tolist():
+        is_own = sources == source
+        windows[is_own] = _source_windows(period * order.quotas[source] + numbers[is_own], source, order)
     return windows
 
 
-def windows_of_run(num_steps: int, rows_per_step: int, num_windows: int, seed: int) -> np.ndarray:
+def rows_read(num_steps: int, order: Order) -> list[int]:
+    """How many rows each source gives to the steps before `num_steps`. Over its number of windows, that is its epochs."""
+    period, row = divmod(num_steps * order.rows_per_step, sum(order.quotas))
+    part = _pattern(row, row, order.quotas)
+    near = np.bincount(part.sources[: row - sum(part.num_before)], minlength=len(order.quotas)).tolist()
+    return [period * quota + sum(counts) for quota, *counts in zip(order.quotas, part.num_before, near, strict=True)]
+
+
+def windows_of_run(num_steps: int, order: Order) -> np.ndarray:
     """The windows that the steps before `num_steps` read, each once, ascending: (N,) int64. Needs one byte for each window."""
-    num_rows = num_steps * rows_per_step
-    if num_rows >= num_windows:
-        return np.arange(num_windows, dtype=np.int64)
-    are_read = np.zeros(num_windows, dtype=bool)
-    for first in range(0, num_rows, PERMUTED_ROWS):
-        are_read[permute(np.arange(first, min(first + PERMUTED_ROWS, num_rows)), num_windows, seed, 0)] = True
+    are_read, num_before = np.zeros(order.grid.num_windows, dtype=bool), 0
+    for source, (num_rows, count) in enumerate(zip(rows_read(num_steps, order), order.grid.counts, strict=True)):
+        if num_rows >= count:
+            are_read[num_before : num_before + count] = True
+        else:
+            for first in range(0, num_rows, PERMUTED_ROWS):
+                places = np.arange(first, min(first + PERMUTED_ROWS, num_rows))
+                are_read[_source_windows(places, source, order)] = True
+        num_before += count
     return np.flatnonzero(are_read)
 
 
@@ -169,19 +231,55 @@ def documents_between(stream: TokenStream, start: int, stop: int, end_of_text_id
     return [Document(number + place, *ends) for place, ends in enumerate(pairwise([begin, *stops]))]
 
 
-def permute(index: np.ndarray, num_items: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of range(num_items), another one for each epoch: (N,) indices -> (N,) int64, in O(N) memory.
+def permute(index: np.ndarray, num_items: int, seed: int, epoch: int, source: int = 0) -> np.ndarray:
+    """A permutation of range(num_items), another one for each epoch and source: (N,) indices -> (N,) int64, in O(N) memory.
 
     A balanced Feistel network over the least 4**h >= num_items, applied again to each result that is not below num_items
     (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002). Its round function is the mix of splitmix64 (Steele,
-    Lea and Flood, 2014), with keys from blake2b of seed and epoch.
+    Lea and Flood, 2014), with keys from blake2b of seed, epoch and source.
     """
-    keys = np.frombuffer(blake2b(f"{seed} {epoch}".encode(), digest_size=8 * NUM_ROUNDS).digest(), dtype="<u8")
+    named = f"{seed} {epoch} {source}" if source else f"{seed} {epoch}"
+    keys = np.frombuffer(blake2b(named.encode(), digest_size=8 * NUM_ROUNDS).digest(), dtype="<u8")
     half_bits = max((num_items - 1).bit_length() + 1, 2) // 2
     values = _feistel(np.asarray(index).astype(np.uint64), half_bits, keys)
     while (outside := values >= num_items).any():
         values[outside] = _feistel(values[outside], half_bits, keys)
     return values.astype(np.int64)
+
+
+class _Pattern(NamedTuple):
+    """Some rows of a period: their `sources` (N,), and how many rows of the same source come before each of them in the period,
+    its `numbers` (N,), both int64; `num_before` rows of each source come before the first of them.
+    """
+
+    sources: np.ndarray
+    numbers: np.ndarray
+    num_before: list[int]
+
+
+def _pattern(start: int, stop: int, quotas: tuple[int, ...]) -> _Pattern:
+    """The rows [start, stop) of a period and a few around them. Row j of a source with quota q has its place at (j + 1/2) / q
+    of the period; of several at one place the earlier source comes first. In the first x of a period of P rows there are x * P
+    rows but for half a row a source, so the rows near a place need no others.
+    """
+    num_rows, margin = sum(quotas), 2 * len(quotas)
+    assert 0 <= start <= stop <= num_rows, (start, stop, num_rows)
+    low, high = max(start - margin, 0), min(stop + margin, num_rows)
+    firsts, stops = ([-((num_rows - 2 * quota * row) // (2 * num_rows)) for quota in quotas] for row in (low, high))
+    sources = np.repeat(np.arange(len(quotas)), np.subtract(stops, firsts))
+    numbers = np.concatenate([np.arange(*ends, dtype=np.int64) for ends in zip(firsts, stops, strict=True)])
+    in_order = np.argsort((numbers + 0.5) / np.array(quotas)[sources], kind="stable")
+    return _Pattern(sources[in_order], numbers[in_order], firsts)
+
+
+def _source_windows(rows: np.ndarray, source: int, order: Order) -> np.ndarray:
+    """The windows of a source's own rows, counted from the run's beginning: (N,) int64 -> (N,) int64."""
+    epochs, places = np.divmod(rows, order.grid.counts[source])
+    windows = np.empty_like(places)
+    for epoch in np.unique(epochs).tolist():
+        is_own = epochs == epoch
+        windows[is_own] = permute(places[is_own], order.grid.counts[source], order.seed, epoch, source)
+    return windows + sum(order.grid.counts[:source])
 
 
 def _feistel(values: np.ndarray, half_bits: int, keys: np.ndarray) -> np.ndarray:

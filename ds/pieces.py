@@ -63,9 +63,9 @@ class Recipe(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Some of the corpus: its parts and their bytes, the number of the entry of `corpus` that names it, the split that its
-    documents go to (None: their hash decides), and how large and from when its files are, so that a file that was mended is
-    read again.
+    """Some of the corpus: its parts and their bytes, the number of the entry of `corpus` or `validation_corpus` that names it,
+    the split that its documents go to (None: their hash decides), and how large and from when its files are, so that a file
+    that was mended is read again.
     """
 
     parts: tuple[Part, ...]
@@ -105,6 +105,15 @@ class Result(NamedTuple):
     num_duplicates: int
 
 
+class Source(NamedTuple):
+    """An entry of a corpus: its name, and how many tokens of a split are its own. They follow each other in the order of the
+    entries.
+    """
+
+    name: str
+    num_tokens: int
+
+
 class Made(NamedTuple):
     """A piece and what became of it."""
 
@@ -114,14 +123,14 @@ class Made(NamedTuple):
 
 def pieces_of(files: list[CorpusFile], held_out: list[CorpusFile]) -> list[Piece]:
     """All pieces, those of `held_out` first, so that of a document in both the held-out one stays. Without any, the hashes of
-    documents decide which are held out. The files of an entry of the corpus stay together.
+    documents decide which are held out. The files of an entry stay together.
     """
-    sizes, split = {file.path: file.num_bytes for file in files + held_out}, SPLITS[0] if held_out else None
+    sizes, found = {file.path: file.num_bytes for file in files + held_out}, []
     times = {path: 0 if is_url(path) else Path(path).stat().st_mtime_ns for path in sizes}
-    found = [Piece(parts, 0, 0, SPLITS[1], "") for parts in corpus_pieces(held_out, PIECE_BYTES)]
-    for source in range(1 + max((file.source for file in files), default=0)):
-        own = [file for file in files if file.source == source]
-        found += [Piece(parts, 0, source, split, "") for parts in corpus_pieces(own, PIECE_BYTES)]
+    for group, split in ((held_out, SPLITS[1]), (files, SPLITS[0] if held_out else None)):
+        for source in range(1 + max((file.source for file in group), default=0)):
+            own = [file for file in group if file.source == source]
+            found += [Piece(parts, 0, source, split, "") for parts in corpus_pieces(own, PIECE_BYTES)]
     lengths = [sum((part.stop or sizes[part.path]) - part.start for part in piece.parts) for piece in found]
     states = [json.dumps([(sizes[part.path], times[part.path]) for part in piece.parts]) for piece in found]
     return [piece._replace(num_bytes=length, states=state) for piece, length, state in zip(found, lengths, states, strict=True)]
@@ -219,6 +228,19 @@ def contents(made: list[Made], sources: tuple[str, ...]) -> dict:
     for source, split in trained:
         tokens[source]["num_tokens"] += split.num_tokens
     return left_out | {"sources": tokens} | {name: _whole_split(made, name) for name in SPLITS}
+
+
+def train_sources(manifest: dict) -> tuple[Source, ...]:
+    """The entries of the corpus with their training tokens; none in a manifest from before there were sources."""
+    return tuple(Source(**each) for each in manifest.get("sources", ()))
+
+
+def held_out_sources(manifest: dict) -> tuple[Source, ...]:
+    """The same of the held-out tokens, which are from the entries of `validation_corpus` where there are any."""
+    names, num_tokens = manifest.get("validation_corpus") or [name for name, _ in train_sources(manifest)], Counter()
+    for shard in manifest[SPLITS[1]]["shards"]:
+        num_tokens[shard.get("source", 0)] += shard["num_tokens"]
+    return tuple(Source(name, num_tokens[number]) for number, name in enumerate(names))
 
 
 def final_names(made: list[Made]) -> dict[str, str]:

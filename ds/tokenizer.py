@@ -99,6 +99,16 @@ def vocab_size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
+def padded_vocab_size(path: str, num_ids: int) -> int | None:
+    """The rows of the embedding of the model whose folder or tokenizer `path` is: some have more than there are ids."""
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    try:
+        size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return size if isinstance(size, int) and size > num_ids else None
+
+
 def end_of_text_id(tokenizer: Tokenizer) -> int:
     """The id that ends documents: that of the end of text that the post-processor names, else of the first usual one."""
     special = _special_tokens(tokenizer)

@@ -209,6 +209,11 @@ class TrainingConfig:
         return bool(self.validation_corpus) or self.validation_fraction > 0
 
     @property
+    def is_mixture(self) -> bool:
+        """Whether the entries of `corpus` are read by weight, each a source of windows of its own."""
+        return self.corpus_weights is not None and len(self.corpus) > 1
+
+    @property
     def rows_per_step(self) -> int:
         """Windows that one optimizer step reads, over all ranks."""
         return self.tokens_per_step // self.context_length

@@ -29,7 +29,7 @@ from ds.corpus import Reading, Tally, documents, is_held_out, part_documents
 from ds.encoder import check_token_files, disagreement, encode, encoder_of, plain_encoder
 from ds.files import CorpusFile, Part, corpus_digest, corpus_files, fixed_part, is_url, whole_parts
 from ds.loader import count_windows
-from ds.pieces import SPLITS, Made, Piece, Recipe
+from ds.pieces import SPLITS, Made, Piece, Recipe, Source
 from ds.shards import TokenStream, open_shard, sync_folder, verify_shard
 from scripts import config as settings
 from scripts.config import PRETRAIN, TrainingConfig, refuse_arguments, refusing
@@ -93,6 +93,16 @@ class Data(NamedTuple):
             )
 
     @property
+    def sources(self) -> tuple[Source, ...]:
+        """Which tokens of `train` each entry of `corpus` gave; empty in data from before manifests said so."""
+        return making.train_sources(self.manifest)
+
+    @property
+    def held_out_sources(self) -> tuple[Source, ...]:
+        """Which tokens of `validation` each entry of `validation_corpus`, or else of `corpus`, gave."""
+        return making.held_out_sources(self.manifest)
+
+    @property
     def folder(self) -> Path:
         """Where the shards are."""
         return self.train.shards[0].path.parent
@@ -113,7 +123,7 @@ def open_data(config: TrainingConfig) -> Data:
     """Opens what `prepare` built, hashes every shard and checks all against the config; writes nothing.
 
     Raises ValueError when there is no manifest, a field or the corpus has changed, the tokenizer or a shard is damaged, missing
-    or not the manifest's, or a split is shorter than one window.
+    or not the manifest's, or a split, or with weights a source of the training tokens, is shorter than one window.
     """
     content = _read_manifest(config)
     manifest = json.loads(content)
@@ -122,7 +132,7 @@ def open_data(config: TrainingConfig) -> Data:
     tokenizer = _open_tokenizer(config, manifest)
     train = _open_split(config, manifest, "train")
     validation = _open_split(config, manifest, "validation") if config.has_validation else None
-    _check_windows(config, train.num_tokens, validation.num_tokens if validation else 0)
+    _check_windows(config, manifest, train.num_tokens, validation.num_tokens if validation else 0)
     return Data(manifest, train, validation, tokenizer, sha256(content).hexdigest())
 
 
@@ -152,7 +162,7 @@ def main() -> None:
 
 
 class _ShardEntry(NamedTuple):
-    """What the manifest says of one shard; `sha256` in hex; `source` counts the entries of `corpus`."""
+    """What the manifest says of one shard; `sha256` in hex; `source` counts the entries of the corpus it is made from."""
 
     name: str
     num_tokens: int
@@ -241,7 +251,7 @@ def _build_in(build: _Build) -> None:
     try:
         for line in data_notes(config, manifest, making.met(made)):
             print(line, flush=True)
-        _check_windows(config, *(manifest[split]["num_tokens"] for split in SPLITS))
+        _check_windows(config, manifest, *(manifest[split]["num_tokens"] for split in SPLITS))
     except ValueError:
         shutil.rmtree(folder)
         raise
@@ -338,21 +348,11 @@ def _make_tokenizer(config: TrainingConfig, files: list[CorpusFile]) -> Tokenize
         return bpe.train(sample_documents(config, files), config.vocab_size)
     tokenizer = bpe.load(config.tokenizer_path, begin_of_text=config.begin_of_text, end_of_text=config.end_of_text)
     num_ids = bpe.vocab_size(tokenizer)
-    if config.vocab_size not in (num_ids, _padded_vocab_size(config.tokenizer_path, num_ids)):
+    if config.vocab_size not in (num_ids, bpe.padded_vocab_size(config.tokenizer_path, num_ids)):
         raise ValueError(
             f"vocab_size={config.vocab_size} is not that of tokenizer_path={config.tokenizer_path!r}; nearest is {num_ids}"
         )
     return tokenizer
-
-
-def _padded_vocab_size(path: str, num_ids: int) -> int | None:
-    """The rows of the embedding of the model whose folder or tokenizer `path` is: some have more than there are ids."""
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    try:
-        size = json.loads((folder / "config.json").read_text())["vocab_size"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return size if isinstance(size, int) and size > num_ids else None
 
 
 def _fields(config: TrainingConfig, names: tuple[str, ...]) -> dict:
@@ -384,6 +384,9 @@ def _check_fields(config: TrainingConfig, manifest: dict) -> None:
     changed = [f"{name}={value!r} was {manifest.get(name)!r}" for name, value in fields if manifest.get(name) != value]
     if changed:
         raise ValueError(f"data_dir={config.data_dir!r} was prepared otherwise: {', '.join(changed)}; {_delete(config)}")
+    if config.is_mixture and "sources" not in manifest:
+        old = f"data_dir={config.data_dir!r} was prepared before data said which entry of corpus gave which tokens"
+        raise ValueError(f"corpus_weights={config.corpus_weights!r}: {old}; name another data_dir, or set corpus_weights=None")
 
 
 def _check_corpus(config: TrainingConfig, manifest: dict) -> None:
@@ -427,16 +430,19 @@ def _open_split(config: TrainingConfig, manifest: dict, name: str) -> TokenStrea
     return TokenStream(shards, manifest["tokenizer_fingerprint"])
 
 
-def _check_windows(config: TrainingConfig, num_train: int, num_validation: int) -> None:
-    checks = [("training", num_train, "add documents or lower context_length")]
+def _check_windows(config: TrainingConfig, manifest: dict, num_train: int, num_validation: int) -> None:
+    checks = [("training window", num_train, "add documents or lower context_length")]
+    for name, num_tokens in making.train_sources(manifest) if config.is_mixture else ():
+        remedy = "add documents to it, or leave it out of corpus and its weight out of corpus_weights"
+        checks.append((f"training window of {name!r}", num_tokens, remedy))
     if config.has_validation:
         remedy = "raise validation_fraction, add documents, or set validation_fraction=0 and eval_every_steps=None"
         remedy = "add files to validation_corpus" if config.validation_corpus else f"{remedy}; {CUT_OR_NAME}"
-        checks.append(("held-out", num_validation, remedy))
+        checks.append(("held-out window", num_validation, remedy))
     for kind, num_tokens, remedy in checks:
         if not count_windows(num_tokens, config.context_length):
             words = f"{num_tokens} tokens are fewer than context_length + 1 = {config.context_length + 1}"
-            raise ValueError(f"corpus too small for one {kind} window: {words}; {remedy}")
+            raise ValueError(f"corpus too small for one {kind}: {words}; {remedy}")
 
 
 if __name__ == "__main__":

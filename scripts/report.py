@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,9 +17,10 @@ from scripts.config import FEW_DOCUMENTS, NUM_NAMED_DOCUMENTS, TrainingConfig
 from scripts.memory import comparison_words
 
 TRAIN, HELD_OUT, RATE, NORM = "#9aa7b4", "#c2410c", "#1d4ed8", "#4d7c0f"
+SOURCES = ("#0891b2", "#7c3aed", "#65a30d", "#db2777", "#ca8a04", "#1e293b", "#92400e", "#14532d")
+BEHIND = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1}
 
-
-SHOWN_CHARACTERS = 90
+SHOWN_CHARACTERS, SHOWN_NAME_CHARACTERS = 90, 36
 CUT_OR_NAME = "document_separator cuts a file into documents, and validation_corpus names held-out files"
 NOTES = {
     "faulty": "faulty rows skipped",
@@ -66,7 +68,7 @@ def draw_losses(metrics: Path, picture: Path) -> None:
 
 
 def line_of(record: dict, num_steps: int, top_k: int | None) -> str:
-    """What a person reads of a record, for all kinds but "started" and "memory". `top_k` is how many ids a teacher labels."""
+    """What a person reads of a record that `is_told`. `top_k` is how many ids a teacher labels."""
     words = {
         "train": train_words,
         "eval": lambda record: f"held out {held_out_words(record)}",
@@ -75,9 +77,18 @@ def line_of(record: dict, num_steps: int, top_k: int | None) -> str:
         "saved": lambda record: f"saved {record.get('checkpoint')}",
         "save_failed": lambda record: f"{record.get('fault')}; training goes on",
         "skipped": _skipped_words,
+        "repeats": _repeat_words,
         "spike": lambda record: f"the loss jumped to {record.get('loss') or math.nan:.3f}; {_named_documents(record)}",
     }
     return f"step {record['step']}/{num_steps}: {words[record.get('event') or record['kind']](record)}"
+
+
+def is_told(record: dict) -> bool:
+    """Whether `line_of` has a line of a record. A small source that begins again and again is told of when the number of its
+    epochs has doubled.
+    """
+    event = record.get("event")
+    return event not in ("started", "memory") and (event != "repeats" or bool(_doubled(record)))
 
 
 def _skipped_words(record: dict) -> str:
@@ -95,10 +106,24 @@ def train_words(record: dict) -> str:
 
 
 def held_out_words(record: dict) -> str:
-    """Nats and bits of an evaluation."""
-    if record["val_loss"] is None:
+    """Nats and bits of an evaluation, and the nats of each source where there are few."""
+    if record["val_loss"] is None or record["val_bits_per_byte"] is None:
         return "not finite"
-    return f"{record['val_loss']:.3f} nats per token, {record['val_bits_per_byte']:.3f} bits per byte"
+    by_source = record.get("val_loss_by_source", {})
+    short = zip(_short_names([*by_source]), by_source.values(), strict=True)
+    of_each = ", ".join(f"{name} {value or math.nan:.3f}" for name, value in short)
+    words = f"{record['val_loss']:.3f} nats per token, {record['val_bits_per_byte']:.3f} bits per byte"
+    return f"{words} ({of_each})" if 0 < len(of_each) <= SHOWN_CHARACTERS else words
+
+
+def _doubled(record: dict) -> list[dict]:
+    return [each for each in record["sources"] if each["epoch"].bit_length() > each["epoch_before"].bit_length()]
+
+
+def _repeat_words(record: dict) -> str:
+    named = [f"{_end_of(each['name'])} (reading {each['epoch'] + 1:,})" for each in _doubled(record)]
+    more = f" and {len(named) - len(SOURCES)} more" if len(named) > len(SOURCES) else ""
+    return f"from the beginning again: {', '.join(named[: len(SOURCES)])}{more}"
 
 
 def indented(text: str | None) -> str:
@@ -149,6 +174,17 @@ def data_notes(config: TrainingConfig, manifest: dict, met: Tally) -> list[str]:
     if num_documents < FEW_DOCUMENTS and config.has_validation and not config.validation_corpus:
         lines.append(f"note: only {num_documents} documents, each held out whole or not at all; {CUT_OR_NAME}")
     return lines
+
+
+def _end_of(name: str) -> str:
+    """A name of a source for a line of several: its end tells it from others."""
+    return name if len(name) <= SHOWN_NAME_CHARACTERS else f"…{name[1 - SHOWN_NAME_CHARACTERS :]}"
+
+
+def _short_names(names: list[str]) -> list[str]:
+    """The same without the folders that all begin with."""
+    start = os.path.commonprefix(names).rfind("/") + 1
+    return [_end_of(name[start:] or name) for name in names]
 
 
 def printable(name: str) -> str:
@@ -257,14 +293,26 @@ def _plot_losses(axes: Axes, train: list[dict], held_out: list[dict], teacher: d
         axes.axhline(teacher["val_loss"], color=HELD_OUT, linewidth=1, linestyle="--", label="held out, the teacher")
     if held_out:
         tokens, losses = _values(held_out, "tokens"), _values(held_out, "val_loss")
-        axes.plot(tokens, losses, color=HELD_OUT, marker="o", markersize=4, label="held out")
+        axes.plot(tokens, losses, color=HELD_OUT, marker="o", markersize=4, label="held out", zorder=3)
+        _plot_sources(axes, held_out)
     last = next((record for record in reversed(held_out) if record["val_loss"] is not None), None)
     if last is not None:
         words = f"{last['val_loss']:.2f} nats, {last['val_bits_per_byte']:.2f} bits per byte"
         at = (last["tokens"], last["val_loss"])
-        axes.annotate(words, at, (0, -18), textcoords="offset points", ha="right", color=HELD_OUT)
+        axes.annotate(words, at, (0, -18), textcoords="offset points", ha="right", color=HELD_OUT, zorder=4, bbox=BEHIND)
     axes.set_title("Loss")
-    axes.legend(frameon=False)
+    axes.legend(edgecolor="none", framealpha=0.7)
+
+
+def _plot_sources(axes: Axes, held_out: list[dict]) -> None:
+    """The held-out loss of each source, of as many as there are colours."""
+    tokens, by_source = _values(held_out, "tokens"), [record.get("val_loss_by_source", {}) for record in held_out]
+    names = list(dict.fromkeys(name for each in by_source for name in each))
+    for name, short, color in zip(names, _short_names(names), SOURCES, strict=False):
+        losses, label = _values([{name: each.get(name)} for each in by_source], name), short.replace("$", r"\$")
+        axes.plot(tokens, losses, color=color, linewidth=1, marker=".", label=f"held out, {label}")
+    if len(names) > len(SOURCES):
+        axes.plot([], [], linestyle="none", label=f"and {len(names) - len(SOURCES)} more in metrics.jsonl")
 
 
 def _plot_line(axes: Axes, records: list[dict], name: str, *, unit: str, color: str, label: str | None = None) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ds.loader import MicroBatch, count_windows, digest_rows, read_labels
+from ds.loader import MicroBatch, digest_rows, read_labels
 from ds.shards import Labels
 from scripts.config import TrainingConfig
 from scripts.engine import offload, truth_check, watch
@@ -25,7 +25,7 @@ from scripts.model.decoder import Decoder, parameter_groups
 from scripts.model.losses import next_token
 from scripts.run import checkpoint, setup
 from scripts.run.evaluate import bad_step_records, evaluation_record, sample_record
-from scripts.run.metrics import Report, gradient_norm, memory_record, reporting, summary, train_record
+from scripts.run.metrics import Report, gradient_norm, memory_record, repeat_records, reporting, summary, train_record
 from scripts.run.state import (
     Progress,
     Run,
@@ -33,6 +33,7 @@ from scripts.run.state import (
     advance,
     ids_on_device,
     is_due,
+    order_record,
     progress_record,
     step_batches,
     with_fresh_digests,
@@ -69,7 +70,7 @@ def train(run: Run | None, objective: Objective) -> None:
         for step in range(run.first_step, config.num_steps):
             started, steps_done, is_last = time.perf_counter(), step + 1, step + 1 == config.num_steps
             taken = run_step(run, objective, step)
-            for record in bad_step_records(run, step, taken, progress):
+            for record in (*repeat_records(run, step), *bad_step_records(run, step, taken, progress)):
                 report(record)
             progress = advance(progress, taken, config)
             if is_due(steps_done, config.log_every_steps, config):
@@ -189,9 +190,8 @@ def train_tiny(
 def log_start(run: Run, report: Report) -> None:
     """Logs what this launch reads and from where on, and makes the evaluation that a stop left out."""
     config, steps_done = run.config, run.first_step
-    num_windows = count_windows(run.data.train.num_tokens, config.context_length)
-    order = {"rows_per_step": config.rows_per_step, "num_windows": num_windows, "seed": config.seed}
-    report({"kind": "event", "step": steps_done, "event": "started", "ranks": run.ranks.world_size, **order})
+    started = {"kind": "event", "step": steps_done, "event": "started", "ranks": run.ranks.world_size}
+    report(started | order_record(config, run.data))
     if run.teaching is not None and run.teaching.record is not None:
         report(run.teaching.record)
     if steps_done == 0 and config.eval_every_steps is not None:

@@ -24,7 +24,7 @@ settings.load_profile("default")
 REPOSITORY = Path(__file__).parent.parent
 STEPS, SAVE_EVERY = 8, 4
 PRECISIONS = ("fp32", "bf16")
-RUNS = (*PRECISIONS, "distill", "labels")
+RUNS = (*PRECISIONS, "distill", "labels", "mixture")
 LAUNCHING = (
     "test_main_job", "test_trainer", "test_offload", "test_truth_check", "test_watch", "test_gpu_benchmark", "test_scheduler",
     "test_setup", "test_checkpoint", "test_train_distill", "test_footprint",
@@ -74,6 +74,13 @@ def tiny_student(teacher: TrainingConfig, name: str, run_dir: Path, **changes) -
     fields = {"hidden_size": 16, "num_heads": 2, "num_kv_heads": 1, "mlp_size": 24, "teacher_dir": teacher.run_dir}
     fields |= {"precision": "fp32"} if name == "distill" else labels
     return replace(teacher, run_dir=str(run_dir), **(fields | changes))
+
+
+def tiny_mixture(student: TrainingConfig, **changes) -> TrainingConfig:
+    """The same on the same documents as three sources by weight: the first is one document, which is read again and again."""
+    (corpus,) = student.corpus
+    sources = {"corpus": (f"{corpus}/2.txt", f"{corpus}/1*.txt", f"{corpus}/[03-9]*.txt"), "corpus_weights": (0.5, 0.3, 0.2)}
+    return replace(student, data_dir=f"{student.data_dir}-mixture", **(sources | changes))
 
 
 def launch(
@@ -172,7 +179,7 @@ def train(config):
 
 if __name__ == "__main__":
     for fields in json.loads({described!r}):
-        fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude", "validation_corpus")}}
+        fields = {{name: tuple(each) if isinstance(each, list) else each for name, each in fields.items()}}
         train(TrainingConfig(**fields))
 {after}
 """
@@ -194,7 +201,7 @@ from scripts.model.losses import next_token
 from scripts.run import checkpoint, storage, teacher
 
 fields = json.loads({json.dumps(asdict(config))!r})
-fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude", "validation_corpus")}}
+fields = {{name: tuple(each) if isinstance(each, list) else each for name, each in fields.items()}}
 config, rank = TrainingConfig(**fields), int(os.environ.get("RANK", "0"))
 {unchecked}
 prepare, label = prepare_data.prepare, train_distill.label
@@ -288,7 +295,8 @@ def finished_runs(tmp_path_factory) -> dict[tuple[int, str], TrainingConfig]:
 
 def _configs(folder: Path) -> dict[str, TrainingConfig]:
     configs = {name: tiny_config(folder, run_dir=str(folder / name), precision=name) for name in PRECISIONS}
-    return configs | {name: tiny_student(configs["fp32"], name, folder / name) for name in RUNS[2:]}
+    students = {name: tiny_student(configs["fp32"], name, folder / name) for name in ("distill", "labels", "mixture")}
+    return configs | students | {"mixture": tiny_mixture(students["mixture"])}
 
 
 def _finish(configs: list[TrainingConfig], folder: Path, ranks: int) -> None:

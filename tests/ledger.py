@@ -7,12 +7,25 @@ in each step, and the digest in each train line must be that of the windows due 
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from ds import loader
 from ds.loader import digest_hex, digest_rows, step_windows
+
+# Over so many steps the share of each source is exact, as scripts/config.py says; that imports torch.
+WEIGHED_STEPS = 1000
+
+
+class Source(NamedTuple):
+    """A source of a mixture, or "" for all windows, and how many rows of each sum of the quotas are its own."""
+
+    name: str
+    num_windows: int
+    quota: int
 
 
 class Order(NamedTuple):
@@ -21,6 +34,40 @@ class Order(NamedTuple):
     num_windows: int
     rows_per_step: int
     seed: int
+    sources: tuple[Source, ...]
+
+    @property
+    def of_steps(self) -> loader.Order:
+        """The same for ds/loader.py. Where in a stream windows lie does not matter here."""
+        _, counts, quotas = zip(*self.sources, strict=True)
+        return loader.Order(loader.Grid(1, (0,) * len(counts), counts), quotas, self.rows_per_step, self.seed)
+
+
+@dataclass
+class Epochs:
+    """How far the epochs of a source are: which of its windows, from `first_window` on, the present one has read."""
+
+    name: str
+    first_window: int
+    seen: np.ndarray
+    num_seen: int = 0
+    epoch: int = 0
+
+    def take(self, windows: np.ndarray) -> Iterator[str]:
+        """Follows windows (N,) in the order in which they are read; a line for each epoch that is over."""
+        num_windows = len(self.seen)
+        while len(windows):
+            due, windows = np.split(windows, [num_windows - self.num_seen])
+            _mark(self.seen, due - self.first_window, str(self))
+            self.num_seen += len(due)
+            if self.num_seen == num_windows:
+                if not self.seen.all():
+                    raise ValueError(f"{self}: window {int(np.argmin(self.seen))} is skipped")
+                yield f"{self}: {num_windows} windows, each read once"
+                self.seen[:], self.num_seen, self.epoch = False, 0, self.epoch + 1
+
+    def __str__(self) -> str:
+        return f"{self.name}, epoch {self.epoch}" if self.name else f"epoch {self.epoch}"
 
 
 class Logged(NamedTuple):
@@ -119,10 +166,24 @@ def _whole_number(record: dict, name: str, place: object) -> int:
 def _started(record: dict, place: str) -> Order:
     for name in ("step", "ranks"):
         _whole_number(record, name, place)
-    order = Order(*(_whole_number(record, name, place) for name in Order._fields))
-    if order.num_windows < 1 or order.rows_per_step < 1:
-        raise ValueError(f"{place}: a launch with num_windows={order.num_windows}, rows_per_step={order.rows_per_step}")
-    return order
+    num_windows, rows, seed = (_whole_number(record, name, place) for name in ("num_windows", "rows_per_step", "seed"))
+    if num_windows < 1 or rows < 1:
+        raise ValueError(f"{place}: a launch with num_windows={num_windows}, rows_per_step={rows}")
+    return Order(num_windows, rows, seed, _sources(record, num_windows, rows, place))
+
+
+def _sources(record: dict, num_windows: int, rows_per_step: int, place: str) -> tuple[Source, ...]:
+    if "sources" not in record:
+        return (Source("", num_windows, rows_per_step),)
+    if not isinstance(record["sources"], list) or not all(isinstance(each, dict) for each in record["sources"]):
+        raise ValueError(f"{place}: sources={record['sources']!r} is no list of sources")
+    numbers = ([_whole_number(each, name, place) for name in ("num_windows", "quota")] for each in record["sources"])
+    sources = tuple(Source(str(each.get("name")), *found) for each, found in zip(record["sources"], numbers, strict=True))
+    counts, quotas = [each.num_windows for each in sources], [each.quota for each in sources]
+    if sum(counts) != num_windows or sum(quotas) != WEIGHED_STEPS * rows_per_step or min(counts + quotas) < 1:
+        words = f"{num_windows} windows and {WEIGHED_STEPS} steps of {rows_per_step} rows"
+        raise ValueError(f"{place}: sources with {counts} windows and {quotas} rows do not share {words}")
+    return sources
 
 
 def _check_launch(here: Order, before: Order | None, config: dict, place: str) -> None:
@@ -132,6 +193,14 @@ def _check_launch(here: Order, before: Order | None, config: dict, place: str) -
             raise ValueError(f"{place}: a launch with {name}={value}, and the launch before it had {getattr(before, name)}")
         if value != named.get(name, value):
             raise ValueError(f"{place}: a launch with {name}={value}, and config.json says {named[name]}")
+    weights = config.get("corpus_weights") or [1]
+    weights = [1] if len(weights) == 1 else weights
+    shares = [each.quota / sum(each.quota for each in here.sources) for each in here.sources]
+    due = [weight / sum(weights) for weight in weights]
+    if len(due) != len(shares) or any(
+        abs(share - wanted) > 1 / WEIGHED_STEPS for share, wanted in zip(shares, due, strict=True)
+    ):
+        raise ValueError(f"{place}: a launch that reads sources in the shares {shares}, and config.json says {due}")
 
 
 def _check_place(step: int, logged: list[Logged], started: list[dict], config: dict, place: str) -> None:
@@ -165,30 +234,28 @@ def _due_after(step: int, config: dict) -> int:
 
 
 def _epoch_lines(log: Log) -> Iterator[str]:
-    """Follows the rows of the run through the epochs with one flag a window; yields a line whenever an epoch is over."""
-    num_windows = log.order.num_windows
-    seen, num_seen, epoch = np.zeros(num_windows, dtype=bool), 0, 0
+    """Follows the rows of the run through the epochs of each source with one flag a window; a line whenever one is over."""
+    firsts = np.cumsum([0, *(source.num_windows for source in log.order.sources)])
+    sources = [
+        Epochs(source.name, first, np.zeros(source.num_windows, dtype=bool))
+        for source, first in zip(log.order.sources, firsts.tolist(), strict=False)
+    ]
     for windows in _proved_windows(log):
-        while len(windows):
-            due, windows = np.split(windows, [num_windows - num_seen])
-            _mark(seen, due, epoch)
-            num_seen += len(due)
-            if num_seen == num_windows:
-                if not seen.all():
-                    raise ValueError(f"epoch {epoch}: window {int(np.argmin(seen))} is skipped")
-                yield f"epoch {epoch}: {num_windows} windows, each read once"
-                seen[:], num_seen, epoch = False, 0, epoch + 1
-    if num_seen:
-        yield f"epoch {epoch}, not over: {num_seen} of {num_windows} windows, none read twice"
+        numbers = np.searchsorted(firsts[1:-1], windows, side="right")
+        for number, source in enumerate(sources):
+            yield from source.take(windows[numbers == number])
+    for source in sources:
+        if source.num_seen:
+            yield f"{source}, not over: {source.num_seen} of {len(source.seen)} windows, none read twice"
 
 
 def _proved_windows(log: Log) -> Iterator[np.ndarray]:
     """The windows of each step, in order, once the hashes of their line are those of the log."""
-    last, rows_per_step = 0, log.order.rows_per_step
+    last, rows_per_step, order = 0, log.order.rows_per_step, log.order.of_steps
     for step, logged in log.logged:
         digest, due = np.zeros(4, dtype=np.int64), []
         for each in range(last, step):
-            due.append(step_windows(each, rows_per_step, log.order.num_windows, log.order.seed))
+            due.append(step_windows(each, order))
             rows = each * rows_per_step + np.arange(rows_per_step, dtype=np.int64)
             digest += digest_rows(rows, due[-1][:, None])
         if digest_hex(digest) != logged:
@@ -200,14 +267,14 @@ def _proved_windows(log: Log) -> Iterator[np.ndarray]:
         last = step
 
 
-def _mark(seen: np.ndarray, windows: np.ndarray, epoch: int) -> None:
+def _mark(seen: np.ndarray, windows: np.ndarray, epoch: str) -> None:
     outside = windows[(windows < 0) | (windows >= len(seen))]
     if len(outside):
-        raise ValueError(f"epoch {epoch}: window {outside[0]} is read and there are {len(seen)}")
+        raise ValueError(f"{epoch}: window {outside[0]} is read and there are {len(seen)}")
     numbers, counts = np.unique(windows, return_counts=True)
     twice = numbers[(counts > 1) | seen[numbers]]
     if len(twice):
-        raise ValueError(f"epoch {epoch}: window {twice[0]} is read twice")
+        raise ValueError(f"{epoch}: window {twice[0]} is read twice")
     seen[numbers] = True
 
 

@@ -233,7 +233,7 @@ NOT_SETTINGS = {
     "scripts.model.sampling": {"LEAST_TEMPERATURE"},
     "scripts.plan.footprint": {"LABEL_CHUNK_BYTES", "LABEL_COPIES", "WINDOW_BYTES", "OPTIMIZER_BYTES"},
     "scripts.plan.machine": {"LARGEST_LIMIT", "BACKWARD_SHARE", "ADAM_BYTES"},
-    "scripts.report": {"SHOWN_CHARACTERS"},
+    "scripts.report": {"(SHOWN_CHARACTERS, SHOWN_NAME_CHARACTERS)", "BEHIND"},
     "scripts.run.teacher": {"LEAST_BLOCK_TOKENS"},
     "scripts.memory": {"NAME_COLUMNS", "NUMBER_COLUMNS"},
     "scripts.engine.watch": {"STOPPED", "FAILED", "READ_BYTES"},

@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from ledger import prove
 
 from ds import loader
-from ds.loader import MicroBatch, count_windows, digest_hex, digest_rows, micro_batches
+from ds.loader import MicroBatch, Order, digest_hex, digest_rows, grid_of, micro_batches, quotas_of
 from ds.shards import TokenStream, open_shard, write_shard
 
 CONTEXT, ROWS, STEPS, NUM_TOKENS = 4, 8, 12, 95
-NUM_WINDOWS = count_windows(NUM_TOKENS, CONTEXT)
+ALONE = grid_of([NUM_TOKENS], CONTEXT)
+NUM_WINDOWS = ALONE.num_windows
+WEIGHTS, MIXED = (0.5, 0.125, 0.375), grid_of([40, 6, NUM_TOKENS - 46], CONTEXT)
 STOPPED = ((0, 5, 2), (4, 7, 1), (7, 8, 4), (5, STEPS, 2))
 PRINT = "ab" * 32
 
@@ -49,15 +51,22 @@ class Run(NamedTuple):
         return [place for place, record in enumerate(self.records) if record["kind"] == "train"]
 
 
-def run_in(folder: Path, stream: TokenStream, launches, *, log_every_steps=1, seed=0, read=micro_batches, forget=False) -> Run:
+def order_of(seed: int, weights: tuple[float, ...] | None) -> Order:
+    return Order(ALONE, (ROWS,), ROWS, seed) if weights is None else Order(MIXED, quotas_of(weights, 1000 * ROWS), ROWS, seed)
+
+
+def run_in(
+    folder: Path, stream: TokenStream, launches, *, log_every_steps=1, seed=0, read=micro_batches, forget=False, weights=None
+) -> Run:
     """Reads and logs as a trainer does; each launch is (continues after, stops after, ranks), and `forget` drops its sums."""
+    order = order_of(seed, weights)
     run, sums_at = Run(folder, []), {0: np.zeros((2, 4), dtype=np.int64)}
     for first, stop, ranks in launches:
         run.records[:] = [record for record in run.records if record["step"] <= first]
-        run.records.append(started(first, ranks, seed))
+        run.records.append(started(first, ranks, order))
         sums = sums_at[first] * (not forget)
         for step in range(first, stop):
-            for batch in batches_of(stream, step, ranks, seed, read):
+            for batch in batches_of(stream, order, step, ranks, read):
                 sums += [digest_rows(batch.rows, batch.windows[:, None]), digest_rows(batch.rows, batch.ids)]
             if (step + 1) % log_every_steps == 0 or step + 1 == STEPS:
                 hashes = dict(zip(("windows_hash", "tokens_hash"), map(digest_hex, sums), strict=True))
@@ -66,19 +75,21 @@ def run_in(folder: Path, stream: TokenStream, launches, *, log_every_steps=1, se
             sums_at[step + 1] = sums.copy()
     folder.mkdir(parents=True, exist_ok=True)
     config = {"num_steps": STEPS, "log_every_steps": log_every_steps, "context_length": CONTEXT, "seed": seed}
-    (folder / "config.json").write_text(json.dumps(config | {"tokens_per_step": ROWS * CONTEXT}))
+    (folder / "config.json").write_text(json.dumps(config | {"tokens_per_step": ROWS * CONTEXT, "corpus_weights": weights}))
     return written(run)
 
 
-def started(step: int, ranks: int, seed: int) -> dict:
-    order = {"rows_per_step": ROWS, "num_windows": NUM_WINDOWS, "seed": seed}
-    return {"kind": "event", "event": "started", "step": step, "ranks": ranks} | order
+def started(step: int, ranks: int, order: Order) -> dict:
+    record: dict = {"kind": "event", "event": "started", "step": step, "ranks": ranks}
+    record |= {"rows_per_step": ROWS, "num_windows": order.grid.num_windows, "seed": order.seed}
+    named = zip("abc", order.grid.counts, order.quotas, strict=False)
+    sources = [{"name": name, "num_windows": count, "quota": quota} for name, count, quota in named]
+    return record | ({"sources": sources} if len(sources) > 1 else {})
 
 
-def batches_of(stream: TokenStream, step: int, ranks: int, seed: int, read: Callable) -> Iterator[MicroBatch]:
-    shared = {"micro_batch_rows": 2, "rows_per_step": ROWS, "context_length": CONTEXT, "seed": seed}
+def batches_of(stream: TokenStream, order: Order, step: int, ranks: int, read: Callable) -> Iterator[MicroBatch]:
     for rank in range(ranks):
-        yield from read(stream, step=step, rank=rank, world_size=ranks, **shared)
+        yield from read(stream, order, step=step, rank=rank, world_size=ranks, micro_batch_rows=2)
 
 
 def written(run: Run) -> Run:
@@ -123,6 +134,40 @@ def test_honest_log_is_proved_however_often_stopped_and_on_whatever_ranks(
     assert lines[:full] == [f"epoch {epoch}: {NUM_WINDOWS} windows, each read once" for epoch in range(full)]
     assert lines[full:-1] == [f"epoch {full}, not over: {rest} of {NUM_WINDOWS} windows, none read twice"]
     assert lines[-1].startswith(f"proved: steps 1 to {STEPS}, {len(run.starts)} launches")
+
+
+@given(made=launches(), log_every_steps=st.sampled_from([1, 3, 5, 100]), seed=st.integers(0, 2**32 - 1))
+@example(made=STOPPED, log_every_steps=3, seed=0)
+def test_honest_log_of_a_mixture_is_proved_source_by_source(tmp_path_factory, stream, made, log_every_steps, seed):
+    folder = tmp_path_factory.getbasetemp() / "mixed"
+    lines = prove(run_in(folder, stream, made, log_every_steps=log_every_steps, seed=seed, weights=WEIGHTS).folder)
+    for name, weight, count in zip("abc", WEIGHTS, MIXED.counts, strict=True):
+        full, rest = divmod(int(STEPS * ROWS * weight), count)
+        expected = [f"{name}, epoch {epoch}: {count} windows, each read once" for epoch in range(full)]
+        expected += [f"{name}, epoch {full}, not over: {rest} of {count} windows, none read twice"] * (rest > 0)
+        assert [line for line in lines if line.startswith(name)] == expected
+    assert lines[-1].startswith(f"proved: steps 1 to {STEPS}")
+
+
+def test_mixture_that_reads_other_sources_or_shares_than_it_says_is_found(tmp_path, stream):
+    def swapped(tokens, order, **place):
+        return micro_batches(tokens, order._replace(quotas=order.quotas[::-1]), **place)
+
+    run = run_in(tmp_path, stream, STOPPED, weights=WEIGHTS)
+    assert prove(run.folder)
+    assert "others were read" in violation(run_in(tmp_path, stream, STOPPED, weights=WEIGHTS, read=swapped).folder)
+    for name, wrong in (("num_windows", "do not share"), ("quota", "do not share")):
+        run = run_in(tmp_path, stream, STOPPED, weights=WEIGHTS)
+        run.starts[1]["sources"][0][name] += 1
+        assert wrong in violation(written(run).folder)
+    for start in run.starts:
+        start["sources"] = [each | {"quota": quota} for each, quota in zip(start["sources"], (1000, 3000, 4000), strict=True)]
+    assert "config.json says [0.5, 0.125, 0.375]" in violation(written(run).folder)
+    for start in run.starts:
+        del start["sources"]
+    assert "config.json says [0.5, 0.125, 0.375]" in violation(written(run).folder)
+    run.starts[0]["sources"] = 3
+    assert "is no list of sources" in violation(written(run).folder)
 
 
 def test_log_of_a_killed_run_is_proved_as_far_as_it_goes(run):
@@ -229,8 +274,8 @@ def test_data_order_that_is_no_permutation_is_found(tmp_path, monkeypatch, strea
     """Here log and ledger agree about every step, and only the count of windows tells."""
     monkeypatch.setattr(loader, "permute", permute)
 
-    def read(tokens, **place):
-        rows, windows = loader.rank_windows(NUM_WINDOWS, **{n: v for n, v in place.items() if n != "context_length"})
+    def read(tokens, order, **place):
+        rows, windows = loader.rank_windows(order, **place)
         for number, window in zip(rows, windows, strict=True):
             yield MicroBatch(number, window, np.zeros((2, CONTEXT + 1), dtype=np.int64))
 

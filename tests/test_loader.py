@@ -7,7 +7,8 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
-from hashlib import blake2b
+from fractions import Fraction
+from hashlib import blake2b, sha256
 from inspect import getsource
 from pathlib import Path
 from typing import Any, cast
@@ -20,18 +21,24 @@ from hypothesis import strategies as st
 from ds import loader
 from ds.loader import (
     Document,
+    Grid,
+    Order,
     count_windows,
     digest_hex,
     digest_rows,
     documents_between,
+    grid_of,
     held_out_batches,
     micro_batches,
     permute,
+    quotas_of,
     rank_windows,
     read_labels,
     read_windows,
+    rows_read,
     spread_windows,
     step_windows,
+    window_starts,
     windows_of_run,
 )
 from ds.shards import Labels, LabelStream, TokenStream, open_shard, write_shard
@@ -62,10 +69,15 @@ def stream(num_tokens: int, num_shards: int = 3) -> TokenStream:
     return stream_of_arrays(np.array_split(np.arange(num_tokens, dtype=np.uint32), num_shards))
 
 
-def step_rows(tokens: TokenStream, world_size: int, *, rows_per_step: int, micro_batch_rows: int, **place) -> list[list]:
+def alone(num_windows: int, rows_per_step: int, seed: int, context_length: int = 1) -> Order:
+    """The order of a stream of one source."""
+    return Order(Grid(context_length, (0,), (num_windows,)), (rows_per_step,), rows_per_step, seed)
+
+
+def step_rows(tokens: TokenStream, order: Order, world_size: int, *, step: int, micro_batch_rows: int) -> list[list]:
     """By rank, the micro-batches of the step as nested lists."""
-    shared = {"rows_per_step": rows_per_step, "micro_batch_rows": micro_batch_rows, "world_size": world_size, **place}
-    return [[batch.ids.tolist() for batch in micro_batches(tokens, rank=rank, **shared)] for rank in range(world_size)]
+    share = {"step": step, "world_size": world_size, "micro_batch_rows": micro_batch_rows}
+    return [[batch.ids.tolist() for batch in micro_batches(tokens, order, rank=rank, **share)] for rank in range(world_size)]
 
 
 @given(num_items=st.integers(1, 3000), seed=SEEDS, epoch=st.integers(0, 2**40))
@@ -117,7 +129,7 @@ def test_windows_are_those_that_fit(num_tokens, context_length):
 @given(num_windows=st.integers(1, 60), rows_per_step=st.integers(1, 50), seed=SEEDS)
 def test_each_epoch_reads_every_window_once(num_windows, rows_per_step, seed):
     num_steps = -(-3 * num_windows // rows_per_step)
-    order = np.concatenate([step_windows(step, rows_per_step, num_windows, seed) for step in range(num_steps)])
+    order = np.concatenate([step_windows(step, alone(num_windows, rows_per_step, seed)) for step in range(num_steps)])
     for epoch in range(3):
         assert sorted(order[epoch * num_windows : (epoch + 1) * num_windows].tolist()) == list(range(num_windows))
 
@@ -127,16 +139,16 @@ TRILLIONS = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from ds.loader import count_windows, rank_windows, step_windows
+from ds.loader import Order, grid_of, rank_windows, step_windows
 from ds.shards import Shard, TokenStream
 
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 stream = TokenStream(tuple(Shard(Path(f"train-{n:05d}.bin"), 10**8 - n % 7, 2, "", "") for n in range(10**5)), "")
-num_windows = count_windows(stream.num_tokens, 4096)
-order = {"step": 10**6, "micro_batch_rows": 4, "rows_per_step": 4096, "seed": 0}
-read = np.stack([rank_windows(num_windows, rank=rank, world_size=1024, **order).windows for rank in range(1024)])
-assert np.array_equal(np.sort(read, axis=None), np.sort(step_windows(10**6, 4096, num_windows, 0)))
-assert len(np.unique(read)) == 4096 and 0 <= read.min() and read.max() < num_windows
+order = Order(grid_of([stream.num_tokens], 4096), (4096,), 4096, 0)
+share = {"step": 10**6, "micro_batch_rows": 4, "world_size": 1024}
+read = np.stack([rank_windows(order, rank=rank, **share).windows for rank in range(1024)])
+assert np.array_equal(np.sort(read, axis=None), np.sort(step_windows(10**6, order)))
+assert len(np.unique(read)) == 4096 and 0 <= read.min() and read.max() < order.grid.num_windows
 starts = (read[0].reshape(-1) * 4096).tolist()
 for start in starts:
     (first, *more) = stream.places(start, start + 4097)
@@ -170,28 +182,19 @@ def test_a_thousand_ranks_read_ten_trillion_tokens_in_100_000_shards():
 )
 def test_ranks_are_disjoint_and_read_what_one_rank_would(micro_batch_rows, factor, step, seed, num_tokens):
     tokens = stream(num_tokens)
-    place = {"micro_batch_rows": micro_batch_rows, "rows_per_step": 4 * micro_batch_rows * factor, "step": step}
-    place |= {"context_length": 8, "seed": seed}
-    (alone,) = step_rows(tokens, 1, **place)
+    order, place = alone((num_tokens - 1) // 8, 4 * micro_batch_rows * factor, seed, 8), {"step": step}
+    (one,) = step_rows(tokens, order, 1, micro_batch_rows=micro_batch_rows, **place)
     for world_size in (2, 4):
-        ranks = step_rows(tokens, world_size, **place)
-        assert [batch for turn in zip(*ranks, strict=True) for batch in turn] == alone
-    starts = [row[0] // 8 for batch in alone for row in batch]
-    assert starts == step_windows(step, place["rows_per_step"], count_windows(num_tokens, 8), seed).tolist()
+        ranks = step_rows(tokens, order, world_size, micro_batch_rows=micro_batch_rows, **place)
+        assert [batch for turn in zip(*ranks, strict=True) for batch in turn] == one
+    starts = [row[0] // 8 for batch in one for row in batch]
+    assert starts == step_windows(step, order).tolist()
 
 
 @given(seed=SEEDS, step=st.integers(0, 9), num_shards=st.integers(1, 7))
 def test_micro_batches_are_whole_windows_of_the_stream_in_any_shards(seed, step, num_shards):
-    place = {
-        "rank": 0,
-        "world_size": 1,
-        "micro_batch_rows": 2,
-        "rows_per_step": 6,
-        "context_length": 5,
-        "seed": seed,
-        "step": step,
-    }
-    batches = list(micro_batches(stream(101, num_shards), **place))
+    place = {"rank": 0, "world_size": 1, "micro_batch_rows": 2, "step": step}
+    batches = list(micro_batches(stream(101, num_shards), alone(20, 6, seed, 5), **place))
     assert len(batches) == 3
     for batch in batches:
         assert batch.ids.shape == (2, 6) and batch.ids.dtype == np.int64
@@ -199,9 +202,13 @@ def test_micro_batches_are_whole_windows_of_the_stream_in_any_shards(seed, step,
 
 
 def test_stream_without_a_window_is_refused():
-    place = {"rank": 0, "world_size": 1, "micro_batch_rows": 1, "rows_per_step": 1, "context_length": 8, "seed": 0, "step": 0}
-    with pytest.raises(ValueError, match=r"8 tokens hold no window of context_length \+ 1 = 9; add documents"):
-        next(micro_batches(stream(8), **place))
+    for tokens_by_source in ([8], [25, 8]):
+        order = Order(grid_of(tokens_by_source, 8), (1,) * len(tokens_by_source), len(tokens_by_source), 0)
+        words = (
+            rf"{sum(tokens_by_source)} tokens, or a source of them, hold no window of context_length \+ 1 = 9; add documents"
+        )
+        with pytest.raises(ValueError, match=words):
+            next(micro_batches(stream(sum(tokens_by_source)), order, step=0, rank=0, world_size=1, micro_batch_rows=1))
 
 
 @given(
@@ -211,8 +218,9 @@ def test_stream_without_a_window_is_refused():
     world_size=st.sampled_from([1, 2, 4]),
 )
 def test_held_out_windows_are_the_spread_ones_in_order_each_to_one_rank(num_tokens, rows, num_windows, world_size):
-    place = {"micro_batch_rows": rows, "context_length": 6, "num_windows": num_windows, "world_size": world_size}
-    ranks = [list(held_out_batches(stream(num_tokens), rank=rank, **place)) for rank in range(world_size)]
+    place = {"micro_batch_rows": rows, "num_windows": num_windows, "world_size": world_size, "source": 0}
+    grid = grid_of([num_tokens], 6)
+    ranks = [list(held_out_batches(stream(num_tokens), grid, rank=rank, **place)) for rank in range(world_size)]
     num_batches = sum(map(len, ranks))
     dealt = [ranks[number % world_size][number // world_size] for number in range(num_batches)]
     assert all(batch.shape == (rows, 7) for batch in dealt[:-1])
@@ -247,15 +255,15 @@ def test_held_out_windows_are_the_ones_that_losses_were_measured_on():
 def test_windows_of_a_run_are_those_of_its_steps(num_steps, rows_per_step, num_windows, piece, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loader, "PERMUTED_ROWS", piece)
-        windows = windows_of_run(num_steps, rows_per_step, num_windows, seed)
-    steps = [step_windows(step, rows_per_step, num_windows, seed).tolist() for step in range(num_steps)]
+        windows = windows_of_run(num_steps, alone(num_windows, rows_per_step, seed))
+    steps = [step_windows(step, alone(num_windows, rows_per_step, seed)).tolist() for step in range(num_steps)]
     assert windows.dtype == np.int64
     assert windows.tolist() == sorted({window for step in steps for window in step})
 
 
 def test_windows_of_a_run_take_a_byte_each():
     tracemalloc.start()
-    windows = windows_of_run(2**10, 2**9, 2**20, 0)
+    windows = windows_of_run(2**10, alone(2**20, 2**9, 0))
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(windows) == 2**19
@@ -279,7 +287,7 @@ def test_labels_of_a_window_are_those_after_each_of_its_inputs(tmp_path_factory,
     labels.write(0, Labels(said, said.astype(np.float16), positions.astype(np.float32)))
     windows = np.array(data.draw(st.lists(st.integers(0, num_windows - 1), min_size=1, max_size=5)))
     ids, logs, tail = read_labels(labels, windows, context_length)
-    inputs = read_windows(tokens, windows, context_length)[:, :-1]
+    inputs = read_windows(tokens, windows, grid_of([sum(sizes)], context_length))[:, :-1]
     assert ids.shape == logs.shape == (len(windows), context_length, top_k) and tail.shape == inputs.shape
     assert (ids.dtype, logs.dtype, tail.dtype) == (np.int64, np.float16, np.float32)
     assert (ids == inputs[:, :, None]).all() and (logs == inputs[:, :, None]).all() and (tail == inputs).all()
@@ -294,8 +302,158 @@ def least_seconds(call: Callable[[], object]) -> float:
     return min(seconds)
 
 
+GOLDEN = [
+    ((0, 8, 23, 0), [2, 18, 4, 13, 7, 1, 19, 16], "70e940dbb43107c5"),
+    ((5, 8, 23, 0), [0, 4, 2, 1, 17, 11, 19, 20], "00dd53315e452ad0"),
+    ((12345, 512, 10**7, 7), [8228809, 1109988, 3344726, 580522, 4251592], "583bbd4054148328"),
+    ((10**6, 4096, 2441406250, 0), [2143430325, 427154893, 283769751], "ebe0cd17defd273c"),
+]
+
+
+@pytest.mark.parametrize(("place", "first", "digest"), GOLDEN)
+def test_order_of_one_source_is_the_one_that_runs_had_before_there_were_mixtures(place, first, digest):
+    step, rows_per_step, num_windows, seed = place
+    for quotas in ((rows_per_step,), (1000 * rows_per_step,)):
+        windows = step_windows(step, alone(num_windows, rows_per_step, seed)._replace(quotas=quotas))
+        assert windows[: len(first)].tolist() == first
+        assert sha256(windows.astype("<i8").tobytes()).hexdigest()[:16] == digest
+    found = windows_of_run(40, alone(3000, 12, 9))
+    assert (len(found), sha256(found.astype("<i8").tobytes()).hexdigest()[:16]) == (480, "2639e25dc27ec795")
+
+
+@st.composite
+def mixtures(draw, most_rows: int = 24, most_windows: int = 10**9) -> Order:
+    """Two to nine sources of very different sizes and weights, as 1000 steps share them out."""
+    num_sources, rows_per_step = draw(st.integers(2, 9)), draw(st.integers(1, most_rows))
+    weights = draw(st.lists(st.floats(0.02, 1) | st.just(1.0), min_size=num_sources, max_size=num_sources))
+    tokens = draw(st.lists(st.integers(4, 3 * most_windows), min_size=num_sources, max_size=num_sources))
+    quotas = quotas_of(tuple(weights), 1000 * rows_per_step)
+    return Order(grid_of(tokens, 3), quotas, rows_per_step, draw(SEEDS))
+
+
+def test_order_of_a_mixture_is_the_one_that_runs_were_started_with():
+    order = Order(grid_of([40, 7, 300], 3), quotas_of((5, 3, 2), 4000), 4, 7)
+    assert order.quotas == (2000, 1200, 800) and order.grid.counts == (13, 2, 99)
+    read = [step_windows(step, order).tolist() for step in (0, 1, 999, 1234)]
+    assert read == [[3, 14, 60, 9], [11, 13, 7, 85], [1, 87, 13, 7], [0, 97, 14, 7]]
+
+
+def sources_of(windows: np.ndarray, grid: Grid) -> np.ndarray:
+    return np.searchsorted(np.cumsum(grid.counts), windows, side="right")
+
+
+@given(
+    weights=st.lists(st.floats(1e-3, 1e3) | st.integers(1, 9), min_size=1, max_size=9), num_rows=st.sampled_from([1000, 10**7])
+)
+def test_quotas_are_the_shares_to_within_a_row_and_none_is_lost(weights, num_rows):
+    quotas = quotas_of(tuple(weights), num_rows)
+    assert sum(quotas) == num_rows
+    for weight, quota in zip(weights, quotas, strict=True):
+        assert abs(quota - num_rows * Fraction(weight) / sum(map(Fraction, weights))) < 1
+
+
+def test_equal_remainders_go_to_the_first_sources():
+    assert quotas_of((1, 1, 1), 1000) == (334, 333, 333) and quotas_of((0.5, 0.25, 0.25), 1000) == (500, 250, 250)
+
+
+@given(order=mixtures(), step=st.integers(0, 10**7))
+@example(order=Order(grid_of([4, 10**9], 3), quotas_of((0.999, 0.001), 1000), 1, 0), step=999)
+def test_share_of_each_source_is_exact_over_any_thousand_steps(order, step):
+    """And close to it over any number of rows from the beginning: at most a row a source too many or too few."""
+    before, after = (np.array(rows_read(at, order)) for at in (step, step + 1000))
+    assert (after - before).tolist() == list(order.quotas)
+    shares = np.array(order.quotas) / sum(order.quotas)
+    assert before.sum() == step * order.rows_per_step
+    assert np.abs(before - shares * (step * order.rows_per_step)).max() <= len(order.quotas) / 2 + 1
+
+
+@given(order=mixtures(most_rows=8), step=st.integers(0, 10**5))
+def test_rows_that_are_read_are_those_of_the_steps(order, step):
+    counted = np.array(rows_read(step, order))
+    for each in range(step, step + 8):
+        counted += np.bincount(sources_of(step_windows(each, order), order.grid), minlength=len(order.quotas))
+        assert counted.tolist() == rows_read(each + 1, order)
+
+
+@given(
+    quotas=st.lists(st.integers(1, 20), min_size=2, max_size=9),
+    rows_per_step=st.sampled_from([1, 2, 3]),
+    period=st.integers(0, 3),
+)
+def test_sources_take_turns_as_their_evenly_spread_rows_do(quotas, rows_per_step, period):
+    quotas = [quota * rows_per_step for quota in quotas]
+    turns = sorted((Fraction(2 * row + 1, 2 * quota), source) for source, quota in enumerate(quotas) for row in range(quota))
+    order, num_steps = Order(grid_of([10**4] * len(quotas), 3), tuple(quotas), rows_per_step, 0), sum(quotas) // rows_per_step
+    read = [step_windows(step, order) for step in range(period * num_steps, (period + 1) * num_steps)]
+    assert sources_of(np.concatenate(read), order.grid).tolist() == [source for _, source in turns]
+
+
+@given(order=mixtures(most_rows=6, most_windows=12), num_steps=st.integers(1, 60))
+def test_source_that_is_read_again_is_read_whole_before(order, num_steps):
+    windows = np.concatenate([step_windows(step, order) for step in range(num_steps)])
+    sources, first = sources_of(windows, order.grid), 0
+    for source, count in enumerate(order.grid.counts):
+        read = windows[sources == source] - first
+        for epoch in range(0, len(read), count):
+            whole = read[epoch : epoch + count].tolist()
+            assert len(set(whole)) == len(whole) and set(whole) <= set(range(count))
+        first += count
+    assert windows_of_run(num_steps, order).tolist() == sorted(set(windows.tolist()))
+
+
+def test_sources_of_one_size_are_not_read_in_one_order():
+    order = Order(grid_of([3001, 3001], 3), (4000, 4000), 8, 0)
+    windows = np.concatenate([step_windows(step, order) for step in range(250)])
+    first, second = (windows[sources_of(windows, order.grid) == source] - 1000 * source for source in (0, 1))
+    assert (first == second).sum() < 20 and sorted(first) == sorted(second)
+
+
+@given(order=mixtures(most_rows=2, most_windows=30), step=st.integers(0, 2000), rows=st.integers(1, 2))
+def test_a_mixture_is_the_same_for_1_2_and_8_ranks(order, step, rows):
+    order = order._replace(rows_per_step=16 * rows, quotas=tuple(quota * 16 for quota in order.quotas))
+    assume(sum(order.quotas) % order.rows_per_step == 0)
+    tokens = stream(sum(3 * count + 1 for count in order.grid.counts))
+    order = order._replace(grid=grid_of([3 * count + 1 for count in order.grid.counts], 3))
+    (one,) = step_rows(tokens, order, 1, step=step, micro_batch_rows=rows)
+    for world_size in (2, 8):
+        ranks = step_rows(tokens, order, world_size, step=step, micro_batch_rows=rows)
+        assert [batch for turn in zip(*ranks, strict=True) for batch in turn] == one
+
+
+@given(tokens_by_source=st.lists(st.integers(0, 40), min_size=1, max_size=6), context_length=st.integers(1, 9))
+def test_windows_of_sources_are_those_of_each_source_alone(tokens_by_source, context_length):
+    grid, tokens, expected = grid_of(tokens_by_source, context_length), stream(sum(tokens_by_source)), []
+    for first, num_tokens in zip(np.cumsum([0, *tokens_by_source]).tolist(), tokens_by_source, strict=False):
+        inside = range(first, first + num_tokens - context_length, context_length)
+        expected += [list(range(start, start + context_length + 1)) for start in inside]
+    assert grid.num_windows == len(expected)
+    assert window_starts(np.arange(grid.num_windows), grid).tolist() == [window[0] for window in expected]
+    assert not expected or read_windows(tokens, np.arange(grid.num_windows), grid).tolist() == expected
+    for source, count in enumerate(grid.counts):
+        place = {"source": source, "rank": 0, "world_size": 1, "micro_batch_rows": 3, "num_windows": 50}
+        read = [row for batch in held_out_batches(tokens, grid, **place) for row in batch.tolist()]
+        assert read == expected[sum(grid.counts[:source]) :][:count]
+
+
+def test_a_mixture_of_ten_trillion_tokens_is_sought_at_once_and_takes_no_memory():
+    tokens = (9 * 10**12, 10**12, 10**9, 10**6, 4097)
+    order = Order(grid_of(tokens, 4096), quotas_of((5, 3, 1, 0.9, 1e-5), 1000 * 4096), 4096, 0)
+    small = order._replace(grid=grid_of([10**8] * 5, 4096))
+    step_windows(0, order)
+    tracemalloc.start()
+    windows = step_windows(10**12 + 1, order)
+    rows = rows_read(10**12, order)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 2**21 and sum(rows) == 4096 * 10**12 and windows.max() < order.grid.num_windows
+    far, near = (
+        least_seconds(lambda step=step, order=each: step_windows(step, order)) for step, each in ((10**12, order), (3, small))
+    )
+    assert far < 10 * near
+
+
 def test_order_of_a_large_data_set_costs_what_that_of_a_small_one_does():
-    small, large = (least_seconds(lambda number=number: step_windows(3, 512, number, 0)) for number in (10**4, 10**9))
+    small, large = (least_seconds(lambda number=number: step_windows(3, alone(number, 512, 0))) for number in (10**4, 10**9))
     assert large < 10 * small
 
 
@@ -308,12 +466,15 @@ def test_order_of_a_large_data_set_costs_what_that_of_a_small_one_does():
 )
 def test_every_rank_can_say_what_each_rank_reads(micro_batch_rows, factor, step, seed, world_size):
     tokens, rows_per_step = stream(203), 4 * micro_batch_rows * factor
-    place = {"step": step, "world_size": world_size, "micro_batch_rows": micro_batch_rows, "rows_per_step": rows_per_step}
+    place, order = (
+        {"step": step, "world_size": world_size, "micro_batch_rows": micro_batch_rows},
+        alone(25, rows_per_step, seed, 8),
+    )
     all_rows = []
     for rank in range(world_size):
-        due = rank_windows(count_windows(203, 8), rank=rank, seed=seed, **place)
+        due = rank_windows(order, rank=rank, **place)
         assert due.rows.dtype == due.windows.dtype == np.int64
-        batches = list(micro_batches(tokens, rank=rank, seed=seed, context_length=8, **place))
+        batches = list(micro_batches(tokens, order, rank=rank, **place))
         assert [batch.rows.tolist() for batch in batches] == due.rows.tolist()
         assert [batch.windows.tolist() for batch in batches] == due.windows.tolist()
         assert [batch.ids[:, 0].tolist() for batch in batches] == (due.windows * 8).tolist()

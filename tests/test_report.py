@@ -22,6 +22,8 @@ from scripts.report import (  # fmt: skip
     data_table,
     draw_data,
     draw_losses,
+    held_out_words,
+    is_told,
     line_of,
     summary,
     table,
@@ -113,6 +115,40 @@ def test_axes_say_what_they_show_in_which_unit(tmp_path, monkeypatch):
     assert loss.texts[0].get_text() == "2.10 nats, 2.50 bits per byte"
     assert np.array_equal(loss.lines[0].get_ydata(), [record["loss"] for record in TRAINED])
     assert np.array_equal(loss.lines[1].get_xdata(), [0, (LINES - 1) * 8192])
+
+
+@pytest.mark.parametrize("num_sources", [2, 8, 11])
+def test_each_source_has_a_line_as_far_as_there_are_colours(tmp_path, monkeypatch, num_sources):
+    figures: list[Figure] = []
+    monkeypatch.setattr("scripts.report.FigureCanvasAgg", lambda figure: (figures.append(figure), FigureCanvasAgg(figure))[1])
+    losses = {f"/data/$web_{number}^2/*.txt": number + 0.5 for number in range(num_sources)}
+    drawn(tmp_path, [record | ({"val_loss_by_source": losses} if record["kind"] == "eval" else {}) for record in EVALUATED])
+    lines = figures[-1].axes[0].lines
+    labels, shown = [str(line.get_label()).replace("\\", "") for line in lines], min(num_sources, 8)
+    more = ["and 3 more in metrics.jsonl"] if num_sources == 11 else []
+    assert labels == ["training", "held out", *(f"held out, $web_{number}^2/*.txt" for number in range(shown)), *more]
+    for number, line in enumerate(lines[2 : 2 + shown]):
+        assert np.array_equal(line.get_ydata(), [number + 0.5] * 2)
+    assert len({line.get_color() for line in lines[: 2 + shown]}) == 2 + shown
+
+
+def test_a_source_that_begins_again_and_again_is_told_of_when_its_readings_have_doubled():
+    def repeats(*epochs: list[int]) -> dict:
+        sources = [{"name": name, "epoch_before": old, "epoch": new} for name, (old, new) in zip("ab", epochs, strict=False)]
+        return {"kind": "event", "event": "repeats", "step": 7, "sources": sources}
+
+    told = [epoch for epoch in range(1, 100) if is_told(repeats([epoch - 1, epoch]))]
+    assert told == [1, 2, 4, 8, 16, 32, 64]
+    words = line_of(repeats([0, 1], [5, 9]), 8, None)
+    assert words == "step 7/8: from the beginning again: a (reading 2), b (reading 10)"
+    assert line_of(repeats([4, 5], [7, 8]), 8, None) == "step 7/8: from the beginning again: b (reading 9)"
+
+
+def test_held_out_losses_of_few_sources_stand_in_the_line_and_of_many_only_in_the_log():
+    record = {"val_loss": 2.0, "val_bits_per_byte": 1.0}
+    few, many = ({f"/data/web/{number}.txt": 2.0 for number in range(count)} for count in (2, 9))
+    assert held_out_words(record | {"val_loss_by_source": few}).endswith("bits per byte (0.txt 2.000, 1.txt 2.000)")
+    assert held_out_words(record | {"val_loss_by_source": many}) == held_out_words(record)
 
 
 def test_failed_drawing_leaves_the_old_picture(tmp_path):

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import RUNS, STEPS, expect_success, launch, metrics, tiny_config, tiny_student, training_script
+from conftest import STEPS, expect_success, launch, metrics, tiny_config, tiny_student, training_script
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from ds import tokenizer as bpe
-from ds.loader import count_windows, micro_batches, read_labels, windows_of_run
+from ds.loader import micro_batches, read_labels, windows_of_run
 from scripts.config import TrainingConfig, refuse_on_this_machine
 from scripts.engine.distributed import Ranks
 from scripts.memory import refuse_too_large
@@ -23,6 +23,7 @@ from scripts.prepare_data import Data, open_data, prepare
 from scripts.run.checkpoint import Checkpoint
 from scripts.run.run_dir import claim_run, newest_folder, same_without_teacher
 from scripts.run.setup import model_to_train
+from scripts.run.state import data_order
 from scripts.run.teacher import check_teacher, find_teacher, fingerprint_of, labels_identity, load_teacher, open_labels
 from scripts.train_distill import distill, label
 
@@ -275,7 +276,7 @@ def test_a_launch_with_an_unfit_teacher_ends_in_one_line_and_status_2(data, copi
 
 @pytest.fixture(scope="module")
 def students(finished_runs) -> list[TrainingConfig]:
-    return [finished_runs[ranks, name] for ranks in (1, 2) for name in RUNS[2:]]
+    return [finished_runs[ranks, name] for ranks in (1, 2) for name in ("distill", "labels")]
 
 
 def test_the_teacher_is_neither_saved_nor_optimized(students):
@@ -315,13 +316,14 @@ def labels_of(config: TrainingConfig):
     return data, found, open_labels(config, data, config.teacher_top_k or 0, identity)
 
 
-def test_labels_on_the_disk_are_what_the_teacher_says_of_every_window_that_is_read(finished_runs):
-    config = finished_runs[2, "labels"]
+@pytest.mark.parametrize("name", ["labels", "mixture"])
+def test_labels_on_the_disk_are_what_the_teacher_says_of_every_window_that_is_read(finished_runs, name):
+    config = finished_runs[2, name]
     data, found, labels = labels_of(config)
     teacher = load_teacher(found, config, CPU)
-    order = dict(rank=0, world_size=1, micro_batch_rows=2, rows_per_step=config.rows_per_step, seed=config.seed)
+    order, share = data_order(config, data), {"rank": 0, "world_size": 1, "micro_batch_rows": 2}
     for step in range(config.num_steps):
-        for batch in micro_batches(data.train, step=step, context_length=config.context_length, **order):
+        for batch in micro_batches(data.train, order, step=step, **share):
             ids, logs, tail = read_labels(labels, batch.windows, config.context_length)
             said, _ = label(teacher, torch.from_numpy(batch.ids), config)
             np.testing.assert_allclose(np.exp(logs.astype(np.float32)).sum(-1) + tail, 1, atol=2e-3)
@@ -330,11 +332,11 @@ def test_labels_on_the_disk_are_what_the_teacher_says_of_every_window_that_is_re
             assert (ids == said.ids.numpy()).mean() > 0.9
 
 
-def test_only_windows_that_the_run_reads_are_labelled(finished_runs):
-    config = finished_runs[1, "labels"]
+@pytest.mark.parametrize("name", ["labels", "mixture"])
+def test_only_windows_that_the_run_reads_are_labelled(finished_runs, name):
+    config = finished_runs[1, name]
     data, _, labels = labels_of(config)
-    num_windows = count_windows(data.train.num_tokens, config.context_length)
-    windows = windows_of_run(config.num_steps, config.rows_per_step, num_windows, config.seed)
+    windows = windows_of_run(config.num_steps, data_order(config, data))
     blocks = np.unique(windows * config.context_length // labels.block_tokens)
     assert 0 < len(blocks) < labels.num_blocks
     unread = np.setdiff1d(np.arange(labels.num_blocks), blocks)

@@ -24,6 +24,7 @@ from conftest import (
     metrics,
     pretrain_script,
     tiny_config,
+    tiny_mixture,
     tiny_student,
     training_script,
 )
@@ -38,6 +39,7 @@ from scripts.model.decoder import empty_model, initialise, parameter_groups
 from scripts.prepare_data import prepare
 from scripts.run.checkpoint import find_fault
 from scripts.run.run_dir import newest_folder
+from scripts.run.state import data_order
 from scripts.trainer import learning_rate_at
 
 EXACT_STEPS = 6
@@ -103,10 +105,8 @@ def plain_adamw(config) -> tuple[dict[str, torch.Tensor], list[float]]:
     for step in range(EXACT_STEPS):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, config)
-        batch = next(micro_batches(
-            data.train, step=step, rank=0, world_size=1, micro_batch_rows=config.rows_per_step,
-            rows_per_step=config.rows_per_step, context_length=config.context_length, seed=config.seed,
-        ))  # fmt: skip
+        share = {"rank": 0, "world_size": 1, "micro_batch_rows": config.rows_per_step}
+        batch = next(micro_batches(data.train, data_order(config, data), step=step, **share))
         windows = torch.from_numpy(batch.ids)
         logits = torch.nn.functional.linear(model(windows[:, :-1]), model.head)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
@@ -237,10 +237,38 @@ def test_each_step_is_logged_once(finished_runs, resumed_runs, resuming_ranks):
         assert [step for step, _, _ in held_out(config)] == [0, SAVE_EVERY, STEPS]
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("fp32", 1e-4), ("bf16", 1e-2), ("distill", 1e-4), ("labels", 1e-2)])
+@pytest.mark.parametrize(
+    ("name", "tolerance"), [("fp32", 1e-4), ("bf16", 1e-2), ("distill", 1e-4), ("labels", 1e-2), ("mixture", 1e-2)]
+)
 def test_one_and_two_ranks_agree_in_loss(finished_runs, name, tolerance):
     one, two = (losses(finished_runs[ranks, name]) for ranks in (1, 2))
     np.testing.assert_allclose([loss for _, loss, _ in one], [loss for _, loss, _ in two], rtol=tolerance)
+
+
+def test_the_log_of_a_mixture_says_how_often_each_source_is_read_and_its_held_out_loss(finished_runs, resumed_runs):
+    runs = [finished_runs[ranks, "mixture"] for ranks in (1, 2)]
+    for config in (*runs, resumed_runs["mixture"]):
+        sources, lines = events(config, "started")[0]["sources"], metrics(config)
+        assert [each["name"] for each in sources] == list(config.corpus)
+        assert [each["quota"] for each in sources] == [8000, 4800, 3200]
+        counts, rows = np.array([each["num_windows"] for each in sources]), config.rows_per_step * STEPS
+        (train,) = (line for line in lines if line["kind"] == "train" and line["step"] == STEPS)
+        assert np.abs(train["source_epochs"] * counts - rows * np.array(config.corpus_weights)).max() <= 1
+        begun = [each for event in events(config, "repeats") for each in event["sources"]]
+        assert [each["epoch"] for each in begun] == list(range(1, int(train["source_epochs"][0]) + 1))
+        assert {each["name"] for each in begun} == {config.corpus[0]}
+        for line in lines:
+            if line["kind"] == "eval":
+                by_source, weights = line["val_loss_by_source"], config.corpus_weights
+                assert [*by_source] == list(config.corpus[1:]) == [*line["val_bits_per_byte_by_source"]]
+                assert line["val_loss"] == pytest.approx(np.average([*by_source.values()], weights=weights[1:]))
+    for kind, name in (("train", "source_epochs"), ("eval", "val_loss_by_source")):
+        one, two = ([line[name] for line in metrics(config) if line["kind"] == kind] for config in runs)
+        if kind == "train":
+            assert one == two
+        else:
+            ours, theirs = ([[*line.values()] for line in lines] for lines in (one, two))
+            np.testing.assert_allclose(ours, theirs, rtol=1e-2)
 
 
 def test_the_loss_falls_and_held_out_loss_is_better_at_the_end(finished_run):
@@ -371,7 +399,7 @@ def stopping(*everything):
 
 if __name__ == "__main__":
     for fields in json.loads({described!r}):
-        fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude", "validation_corpus")}}
+        fields = {{name: tuple(each) if isinstance(each, list) else each for name, each in fields.items()}}
         run = trainer.set_up(TrainingConfig(**fields), prepare, label)
         try:
             trainer.train(run, stopping)
@@ -384,8 +412,9 @@ if __name__ == "__main__":
 def elastic_configs(folder: Path, name: str, teacher: TrainingConfig) -> list:
     changes = dict(num_steps=ELASTIC_STEPS, save_every_steps=100, eval_every_steps=30)
     alone = [tiny_config(folder, run_dir=str(folder / f"{name}-{kind}"), precision=kind, **changes) for kind in PRECISIONS]
-    student = tiny_student(replace(alone[0], run_dir=teacher.run_dir), "labels", folder / f"{name}-labels")
-    return [*alone, student]
+    teacher = replace(alone[0], run_dir=teacher.run_dir)
+    student, mixed = (tiny_student(teacher, "labels", folder / f"{name}-{kind}") for kind in ("labels", "mixture"))
+    return [*alone, student, tiny_mixture(mixed)]
 
 
 def launch_elastic(folder: Path, configs: list, ranks: int, stop_after: int | None) -> None:
@@ -405,7 +434,7 @@ def elastic_runs(finished_runs, tmp_path_factory) -> tuple[list, list]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "tolerance"), [(0, 1e-4), (1, 1e-2), (2, 1e-2)], ids=(*PRECISIONS, "labels"))
+@pytest.mark.parametrize(("number", "tolerance"), [(0, 1e-4), (1, 1e-2), (2, 1e-2), (3, 1e-2)], ids=(*PRECISIONS, *RUNS[3:]))
 def test_one_two_and_one_rank_make_the_run_of_one(elastic_runs, number, tolerance):
     whole, moved = (runs[number] for runs in elastic_runs)
     assert [event["ranks"] for event in events(moved, "started")] == [1, 2, 1]
@@ -419,7 +448,10 @@ def test_one_two_and_one_rank_make_the_run_of_one(elastic_runs, number, toleranc
 
 
 def test_the_log_of_every_run_proves_that_no_window_was_skipped_or_read_twice(finished_runs, resumed_runs, resuming_ranks):
-    for config in (finished_runs[resuming_ranks, "bf16"], *(resumed_runs[name] for name in ("bf16", "labels", "elastic"))):
+    for config in (
+        finished_runs[resuming_ranks, "bf16"],
+        *(resumed_runs[name] for name in ("bf16", "labels", "mixture", "elastic")),
+    ):
         assert prove(Path(config.run_dir))
 
 
@@ -437,12 +469,9 @@ def test_another_number_of_ranks_reads_the_same_tokens_in_each_step(finished_run
 
 
 def poisoned_steps(config) -> list[int]:
-    stream = prepare(config).train
-    order = dict(rank=0, world_size=1, micro_batch_rows=config.rows_per_step, rows_per_step=config.rows_per_step)
-    batches = [
-        next(micro_batches(stream, step=step, context_length=config.context_length, seed=config.seed, **order))
-        for step in range(config.num_steps)
-    ]
+    data, share = prepare(config), {"rank": 0, "world_size": 1, "micro_batch_rows": config.rows_per_step}
+    order = data_order(config, data)
+    batches = [next(micro_batches(data.train, order, step=step, **share)) for step in range(config.num_steps)]
     return [step + 1 for step, batch in enumerate(batches) if (batch.ids == POISON).any()]
 
 

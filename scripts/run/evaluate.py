@@ -1,20 +1,21 @@
 """Evaluates the model of a run: held-out loss, samples, loss spikes, and the documents behind a bad step."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ds.loader import count_windows, documents_between, held_out_batches, rank_windows
+from ds.loader import Grid, documents_between, grid_of, held_out_batches, rank_windows, window_starts
 from scripts.config import NAMED_DOCUMENT_TOKENS, NUM_NAMED_DOCUMENTS, TrainingConfig
 from scripts.engine.distributed import Ranks, device_of, gather
 from scripts.model.losses import token_nats
 from scripts.model.sampling import continue_ids
+from scripts.report import printable
 from scripts.run.metrics import finite
-from scripts.run.state import Progress, Run, Step, ids_on_device, step_batches, step_order
+from scripts.run.state import Progress, Run, Step, data_grid, data_order, ids_on_device, step_batches, step_share
 
 LOSS_SCALE = "the loss scale"
 
@@ -24,6 +25,13 @@ class HeldOut(NamedTuple):
 
     nats_per_token: float
     bits_per_byte: float
+
+
+class HeldOutBySource(NamedTuple):
+    """The held-out loss as `whole`, and that of each source by its name; there are none where only one has a window."""
+
+    whole: HeldOut
+    by_source: dict[str, HeldOut]
 
 
 @torch.no_grad()
@@ -41,26 +49,59 @@ def evaluate(model, batches: Iterable[Tensor], token_num_bytes: Tensor, chunk_ro
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)
     total, num_tokens, num_bytes = sums.tolist()
-    return HeldOut(total / num_tokens, total / math.log(2) / num_bytes)
+    return HeldOut(total / num_tokens, total / math.log(2) / (num_bytes or math.nan))
 
 
-def held_out_loss(config: TrainingConfig, ranks: Ranks, data, model) -> HeldOut:
-    """The loss over `eval_tokens` tokens, spread evenly over the held-out part. Every rank must call this."""
-    lengths = torch.tensor(data.token_num_bytes(), device=device_of(ranks))
-    return evaluate(model, held_out_windows(config, ranks, data, config.eval_tokens), lengths, config.loss_chunk_rows)
+def held_out_loss(config: TrainingConfig, ranks: Ranks, data, model) -> HeldOutBySource:
+    """The loss over `eval_tokens` tokens, spread evenly over the held-out part, and where that has several sources over as many
+    more, an equal share of each source. In a mixture without a `validation_corpus` the whole is the mean of the sources that
+    have a held-out window, each with its weight, as if they were read in those shares. Every rank must call this.
+    """
+    lengths, sources = torch.tensor(data.token_num_bytes(), device=device_of(ranks)), data.held_out_sources
+    grid, by_source = grid_of([source.num_tokens for source in sources] or [0], config.context_length), {}
+    several = [source for source, count in enumerate(grid.counts) if count]
+    for source in several if len(several) > 1 else []:
+        share = {"source": source, "num_tokens": config.eval_tokens // len(several)}
+        batches = _held_out(config, ranks, data.validation, grid, **share)
+        by_source[source] = evaluate(model, batches, lengths, config.loss_chunk_rows)
+    weights = None if config.validation_corpus else config.corpus_weights
+    if by_source and weights is not None:
+        whole = mean_of([weights[source] for source in by_source], [*by_source.values()])
+    else:
+        whole = evaluate(model, held_out_windows(config, ranks, data, config.eval_tokens), lengths, config.loss_chunk_rows)
+    return HeldOutBySource(whole, {printable(sources[source].name): found for source, found in by_source.items()})
+
+
+def mean_of(weights: Sequence[float], found: Sequence[HeldOut]) -> HeldOut:
+    """The held-out loss of a text to which each source gives tokens in proportion to its weight."""
+    shares = np.array(weights) / max(weights)
+    nats, bits = np.array(found).T
+    per_token = np.average(nats, weights=shares)
+    bytes_per_token = np.average(nats / math.log(2) / bits, weights=shares)
+    return HeldOut(float(per_token), float(per_token / math.log(2) / bytes_per_token))
 
 
 def held_out_windows(config: TrainingConfig, ranks: Ranks, data, num_tokens: int) -> Iterator[Tensor]:
     """This rank's batches of held-out windows, (B, T + 1) int64 on its device; all ranks' together have `num_tokens`."""
-    length, rows = config.context_length, config.micro_batch_rows
-    shape = {"micro_batch_rows": rows, "context_length": length, "num_windows": num_tokens // length}
-    batches = held_out_batches(data.validation, rank=ranks.rank, world_size=ranks.world_size, **shape)
+    grid = grid_of([data.validation.num_tokens], config.context_length)
+    return _held_out(config, ranks, data.validation, grid, source=0, num_tokens=num_tokens)
+
+
+def _held_out(config: TrainingConfig, ranks: Ranks, stream, grid: Grid, *, source: int, num_tokens: int) -> Iterator[Tensor]:
+    share = {"rank": ranks.rank, "world_size": ranks.world_size, "micro_batch_rows": config.micro_batch_rows}
+    num_windows = max(1, num_tokens // config.context_length)
+    batches = held_out_batches(stream, grid, source=source, num_windows=num_windows, **share)
     return (torch.from_numpy(windows).to(device_of(ranks)) for windows in batches)
 
 
-def held_out_fields(found: HeldOut) -> dict:
+def held_out_fields(found: HeldOutBySource) -> dict:
     """What a record holds of a held-out loss."""
-    return {"val_loss": finite(found.nats_per_token), "val_bits_per_byte": finite(found.bits_per_byte)}
+    whole, by_source = found
+    fields: dict = {"val_loss": finite(whole.nats_per_token), "val_bits_per_byte": finite(whole.bits_per_byte)}
+    if by_source:
+        fields["val_loss_by_source"] = {name: finite(each.nats_per_token) for name, each in by_source.items()}
+        fields["val_bits_per_byte_by_source"] = {name: finite(each.bits_per_byte) for name, each in by_source.items()}
+    return fields
 
 
 def evaluation_record(run: Run, steps_done: int) -> dict:
@@ -114,10 +155,10 @@ def _documents_of(run: Run, step: int, suspects: np.ndarray) -> list[dict]:
         return []
     suspects = suspects if suspects.any() else np.ones_like(suspects)
     config, stream, found = run.config, run.data.train, {}
-    num_windows = count_windows(stream.num_tokens, config.context_length)
+    order = data_order(config, run.data)
     for rank, micro_batch in np.argwhere(suspects).tolist():
-        windows = rank_windows(num_windows, rank=rank, **step_order(run, step)).windows[micro_batch]
-        for start in (windows * config.context_length).tolist():
+        windows = rank_windows(order, rank=rank, **step_share(run, step)).windows[micro_batch]
+        for start in window_starts(windows, order.grid).tolist():
             for document in documents_between(stream, start, start + config.context_length + 1, run.data.end_of_text_id):
                 found[document.number] = document
     return [{"document": number, "beginning": _beginning(run, found[number])} for number in sorted(found)]
@@ -126,10 +167,10 @@ def _documents_of(run: Run, step: int, suspects: np.ndarray) -> list[dict]:
 @torch.no_grad()
 def _hardest_documents(run: Run, step: int, mean_nats: float) -> list[dict]:
     """The documents that weigh most on a step's loss, in nats above its mean, hardest first. Every rank must call this."""
-    config, data, model = run.config, run.data, run.engine.module
+    config, data, model, grid = run.config, run.data, run.engine.module, data_grid(run.config, run.data)
     own = torch.full((NUM_NAMED_DOCUMENTS, 3), -math.inf, dtype=torch.float64)  # -inf where there is no piece
     for batch in step_batches(run, step):
-        windows, starts = ids_on_device(run, batch), torch.as_tensor(batch.windows * config.context_length)
+        windows, starts = ids_on_device(run, batch), torch.as_tensor(window_starts(batch.windows, grid))
         nats = token_nats(model(windows[:, :-1]), model.head, windows[:, 1:], config.loss_chunk_rows).double().cpu()
         own = torch.cat((own, _pieces(nats, windows.cpu(), starts, data.end_of_text_id, mean_nats)))
         own = own[own[:, 0].argsort(descending=True, stable=True)[:NUM_NAMED_DOCUMENTS]]

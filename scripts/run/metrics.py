@@ -12,15 +12,16 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from ds.loader import digest_hex
+from ds.loader import Order, digest_hex, rows_read
 from scripts import memory, report
 from scripts.config import GIB, TrainingConfig
 from scripts.engine import watch
 from scripts.engine.distributed import say
 from scripts.model.huggingface import parse_json
 from scripts.plan.machine import peak_bytes
+from scripts.report import printable
 from scripts.run import run_dir
-from scripts.run.state import Progress, Run, Step
+from scripts.run.state import Progress, Run, Step, data_order
 from scripts.run.storage import write_all, write_text
 
 Report = Callable[[dict], None]
@@ -77,7 +78,7 @@ def unsaved_steps(config: TrainingConfig) -> int:
 def train_record(run: Run, steps_done: int, taken: Step, progress: Progress, *, learning_rate: float, seconds: float) -> dict:
     """The line of metrics.jsonl after a step that took `seconds`; `progress` has the digests since the last such line."""
     config, peaks = run.config, peak_bytes()
-    return {
+    record = {
         "kind": "train",
         "step": steps_done,
         "tokens": steps_done * config.tokens_per_step,
@@ -91,6 +92,41 @@ def train_record(run: Run, steps_done: int, taken: Step, progress: Progress, *, 
         "tokens_hash": digest_hex(np.array(progress.tokens_digest)),
         "windows_hash": digest_hex(np.array(progress.windows_digest)),
     }
+    if not config.is_mixture:
+        return record
+    order = data_order(config, run.data)
+    epochs = [rows / count for rows, count in zip(rows_read(steps_done, order), order.grid.counts, strict=True)]
+    return record | {"source_epochs": epochs}
+
+
+def repeat_records(run: Run, step: int) -> Iterator[dict]:
+    """The event of a step in which sources of a mixture begin another epoch: the epochs they are in before and after it."""
+    if not run.config.is_mixture:
+        return
+    order = data_order(run.config, run.data)
+    before, after = (_epochs_begun(steps_done, order) for steps_done in (step, step + 1))
+    changed = [
+        {"name": printable(source.name), "epoch_before": old, "epoch": new}
+        for source, old, new in zip(run.data.sources, before, after, strict=True)
+        if new > old
+    ]
+    if changed:
+        yield {"kind": "event", "step": step + 1, "event": "repeats", "sources": changed}
+
+
+def _epochs_begun(steps_done: int, order: Order) -> list[int]:
+    """The epoch of the last row that was read of each source; 0 before the first."""
+    return [max(rows - 1, 0) // count for rows, count in zip(rows_read(steps_done, order), order.grid.counts, strict=True)]
+
+
+def scalars(record: dict) -> dict[str, float]:
+    """The numbers of a record that TensorBoard plots, by name; those of a source stand under the name of the whole."""
+    found = {name: value for name, value in record.items() if isinstance(value, float)}
+    for name, by_source in record.items():
+        if name.endswith("_by_source"):
+            of_each = {f"{name.removesuffix('_by_source')}/{source}": value for source, value in by_source.items()}
+            found |= {source: value for source, value in of_each.items() if value is not None}
+    return found
 
 
 def memory_record(run: Run, steps_done: int) -> dict:
@@ -158,7 +194,7 @@ def _show(record: dict, config: TrainingConfig, bar: tqdm) -> None:
     if record["kind"] == "train" and not bar.disable:
         bar.set_postfix_str(report.train_words(record), refresh=False)
         bar.update(record["step"] - bar.n)
-    elif record.get("event") not in ("started", "memory"):
+    elif report.is_told(record):
         bar.write(report.line_of(record, config.num_steps, config.teacher_top_k), file=sys.stdout)
         sys.stdout.flush()
 
@@ -178,9 +214,9 @@ def _tensorboard(run: Run) -> Iterator[Report]:
     def plot(record: dict) -> None:
         if record["kind"] not in ("train", "eval"):
             return
-        for name in [name for name, value in record.items() if isinstance(value, float)]:
+        for name, value in scalars(record).items():
             for board in boards:
-                attempt(partial(board.add_scalar, f"{record['kind']}/{name}", record[name], record["step"]))
+                attempt(partial(board.add_scalar, f"{record['kind']}/{name}", value, record["step"]))
 
     folder = str(run_dir.tensorboard_dir(run.config))
     attempt(lambda: boards.append(SummaryWriter(folder, purge_step=run.first_step + 1)))

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ds.loader import MicroBatch, micro_batches
-from scripts.config import TrainingConfig
+from ds.loader import Grid, MicroBatch, Order, grid_of, micro_batches, quotas_of
+from scripts.config import WEIGHED_STEPS, TrainingConfig
 from scripts.engine.distributed import Ranks
 from scripts.engine.watch import Watch
+from scripts.report import printable
 
 
 class Progress(NamedTuple):
@@ -109,15 +110,40 @@ def is_due(steps_done: int, every_steps: int | None, config: TrainingConfig) -> 
     return every_steps is not None and (steps_done % every_steps == 0 or steps_done == config.num_steps)
 
 
-def step_order(run: Run, step: int) -> dict[str, int]:
-    """What decides, beside the rank, which windows a step reads: keyword arguments of ds.loader's functions."""
-    rows = {"micro_batch_rows": run.config.micro_batch_rows, "rows_per_step": run.config.rows_per_step}
-    return rows | {"step": step, "world_size": run.ranks.world_size, "seed": run.config.seed}
+def data_grid(config: TrainingConfig, data) -> Grid:
+    """Where the training windows lie: on the whole stream, in a mixture on each source alone."""
+    sources = [source.num_tokens for source in data.sources] if config.is_mixture else [data.train.num_tokens]
+    return grid_of(sources, config.context_length)
+
+
+def data_order(config: TrainingConfig, data) -> Order:
+    """Which training windows each step reads. In a mixture every WEIGHED_STEPS steps read each source in its share."""
+    rows, quotas = config.rows_per_step, (config.rows_per_step,)
+    if config.is_mixture and config.corpus_weights is not None:
+        quotas = quotas_of(config.corpus_weights, WEIGHED_STEPS * rows)
+    return Order(data_grid(config, data), quotas, rows, config.seed)
+
+
+def order_record(config: TrainingConfig, data) -> dict:
+    """What decides the windows of every step, as the event of a launch holds it."""
+    grid, quotas, rows_per_step, seed = data_order(config, data)
+    record: dict = {"rows_per_step": rows_per_step, "num_windows": grid.num_windows, "seed": seed}
+    if not config.is_mixture:
+        return record
+    sources = zip(data.sources, grid.counts, quotas, strict=True)
+    named = [{"name": printable(each.name), "num_windows": count, "quota": quota} for each, count, quota in sources]
+    return record | {"sources": named}
+
+
+def step_share(run: Run, step: int) -> dict[str, int]:
+    """What decides, beside the order and the rank, which windows are read: keyword arguments of ds.loader's functions."""
+    return {"step": step, "world_size": run.ranks.world_size, "micro_batch_rows": run.config.micro_batch_rows}
 
 
 def step_batches(run: Run, step: int) -> Iterator[MicroBatch]:
     """This rank's micro-batches of one step, on the host."""
-    return micro_batches(run.data.train, rank=run.ranks.rank, context_length=run.config.context_length, **step_order(run, step))
+    order = data_order(run.config, run.data)
+    return micro_batches(run.data.train, order, rank=run.ranks.rank, **step_share(run, step))
 
 
 def ids_on_device(run: Run, batch: MicroBatch) -> torch.Tensor:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ds.loader import count_windows, read_windows, windows_of_run
+from ds.loader import read_windows, windows_of_run
 from ds.shards import Labels, LabelStream
 from scripts.config import LABEL_ERROR_TOKENS, LABEL_PROGRESS_SECONDS, MAKE_TEACHER, VERIFY_THREADS, TrainingConfig
 from scripts.engine.distributed import Ranks, device_of, in_turn, release_memory, say, together
@@ -23,7 +23,7 @@ from scripts.model.huggingface import architecture, describe, described_config, 
 from scripts.run.checkpoint import Checkpoint, newest_verified
 from scripts.run.evaluate import held_out_fields, held_out_loss, held_out_windows
 from scripts.run.run_dir import checkpoints_dir
-from scripts.run.state import Teaching
+from scripts.run.state import Teaching, data_grid, data_order
 from scripts.run.storage import HASH_BYTES, block_at, sha256
 
 # Part of the format: a block of labels has at least so many tokens, so that its digest of 32 bytes adds little to it.
@@ -95,8 +95,11 @@ def fingerprint_of(teacher: Teacher) -> str:
 
 
 def labels_identity(config: TrainingConfig, fingerprint: str) -> str:
-    """sha256 (hex) of all that decides a window's labels: the teacher's fingerprint, and the fields of its settings."""
+    """sha256 (hex) of all that decides a window's labels: the teacher's fingerprint, the fields of its settings, and whether
+    windows are those of each source alone, whatever their weights.
+    """
     inputs = [fingerprint, config.teacher_top_k, config.distill_temperature, config.context_length, config.precision]
+    inputs += ["each source"] if config.is_mixture else []
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
 
@@ -119,7 +122,7 @@ def open_teaching(
         return Teaching(fingerprint, model, _teacher_record(teacher, config, ranks, data, model) if found is None else None)
     identity = labels_identity(config, fingerprint)
     labels = in_turn(lambda: open_labels(config, data, config.teacher_top_k or 0, identity), config, ranks)
-    groups = _incomplete_groups(config, ranks, labels)
+    groups = _incomplete_groups(config, ranks, data, labels)
     if found is not None and not len(groups):
         return Teaching(fingerprint, labels, None)
     model, record = together(lambda: load_teacher(teacher, config, device_of(ranks))), None
@@ -144,7 +147,7 @@ def open_labels(config: TrainingConfig, data, top_k: int, identity: str) -> Labe
         top_k=top_k,
         vocab_size=config.vocab_size,
         block_tokens=context_length * -(-LEAST_BLOCK_TOKENS // context_length),
-        num_positions=count_windows(data.train.num_tokens, context_length) * context_length,
+        num_positions=data_grid(config, data).num_windows * context_length,
         identity=identity,
     )
     try:
@@ -204,14 +207,13 @@ def _label_error(config: TrainingConfig, ranks: Ranks, data, model: Decoder, lab
     return {"tail_mass": tail / count, "left_out_nats": left_out / count}
 
 
-def _incomplete_groups(config: TrainingConfig, ranks: Ranks, labels) -> np.ndarray:
+def _incomplete_groups(config: TrainingConfig, ranks: Ranks, data, labels) -> np.ndarray:
     """The blocks of labels that the run reads, (groups, blocks of a group), where a block of the group is not on the disk. The
     teacher labels one group at a time, the same for any number of ranks; the last group repeats its last block. Each rank
     looks at its share of the labels. Every rank must call this.
     """
-    num_windows = labels.num_positions // config.context_length
     at_once = max(1, config.micro_batch_rows * config.context_length // labels.block_tokens)
-    windows = windows_of_run(config.num_steps, config.rows_per_step, num_windows, config.seed)
+    windows = windows_of_run(config.num_steps, data_order(config, data))
     blocks = np.unique(windows * config.context_length // labels.block_tokens)
     blocks = np.pad(blocks, (0, -len(blocks) % at_once), "edge").reshape(-1, at_once)
     own, is_faulty = blocks[ranks.rank :: ranks.world_size], torch.zeros(len(blocks), dtype=torch.int32)
@@ -253,12 +255,12 @@ def _with_progress(groups: np.ndarray, ranks: Ranks) -> Iterator[np.ndarray]:
 
 def label_blocks(labelling: Labelling, blocks: np.ndarray) -> None:
     """Runs the teacher on the windows of `blocks` (N,) int64, `micro_batch_rows` at a time, and writes its labels."""
-    config, labels = labelling.config, labelling.labels
+    config, labels, grid = labelling.config, labelling.labels, data_grid(labelling.config, labelling.data)
     length, rows, per_block = config.context_length, config.micro_batch_rows, labels.block_tokens // config.context_length
     windows = (blocks[:, None] * per_block + np.arange(per_block)).flatten()
     windows, answers = windows[windows < labels.num_positions // length], []
     for piece in np.split(windows, range(rows, len(windows), rows)):
-        ids = torch.from_numpy(read_windows(labelling.data.train, piece, length)).to(device_of(labelling.ranks))
+        ids = torch.from_numpy(read_windows(labelling.data.train, piece, grid)).to(device_of(labelling.ranks))
         answers.append([part.flatten(0, 1).cpu().numpy() for part in labelling.label(labelling.model, ids, config).labels])
     parts = [np.concatenate(pieces) for pieces in zip(*answers, strict=True)]
     for number, block in enumerate(blocks.tolist()):

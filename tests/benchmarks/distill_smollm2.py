@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT)]
 
 import torch  # noqa: E402
 
-from ds.loader import count_windows, held_out_batches  # noqa: E402
+from ds.loader import count_windows, grid_of, held_out_batches  # noqa: E402
 from scripts.config import TrainingConfig  # noqa: E402
 from scripts.engine.distributed import leaving  # noqa: E402
 from scripts.generate import open_model  # noqa: E402
@@ -219,10 +219,11 @@ def held_out_windows(config: TrainingConfig) -> Iterator[torch.Tensor]:
     assert stream is not None
     batches = held_out_batches(
         stream,
+        grid_of([stream.num_tokens], config.context_length),
+        source=0,
         rank=0,
         world_size=1,
         micro_batch_rows=config.micro_batch_rows,
-        context_length=config.context_length,
         num_windows=DIVERGENCE_TOKENS // config.context_length,
     )
     return map(torch.from_numpy, batches)
