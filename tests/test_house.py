@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = ("config", "model", "plan", "engine", "run", "trainer", "entries")
 ROOMS = {
-    "model": {"decoder", "operations", "losses", "sampling", "activation_offload", "huggingface"},
+    "model": {"decoder", "documents", "operations", "losses", "sampling", "activation_offload", "huggingface"},
     "plan": {"footprint", "machine"},
     "engine": {"distributed", "watch", "toolchain", "truth_check", "offload"},
     "run": {"state", "setup", "run_dir", "metrics", "checkpoint", "storage", "evaluate", "teacher"},
@@ -220,6 +220,7 @@ NOT_SETTINGS = {
     "ds.pieces": {"PIECE_BYTES", "BATCH_TOKENS", "COUNTED_BYTES", "COMPARED_DOCUMENTS", "LENGTH_CLASSES"},
     "ds.loader": {"NUM_ROUNDS", "SCAN_TOKENS", "PERMUTED_ROWS", "REMEMBERED_COUNTS"},
     "scripts.model.huggingface": {"LARGEST_JSON_BYTES"},
+    "scripts.model.documents": {"VARLEN_TILE_ROWS"},
     "scripts.model.losses": {"IGNORED", "HALF_GRADIENT_SCALE"},
     "scripts.model.sampling": {"LEAST_TEMPERATURE"},
     "scripts.plan.footprint": {"LABEL_CHUNK_BYTES", "LABEL_COPIES", "WINDOW_BYTES", "OPTIMIZER_BYTES"},
