@@ -30,6 +30,7 @@ from scripts import trainer
 from scripts.config import PRECISIONS, TrainingConfig
 from scripts.engine import truth_check
 from scripts.model.decoder import Decoder, empty_model
+from scripts.model.documents import Documents
 from scripts.model.huggingface import teacher_config
 from scripts.model.losses import next_token
 from scripts.prepare_data import prepare
@@ -249,8 +250,8 @@ class Alone(NamedTuple):
 
     module: Decoder
 
-    def __call__(self, ids: Tensor) -> Tensor:
-        return self.module(ids)
+    def __call__(self, ids: Tensor, documents: Documents | None = None) -> Tensor:
+        return self.module(ids, documents=documents)
 
 
 def fake_step_peak(config: TrainingConfig, device_type: str = "cuda") -> Peak:

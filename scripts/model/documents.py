@@ -177,15 +177,14 @@ class _HostDocumentAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (*kept, (cos, sin)), log_sums, documents = ctx.saved_tensors[:5], ctx.saved_tensors[5:], ctx.documents
-        q, k = kept[:2]
+        (q, k, v, output, (cos, sin), *log_sums), documents = ctx.saved_tensors, ctx.documents
         repeats, places = q.shape[1] // k.shape[1], len(documents.order)
-        grads = [q.new_empty(places, each.shape[1], each.shape[3], dtype=torch.float32) for each in kept[:3]]
+        grads = [q.new_empty(places, each.shape[1], each.shape[3], dtype=torch.float32) for each in (q, k, v)]
         for group, sums in zip(documents.groups, log_sums, strict=True):
-            own_q, own_k, own_v, output, above = (_of_group(each, documents, group) for each in (*kept, gradient))
+            own_q, *others, attended, above = (_of_group(each, documents, group) for each in (q, k, v, output, gradient))
             above.transpose(1, 2).flatten(0, 1).masked_fill_(documents.is_filling[group.places], 0.0)
-            wide = (own_q, *(each.repeat_interleave(repeats, 1) for each in (own_k, own_v)))
-            made = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(above, *wide, output, sums, 0.0, True)
+            wide = (above, own_q, *(each.repeat_interleave(repeats, 1) for each in others), attended)
+            made = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*wide, sums, 0.0, True)
             for grad, own in zip(grads, made, strict=True):
                 summed = own.unflatten(1, (grad.shape[1], -1)).sum(2) if grad.shape[1] < own.shape[1] else own
                 grad[group.places] = summed.transpose(1, 2).flatten(0, 1)
