@@ -20,6 +20,7 @@ from ds.tokenizer import to_json
 from scripts.config import ACTIVATION_CHECKPOINTING, PRECISIONS, TrainingConfig
 from scripts.memory import OUTSIDE_TORCH, allocated_bytes, plan
 from scripts.model.decoder import empty_model, initialise
+from scripts.model.documents import Windows
 from scripts.model.huggingface import transformers_config
 from scripts.model.losses import token_nats
 from scripts.model.sampling import continue_ids, new_cache
@@ -87,7 +88,7 @@ def test_logits_are_never_whole_in_evaluation_and_sampling():
     config = wide_config()
     model = initialise(empty_model(config, torch.device("cpu"))).eval()
     windows, num_bytes = torch.zeros(4, 129, dtype=torch.int64), torch.ones(8192)
-    evaluated = peak_of(lambda: evaluate(model, [windows], num_bytes, config.loss_chunk_rows), [])
+    evaluated = peak_of(lambda: evaluate(model, [Windows(windows)], num_bytes, config.loss_chunk_rows), [])
     prompt = torch.arange(128)
     sampled = peak_of(lambda: list(continue_ids(model, prompt, 3, temperature=0.0, top_k=1, seed=0)), [])
     weights = 2 * config.vocab_size * config.hidden_size

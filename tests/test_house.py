@@ -232,7 +232,7 @@ NOT_SETTINGS = {
     "scripts.engine.distributed": {"MESSAGE_BYTES", "IS_VALUE_ERROR"},
     "scripts.engine.offload": {"ROW_ELEMENTS"},
     "scripts.engine.truth_check": {
-        "LEARNING_RATE", "MOST_TRIES", "MOST_STEPS", "FEWEST_MICRO_BATCHES", "MOST_MICRO_BATCHES", "PLAIN_ROWS", "ROUNDING",
+        "CUTS", "LEARNING_RATE", "MOST_TRIES", "MOST_STEPS", "FEWEST_MICRO_BATCHES", "MOST_MICRO_BATCHES", "PLAIN_ROWS", "ROUNDING",
         "BOUNDS",
     },
     "scripts.run.storage": {"HASH_BYTES", "DIGEST_BYTES"},

@@ -18,6 +18,7 @@ from ds.loader import count_windows, micro_batches, read_labels, windows_of_run
 from scripts.config import TrainingConfig, refuse_on_this_machine
 from scripts.engine.distributed import Ranks
 from scripts.memory import refuse_too_large
+from scripts.model.documents import Windows
 from scripts.plan.machine import room_in_all
 from scripts.prepare_data import Data, open_data, prepare
 from scripts.run.checkpoint import Checkpoint
@@ -323,7 +324,7 @@ def test_labels_on_the_disk_are_what_the_teacher_says_of_every_window_that_is_re
     for step in range(config.num_steps):
         for batch in micro_batches(data.train, step=step, context_length=config.context_length, **order):
             ids, logs, tail = read_labels(labels, batch.windows, config.context_length)
-            said, _ = label(teacher, torch.from_numpy(batch.ids), config)
+            said, _ = label(teacher, Windows(torch.from_numpy(batch.ids)), config)
             np.testing.assert_allclose(np.exp(logs.astype(np.float32)).sum(-1) + tail, 1, atol=2e-3)
             np.testing.assert_allclose(tail, said.tail, atol=2e-3)
             np.testing.assert_allclose(logs, said.logs, atol=2e-2)
@@ -385,6 +386,7 @@ def test_the_end_tells_teacher_and_student_and_the_student_without_a_teacher(fin
 
 APART = """
 import gc
+from scripts.model.documents import Windows
 from scripts.model.decoder import Decoder
 
 def apart(function):

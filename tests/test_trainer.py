@@ -56,7 +56,7 @@ truth_check.refuse_untrue_updates = lambda *_: None
 
 def poisoned(engine, windows, config):
     loss = next_token(engine, windows, config)
-    return loss * float("nan") if (windows == {poison}).any() else loss
+    return loss * float("nan") if (windows.ids == {poison}).any() else loss
 
 if __name__ == "__main__":
     for fields in json.loads({described!r}):
@@ -257,7 +257,7 @@ def test_the_train_line_has_the_fields_of_the_contract(finished_run):
     line = next(line for line in metrics(finished_run) if line["kind"] == "train")
     assert list(line) == [
         "kind", "step", "tokens", "loss", "grad_norm", "learning_rate", "tokens_per_second", "seconds", "gpu_peak_gib",
-        "host_peak_gib", "tokens_hash", "windows_hash",
+        "host_peak_gib", "tokens_hash", "windows_hash", "crossing_share",
     ]  # fmt: skip
     assert line["tokens"] == finished_run.tokens_per_step
 

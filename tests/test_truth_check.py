@@ -107,7 +107,7 @@ def without_mean_over_ranks(kept):
 def tied(share):
     def loss(engine, windows, config):
         head = share * engine.module.head + (1.0 - share) * engine.module.head.detach()
-        return next_token_loss(engine(windows[:, :-1]), head, windows[:, 1:], config.loss_chunk_rows)
+        return next_token_loss(engine(windows.inputs), head, windows.targets, config.loss_chunk_rows)
 
     return loss
 
