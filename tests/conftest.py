@@ -287,7 +287,10 @@ def finished_runs(tmp_path_factory) -> dict[tuple[int, str], TrainingConfig]:
 
 
 def _configs(folder: Path) -> dict[str, TrainingConfig]:
-    configs = {name: tiny_config(folder, run_dir=str(folder / name), precision=name) for name in PRECISIONS}
+    configs = {
+        name: tiny_config(folder, run_dir=str(folder / name), precision=name, mask_across_documents=name == "bf16")
+        for name in PRECISIONS
+    }
     return configs | {name: tiny_student(configs["fp32"], name, folder / name) for name in RUNS[2:]}
 
 

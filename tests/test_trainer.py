@@ -4,6 +4,7 @@ import hashlib
 import json
 import signal
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -262,6 +263,19 @@ def test_the_train_line_has_the_fields_of_the_contract(finished_run):
     assert line["tokens"] == finished_run.tokens_per_step
 
 
+def test_the_train_line_says_which_share_of_the_steps_windows_crosses_documents(finished_runs):
+    """Whether they are masked or not; over all ranks."""
+    for ranks, name in product((1, 2), PRECISIONS):
+        config = finished_runs[ranks, name]
+        stream, rows, length = prepare(config).train, config.rows_per_step, config.context_length
+        for line in (line for line in metrics(config) if line["kind"] == "train"):
+            order = {"step": line["step"] - 1, "rank": 0, "world_size": 1, "seed": config.seed}
+            (batch,) = micro_batches(stream, micro_batch_rows=rows, rows_per_step=rows, context_length=length, **order)
+            crossing = [256 in row[: length - 1] for row in batch.ids.tolist()]
+            assert line["crossing_share"] == sum(crossing) / rows
+        assert any(line.get("crossing_share") for line in metrics(config))
+
+
 @pytest.mark.slow
 def test_a_run_continued_with_less_of_the_card_reads_the_same_tokens_and_differs_by_rounding(tmp_path):
     whole, moved = (tiny_config(tmp_path, run_dir=str(tmp_path / name), precision="fp32") for name in ("whole", "moved"))
@@ -383,7 +397,11 @@ if __name__ == "__main__":
 
 def elastic_configs(folder: Path, name: str, teacher: TrainingConfig) -> list:
     changes = dict(num_steps=ELASTIC_STEPS, save_every_steps=100, eval_every_steps=30)
-    alone = [tiny_config(folder, run_dir=str(folder / f"{name}-{kind}"), precision=kind, **changes) for kind in PRECISIONS]
+    places = {kind: str(folder / f"{name}-{kind}") for kind in PRECISIONS}
+    alone = [
+        tiny_config(folder, run_dir=place, precision=kind, mask_across_documents=kind == "bf16", **changes)
+        for kind, place in places.items()
+    ]
     student = tiny_student(replace(alone[0], run_dir=teacher.run_dir), "labels", folder / f"{name}-labels")
     return [*alone, student]
 

@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from scripts.model import operations
 
-# Flash attention's own for documents on end: its backward makes room for so many more tokens a piece.
-VARLEN_TILE_ROWS = 128
+# Kernels' own on a card: their backward makes room for so many tokens a piece, however short it is.
+TILE_ROWS = 128
 
 
 class Documents(NamedTuple):
@@ -77,16 +77,21 @@ def windows_of(ids: np.ndarray, borders: np.ndarray | None, device: torch.device
 
 
 def documents_of(borders: np.ndarray, device: torch.device) -> Documents:
-    """`Documents` on `device`, from the borders of their pieces, (N + 1,) int32. A piece is filled up by a quarter at most."""
+    """`Documents` on `device`, from the borders of their pieces, (N + 1,) int32. A piece is filled up by a quarter at most.
+
+    On a card a group is cut so that a tile of rows for each of its pieces is no more than all tokens.
+    """
     lengths = np.diff(borders)
     steps = 2 ** np.maximum(np.log2(lengths).astype(np.int32) - 2, 0)
     filled = -(-lengths // steps) * steps
+    at_once = len(lengths) if device.type == "cpu" else max(1, int(borders[-1]) // TILE_ROWS)
     groups, orders, first = [], [], 0
     for length in np.unique(filled).tolist():
-        own = np.flatnonzero(filled == length)
-        groups.append(Group(first, len(own), length))
-        orders.append((borders[own, None] + np.minimum(np.arange(length), lengths[own, None] - 1)).flatten())
-        first += len(own) * length
+        pieces = np.flatnonzero(filled == length)
+        for own in np.split(pieces, range(at_once, len(pieces), at_once)):
+            groups.append(Group(first, len(own), length))
+            orders.append((borders[own, None] + np.minimum(np.arange(length), lengths[own, None] - 1)).flatten())
+            first += len(own) * length
     order = np.concatenate(orders)
     is_filling = np.append(False, order[1:] == order[:-1])
     places = np.flatnonzero(~is_filling)[np.argsort(order[~is_filling])]
@@ -109,12 +114,12 @@ def _attend_rotated_within(q: Tensor, k: Tensor, v: Tensor, documents: Documents
     """`attend_within` off the host, where q and k are rotated already.
 
     Flash attention takes pieces of any lengths on end, as torch.nn.attention.varlen does, whose signature differs from 2.11 to
-    2.13 while its kernel's does not. In the backward it makes room for VARLEN_TILE_ROWS more tokens a piece. So where pieces
+    2.13 while its kernel's does not. In the backward it makes room for TILE_ROWS more tokens a piece. So where pieces
     are shorter than that, or it does not take such heads, each group of them is a batch: a piece sees nothing behind its end.
     """
     rows, positions, width = q.shape[0], q.shape[2], q.shape[3]
     tokens = [each.transpose(1, 2).flatten(0, 1) for each in (q, k, v)]
-    is_long = VARLEN_TILE_ROWS * (len(documents.borders) - 1) <= rows * positions
+    is_long = TILE_ROWS * (len(documents.borders) - 1) <= rows * positions
     if q.device.type == "cuda" and is_long and operations.takes_flash(q, k, v):
         padded = [functional.pad(each, (0, operations.padded_width(width) - width)) for each in tokens]
         lengths, scale = (documents.borders,) * 2 + (documents.longest,) * 2, 1 / math.sqrt(width)
