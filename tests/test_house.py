@@ -223,7 +223,7 @@ NOT_SETTINGS = {
     "scripts.model.documents": {"TILE_ROWS"},
     "scripts.model.losses": {"IGNORED", "HALF_GRADIENT_SCALE"},
     "scripts.model.sampling": {"LEAST_TEMPERATURE"},
-    "scripts.plan.footprint": {"LABEL_CHUNK_BYTES", "LABEL_COPIES", "WINDOW_BYTES", "OPTIMIZER_BYTES"},
+    "scripts.plan.footprint": {"LABEL_CHUNK_BYTES", "LABEL_COPIES", "DOCUMENT_BYTES", "WINDOW_BYTES", "OPTIMIZER_BYTES"},
     "scripts.plan.machine": {"LARGEST_LIMIT", "BACKWARD_SHARE", "ADAM_BYTES"},
     "scripts.report": {"SHOWN_CHARACTERS"},
     "scripts.run.teacher": {"LEAST_BLOCK_TOKENS"},

@@ -441,7 +441,7 @@ def fake_mode(device_type: str, capability: tuple[int, ...]) -> Iterator[FakeDev
     attention = AttentionOfCard(capability)
     stood_in = {
         (functional, "scaled_dot_product_attention"): attention,
-        (torch.ops.aten, "_flash_attention_forward"): attention.on_end,
+        (torch.ops.aten, "_flash_attention_forward"): FlashOnEnd(torch.ops.aten._flash_attention_forward, attention),
         (torch.ops.aten, "_fused_rms_norm"): FusedRmsNorm(torch.ops.aten._fused_rms_norm),
         (torch.cuda, "get_device_capability"): lambda device=None: capability,
         (torch.cuda, "Stream"): _Stream, (torch.cuda, "Event"): _Stream, (torch.cuda, "current_stream"): _Stream,
@@ -471,18 +471,11 @@ class AttentionOfCard:
     def __init__(self, capability: tuple[int, ...]) -> None:
         self.sm = 10 * capability[0] + capability[1]
         self.kernels: list[str] = []
-        self._flash_on_end = torch.ops.aten._flash_attention_forward
 
-    def on_end(self, q, k, v, *lengths: Any, **options: Any) -> tuple[Tensor, ...]:
-        """Flash attention of documents on end, (tokens, heads, width): asks of its inputs what the kernel asks."""
+    def has_flash(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Whether flash attention takes these heads."""
         has_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in (q, k, v))
-        borders = lengths[:2]
-        assert self._has_flash(q.dtype, q.shape[-1], has_gradient) and q.shape[-1] % 8 == 0
-        assert all(each.dim() == 3 and each.stride(-1) == 1 for each in (q, k, v)) and q.shape[1] % k.shape[1] == 0
-        assert all(each.dtype == torch.int32 and each.is_contiguous() and each.device == q.device for each in borders)
-        assert all(isinstance(longest, int) for longest in lengths[2:4])
-        self.kernels.append("flash on end")
-        return self._flash_on_end(q, k, v, *lengths, **options)
+        return self._has_flash(q.dtype, q.shape[-1], has_gradient)
 
     def __call__(self, q, k, v, attn_mask=None, is_causal=False, scale=None, enable_gqa=False) -> Tensor:
         has_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in (q, k, v))
@@ -508,6 +501,24 @@ class AttentionOfCard:
         if self.sm >= 80 or dtype != torch.float32:
             alignment = max(alignment, 16 // dtype.itemsize)
         return self.sm <= 121 and width % alignment == 0 and (dtype != torch.bfloat16 or self.sm >= 80)
+
+
+class FlashOnEnd:
+    """In the place of `operation`, torch's own flash attention of documents on end: asks of its inputs what the kernel asks."""
+
+    def __init__(self, operation: Any, attention: AttentionOfCard) -> None:
+        self.operation, self.attention = operation, attention
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *lengths: Any, **options: Any) -> tuple[Tensor, ...]:
+        assert self.attention.has_flash(q, k, v) and q.shape[-1] % 8 == 0 and q.shape[1] % k.shape[1] == 0
+        assert all(each.dim() == 3 and each.stride(-1) == 1 and len(each) == len(q) for each in (q, k, v))
+        assert all(each.dtype == torch.int32 and each.is_contiguous() and each.device == q.device for each in lengths[:2])
+        assert all(isinstance(longest, int) for longest in lengths[2:4])
+        self.attention.kernels.append("flash on end")
+        return self.operation(q, k, v, *lengths, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.operation, name)
 
 
 class FusedRmsNorm:
