@@ -1,8 +1,8 @@
 """What masking across documents costs, at 2 to 64 documents a window, and what it does to the held-out loss of the main job.
 
 `python tests/benchmarks/masking.py` measures tokens/s and peak memory of the main job's step: each contender lives in a process
-of its own, and they take turns, one optimizer step at a time. `python tests/benchmarks/masking.py loss` trains the main job with
-and without the mask, with three seeds. Both write to tests/benchmarks/results/masking.json.
+of its own, and they take turns, one optimizer step at a time. `python tests/benchmarks/masking.py loss` trains the main job
+with and without the mask, with three seeds. Both write to tests/benchmarks/results/masking.json.
 """
 
 import json
@@ -91,9 +91,8 @@ def contend(name: str, pipe: Any) -> None:
         started = time.perf_counter()
         trainer.run_step(run, next_token, next(steps))
         pipe.send(time.perf_counter() - started)
-    pipe.send(
-        torch.cuda.max_memory_allocated() / 2**30 if has_card else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    )
+    own_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+    pipe.send((torch.cuda.max_memory_allocated() if torch.cuda.is_available() else own_bytes) / 2**30)
 
 
 def drawn_stream(path: Path, documents_a_window: int) -> TokenStream:
