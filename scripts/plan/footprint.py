@@ -187,8 +187,8 @@ def _largest_matrix(config: TrainingConfig) -> int:
 
 def _inputs(config: TrainingConfig) -> dict[str, int]:
     ids, rotary = config.micro_batch_rows * (config.context_length + 1), config.context_length * config.head_width
-    tokens = config.micro_batch_rows * config.context_length
-    documents = tokens * (4 * config.head_width + DOCUMENT_BYTES) * config.mask_across_documents
+    per_token = (4 * config.head_width + DOCUMENT_BYTES) * config.mask_across_documents
+    documents = config.micro_batch_rows * config.context_length * per_token
     return {"ids and rotary table": 8 * ids + 4 * rotary, "documents": documents, "labels": _label_bytes(config)}
 
 
@@ -261,9 +261,8 @@ def _forward_bytes(model: _Model, needs_gradient: bool) -> int:
     sums = 4 * m * model.config.num_heads * (needs_gradient or model.has_flash(False))
     attending = s * m * (2 * padded + 2 * read - k * (read == k)) + sums
     producing = s * m * (padded + q * (padded > q) + d)
-    if model.places > m:
-        groups = s * (m * (2 * q + k) + model.places * (q + 2 * k + padded))
-        rotating, attending = max(rotating, groups), groups + attending * model.places // m
+    groups = s * (m * (2 * q + k) + model.places * (q + 2 * k + padded)) * (model.places > m)
+    attending = groups + attending * model.places // m
     return max(projected + max(rotating, padding, attending, producing), 3 * s * m * (d + model.mlp), 4 * s * m * d)
 
 
@@ -272,18 +271,12 @@ def _forward_on_host(model: _Model, projected: int) -> Iterator[int]:
     s, w, m, r, d, f = model.storage, model.products, model.tokens, model.rows, model.width, model.mlp
     q, k, cast = model.queries, model.keys, model.cast
     yield s * m * (d + q + 2 * k) + cast * d * (q + 2 * k) + _normed_rows(model, q)
-    yield projected + _attention_on_host(model)
+    p, sums = model.places, 4 * model.places * model.config.num_heads
+    grouped = (4 * m + s * m * (s < 4)) * (q + k) + s * (m + p) * q + 4 * p * (4 * q + 2 * k)
+    yield projected + sums + (grouped if p > m else 4 * m * (4 * q + k) + s * m * (2 * q + k) * (s < 4))
     yield projected + s * m * q + cast * (m * q + d * q) + 4 * m * d + s * m * d * (s < 4)
     yield s * m * 2 * (d + f) + cast * 2 * d * f + _normed_rows(model, f)
     yield s * m * (3 * d + 2 * f) + cast * d * f + r * (4 * f + max(4 * f * (s < 4), w * d))
-
-
-def _attention_on_host(model: _Model) -> int:
-    """What attention makes of q, k and v. Of documents all may be in one group, and what is made of it is kept to the end."""
-    s, m, p, q, k, heads = model.storage, model.tokens, model.places, model.queries, model.keys, model.config.num_heads
-    if p == m:
-        return 4 * m * (4 * q + k + heads) + s * m * (2 * q + k) * (s < 4)
-    return 4 * m * (q + k) + s * p * q + 4 * p * (4 * q + 2 * k + heads) + s * m * q + s * m * (q + k) * (s < 4)
 
 
 def _normed_rows(model: _Model, widest: int) -> int:
@@ -374,11 +367,11 @@ def _attention_backward_kernel(model: _Model) -> int:
     Documents are given to them so that tiles of rows take no more than their tokens do again (`documents_of`).
     """
     config, head = model.config, model.padded_head
-    heads, length = config.micro_batch_rows * config.num_heads, _rounded(config.context_length, 128)
-    length *= 2 if config.mask_across_documents else 1
+    masks, heads = config.mask_across_documents, config.micro_batch_rows * config.num_heads
+    length = _rounded(config.context_length, 128) * (2 if masks else 1)
     sums, queries, is_padded = 4 * heads * length, model.storage * model.tokens * model.padded_queries, head > config.head_width
     if not model.has_flash(True):
-        tiles = 128 * heads if model.places == model.tokens else max(128 * heads, model.tokens * config.num_heads)
+        tiles = max(128 * heads, model.tokens * config.num_heads * masks)
         return sums * (_rounded(head, 64) + 1) + 4 * tiles * _rounded(head, 128) + queries * is_padded
     shares = -(-settings.NUM_MULTIPROCESSORS // heads)
     copies = 2 * queries * ((model.keys < model.queries) + is_padded)
@@ -404,11 +397,9 @@ def _work_on_host(model: _Model) -> Iterator[dict[str, int]]:
     casting = rows * 4 + gates_cast * (1 + last) + w * matrix
     piece = max(rows * (3 + 3 * last) + gates_cast * last, casting, rows * 3 + gates_cast + copied * matrix)
     yield {"one block's backward": 2 * gradient + gates + 2 * cast * matrix + piece, "gradients in flight": 8 * matrix}
-    q, k = model.queries, model.keys
-    output = 4 * m * q
-    made = 5 * output + max(3 * (s < 4) * output, 8 * m * k)
-    if model.places > m:
-        made = 4 * model.places * (9 * q + 5 * k) + 4 * m * (q + 2 * k) + s * m * (q + k) * (s < 4)
+    q, k, output = model.queries, model.keys, 4 * m * model.queries
+    grouped = 4 * model.places * (9 * q + 5 * k) + 4 * m * (q + 2 * k) + s * m * (q + k) * (s < 4)
+    made = grouped if model.places > m else 5 * output + max(3 * (s < 4) * output, 8 * m * k)
     yield {"one block's backward": gradient + s * m * q + made}
 
 
