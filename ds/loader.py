@@ -2,7 +2,7 @@
 
 Window i of a source is its tokens[i * T : i * T + T + 1] for T = context_length: rows to read and, one later, to predict. A
 stream is one source, or several that are read in fixed shares. Owns the order of the windows, what says which were read, and
-which documents they come from. Knows nothing of bytes on disk or models.
+which documents they come from and where in them these begin. Knows nothing of bytes on disk or models.
 """
 
 from collections.abc import Iterator, Sequence
@@ -153,6 +153,21 @@ def read_windows(stream: TokenStream, windows: np.ndarray, grid: Grid) -> np.nda
     """The tokens of windows: (B,) int64 -> (B, context_length + 1) int64."""
     starts = window_starts(windows, grid).tolist()
     return np.stack([stream.read(start, start + grid.context_length + 1) for start in starts])
+
+
+def document_borders(ids: np.ndarray, end_of_text_id: int) -> np.ndarray:
+    """Where the pieces of documents begin in the inputs of windows, B * T tokens on end: (B, T + 1) int64 -> (N + 1,) int32.
+
+    Ascending; the last is B * T. A row begins a piece, whatever it begins with, and so does a token behind an end of text.
+    """
+    begins = np.ones((len(ids), ids.shape[1] - 1), dtype=bool)
+    begins[:, 1:] = ids[:, :-2] == end_of_text_id
+    return np.append(np.flatnonzero(begins), begins.size).astype(np.int32)
+
+
+def count_crossing(ids: np.ndarray, end_of_text_id: int) -> int:
+    """How many windows hold the end of a document and the begin of another among their inputs: (B, T + 1) int64."""
+    return int((ids[:, :-2] == end_of_text_id).any(1).sum())
 
 
 def read_labels(labels: LabelStream, windows: np.ndarray, context_length: int) -> Labels[np.ndarray]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from ds.shards import Labels
 from scripts.config import DISTILL, TrainingConfig, refuse_arguments, refusing
 from scripts.engine.distributed import leaving
+from scripts.model.documents import Windows
 from scripts.model.losses import LabelledTokens, distillation_loss, label_loss, likeliest
 from scripts.prepare_data import prepare
 from scripts.run.state import Run
@@ -30,29 +31,32 @@ def objective_of(config: TrainingConfig) -> Objective:
     return from_teacher if config.teacher_top_k is None else from_labels
 
 
-def from_teacher(engine, windows: Tensor, teacher, config: TrainingConfig) -> Tensor:
-    """The objective with a teacher beside the student: windows (B, T + 1) int64 -> mean loss in nats, () float32."""
-    inputs, targets = windows[:, :-1], windows[:, 1:]
+def from_teacher(engine, windows: Windows, teacher, config: TrainingConfig) -> Tensor:
+    """The objective with a teacher beside the student, both with the same documents: windows of T + 1 tokens -> mean loss in
+    nats, () float32.
+    """
     with torch.no_grad():
-        teacher_hidden = teacher(inputs)
+        teacher_hidden = teacher(windows.inputs, documents=windows.documents)
+    hidden, head = engine(windows.inputs, documents=windows.documents), engine.module.head
     return distillation_loss(
-        engine(inputs), engine.module.head, targets, teacher_hidden, teacher.head, weight=config.distill_weight,
+        hidden, head, windows.targets, teacher_hidden, teacher.head, weight=config.distill_weight,
         temperature=config.distill_temperature, divergence=config.distill_divergence, chunk_rows=config.loss_chunk_rows,
     )  # fmt: skip
 
 
-def from_labels(engine, windows: Tensor, labels: Labels[Tensor], config: TrainingConfig) -> Tensor:
-    """The objective with a teacher's labels: windows (B, T + 1) int64, labels of (B, T) tokens -> mean loss in nats, ()."""
+def from_labels(engine, windows: Windows, labels: Labels[Tensor], config: TrainingConfig) -> Tensor:
+    """The objective with a teacher's labels: windows of T + 1 tokens, labels of (B, T) tokens -> mean loss in nats, ()."""
+    hidden = engine(windows.inputs, documents=windows.documents)
     return label_loss(
-        engine(windows[:, :-1]), engine.module.head, windows[:, 1:], labels, weight=config.distill_weight,
+        hidden, engine.module.head, windows.targets, labels, weight=config.distill_weight,
         temperature=config.distill_temperature, divergence=config.distill_divergence, chunk_rows=config.loss_chunk_rows,
     )  # fmt: skip
 
 
-def label(teacher, windows: Tensor, config: TrainingConfig) -> LabelledTokens:
-    """A teacher's labels of windows (B, T + 1) int64, and the nats that they leave out, (B, T) float32."""
+def label(teacher, windows: Windows, config: TrainingConfig) -> LabelledTokens:
+    """A teacher's labels of windows of T + 1 tokens, and the nats that they leave out, (B, T) float32."""
     with torch.no_grad():
-        hidden = teacher(windows[:, :-1])
+        hidden = teacher(windows.inputs, documents=windows.documents)
     return likeliest(hidden, teacher.head, config.teacher_top_k or 0, config.distill_temperature, config.loss_chunk_rows)
 
 

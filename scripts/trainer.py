@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ds.loader import MicroBatch, digest_rows, read_labels
+from ds.loader import MicroBatch, count_crossing, digest_rows, read_labels
 from ds.shards import Labels
 from scripts.config import TrainingConfig
 from scripts.engine import offload, truth_check, watch
@@ -31,11 +31,11 @@ from scripts.run.state import (
     Run,
     Step,
     advance,
-    ids_on_device,
     is_due,
     order_record,
     progress_record,
     step_batches,
+    windows_on_device,
     with_fresh_digests,
 )
 
@@ -96,11 +96,12 @@ def run_step(run: Run, objective: Objective, step: int) -> Step:
     """One optimizer update over `tokens_per_step` tokens. Every rank must call this."""
     run.watch.step = step + 1
     set_learning_rate(run.engine, learning_rate_at(step, run.config))
-    num_skipped_before, losses, digests = run.engine.skipped_steps, [], np.zeros((2, 4), dtype=np.int64)
+    num_skipped_before, losses, digests, crossing = run.engine.skipped_steps, [], np.zeros((2, 4), dtype=np.int64), 0
     for batch in step_batches(run, step):
         digests += (digest_rows(batch.rows, batch.ids), digest_rows(batch.rows, batch.windows[:, None]))
+        crossing += count_crossing(batch.ids, run.data.end_of_text_id)
         losses.append(run_micro_batch(run.engine, objective, _objective_inputs(run, batch), run.config))
-    return reduce_over_ranks(run, torch.stack(losses), digests, run.engine.skipped_steps > num_skipped_before)
+    return reduce_over_ranks(run, torch.stack(losses), digests, crossing, run.engine.skipped_steps > num_skipped_before)
 
 
 def run_micro_batch(engine, objective: Objective, inputs: list[Any], config: TrainingConfig) -> Tensor:
@@ -111,24 +112,25 @@ def run_micro_batch(engine, objective: Objective, inputs: list[Any], config: Tra
     return loss.detach()
 
 
-def reduce_over_ranks(run: Run, losses: Tensor, digests: np.ndarray, is_skipped: bool) -> Step:
-    """What all ranks learn of a step, in one reduction: stop requests, digests (2, 4) and losses (micro-batches,).
+def reduce_over_ranks(run: Run, losses: Tensor, digests: np.ndarray, num_crossing: int, is_skipped: bool) -> Step:
+    """What all ranks learn of a step, in one reduction: stop requests, how many of its windows cross documents, digests (2, 4)
+    and losses (micro-batches,).
 
     The words of a digest are below 2**32, so float64 adds them exactly.
     """
     ranks, num_micro_batches = run.ranks, len(losses)
     by_rank = torch.zeros(ranks.world_size, num_micro_batches, dtype=torch.float64, device=run.device)
     by_rank[ranks.rank] = losses.double()
-    wants_stop = torch.tensor([float(run.watch.reason is not None)], dtype=torch.float64, device=run.device)
+    counts = torch.tensor([run.watch.reason is not None, num_crossing], dtype=torch.float64, device=run.device)
     words = torch.tensor((digests.flatten() % 2**32).astype(np.float64), device=run.device)
-    parts = (wants_stop, words, by_rank.flatten())
-    together = torch.cat(parts)
+    together = torch.cat(parts := (counts, words, by_rank.flatten()))
     torch.distributed.all_reduce(together)
-    stop, words, of_all = (part.numpy() for part in together.cpu().split([len(part) for part in parts]))
+    (stop, crossing), words, of_all = (part.numpy() for part in together.cpu().split([len(part) for part in parts]))
     tokens_digest, windows_digest = words.astype(np.int64).reshape(2, 4)
     return Step(
         loss=float(of_all.mean()), losses=of_all.reshape(ranks.world_size, -1), tokens_digest=tokens_digest,
-        windows_digest=windows_digest, is_skipped=is_skipped, is_stop_requested=bool(stop[0]),
+        windows_digest=windows_digest, crossing_share=float(crossing) / run.config.rows_per_step, is_skipped=is_skipped,
+        is_stop_requested=bool(stop),
     )  # fmt: skip
 
 
@@ -180,8 +182,8 @@ def train_tiny(
             is_skipped, tries = True, 0
             while is_skipped and tries < truth_check.MOST_TRIES:
                 tries, num_skipped_before = tries + 1, engine.skipped_steps
-                for ids in batches:
-                    run_micro_batch(engine, next_token, [ids], tiny)
+                for windows in batches:
+                    run_micro_batch(engine, next_token, [windows], tiny)
                 is_skipped = engine.skipped_steps > num_skipped_before
             norms.append(math.nan if is_skipped else gradient_norm(engine))
         return truth_check.Trained(offload.full_masters(engine, model), norms)
@@ -278,14 +280,14 @@ def refuse_more_skips(run: Run, steps_done: int, progress: Progress) -> None:
 
 def _objective_inputs(run: Run, batch: MicroBatch) -> list[Any]:
     """What an objective gets: windows on the device; in distillation the teacher too, or its labels of these windows."""
-    ids, teaching = ids_on_device(run, batch), run.teaching
+    windows, teaching = windows_on_device(batch.ids, run.config, run.data, run.device), run.teaching
     if teaching is None:
-        return [ids]
+        return [windows]
     if run.config.teacher_top_k is None:
-        return [ids, teaching.source]
+        return [windows, teaching.source]
     labels = read_labels(teaching.source, batch.windows, run.config.context_length)
     parts = (labels.ids.astype(np.int32), labels.logs, labels.tail)
-    return [ids, Labels(*(torch.from_numpy(part).to(run.device, non_blocking=True) for part in parts))]
+    return [windows, Labels(*(torch.from_numpy(part).to(run.device, non_blocking=True) for part in parts))]
 
 
 @contextmanager

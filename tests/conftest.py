@@ -77,10 +77,10 @@ def tiny_student(teacher: TrainingConfig, name: str, run_dir: Path, **changes) -
 
 
 def tiny_mixture(student: TrainingConfig, **changes) -> TrainingConfig:
-    """The same on the same documents as three sources by weight: the first is one document, which is read again and again."""
+    """The same on the same documents as three sources by weight, masked: the first is one document, read again and again."""
     (corpus,) = student.corpus
     sources = {"corpus": (f"{corpus}/2.txt", f"{corpus}/1*.txt", f"{corpus}/[03-9]*.txt"), "corpus_weights": (0.5, 0.3, 0.2)}
-    return replace(student, data_dir=f"{student.data_dir}-mixture", **(sources | changes))
+    return replace(student, data_dir=f"{student.data_dir}-mixture", mask_across_documents=True, **(sources | changes))
 
 
 def launch(
@@ -294,7 +294,10 @@ def finished_runs(tmp_path_factory) -> dict[tuple[int, str], TrainingConfig]:
 
 
 def _configs(folder: Path) -> dict[str, TrainingConfig]:
-    configs = {name: tiny_config(folder, run_dir=str(folder / name), precision=name) for name in PRECISIONS}
+    configs = {
+        name: tiny_config(folder, run_dir=str(folder / name), precision=name, mask_across_documents=name == "bf16")
+        for name in PRECISIONS
+    }
     students = {name: tiny_student(configs["fp32"], name, folder / name) for name in ("distill", "labels", "mixture")}
     return configs | students | {"mixture": tiny_mixture(students["mixture"])}
 

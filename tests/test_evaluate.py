@@ -14,6 +14,7 @@ from ds import tokenizer as bpe
 from ds.encoder import encode, plain_encoder
 from scripts.config import TrainingConfig
 from scripts.model.decoder import empty_model, initialise
+from scripts.model.documents import Windows
 from scripts.model.huggingface import transformers_config
 from scripts.run.evaluate import evaluate, is_spike
 
@@ -50,7 +51,7 @@ def test_nats_and_bits_are_those_that_transformers_gives(model, windows):
         logs = theirs(windows[:, :-1]).logits.double().log_softmax(-1)
     nats = -logs.gather(-1, windows[:, 1:, None]).sum().item()
     text = bpe.decode(TEXT, windows[:, 1:].flatten().numpy())
-    found = evaluate(model, [windows], NUM_BYTES, 5)
+    found = evaluate(model, [Windows(windows)], NUM_BYTES, 5)
     assert found.nats_per_token == pytest.approx(nats / windows[:, 1:].numel(), rel=1e-5)
     assert found.bits_per_byte == pytest.approx(nats / math.log(2) / len(text), rel=1e-5)
 
@@ -58,8 +59,10 @@ def test_nats_and_bits_are_those_that_transformers_gives(model, windows):
 @given(data=st.data(), chunk_rows=st.integers(1, 50))
 def test_result_does_not_depend_on_how_windows_are_cut_into_batches(model, windows, data, chunk_rows):
     borders = data.draw(st.sets(st.integers(1, len(windows) - 1)))
-    batches = [windows[start:stop] for start, stop in pairwise([0, *sorted(borders), len(windows)])]
-    assert evaluate(model, batches, NUM_BYTES, chunk_rows) == pytest.approx(evaluate(model, [windows], NUM_BYTES, 9), rel=1e-6)
+    batches = [Windows(windows[start:stop]) for start, stop in pairwise([0, *sorted(borders), len(windows)])]
+    assert evaluate(model, batches, NUM_BYTES, chunk_rows) == pytest.approx(
+        evaluate(model, [Windows(windows)], NUM_BYTES, 9), rel=1e-6
+    )
 
 
 def test_uniform_model_over_raw_bytes_costs_log2_of_the_vocabulary_a_byte():
@@ -70,12 +73,12 @@ def test_uniform_model_over_raw_bytes_costs_log2_of_the_vocabulary_a_byte():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    found = evaluate(model, [torch.arange(20).view(2, 10)], torch.tensor([1] * 256 + [0]), 4)
+    found = evaluate(model, [Windows(torch.arange(20).view(2, 10))], torch.tensor([1] * 256 + [0]), 4)
     assert found == pytest.approx((math.log(257), math.log2(257)), rel=1e-6)
 
 
 def test_evaluation_leaves_no_gradient_and_no_graph(model, windows):
-    evaluate(model, [windows], NUM_BYTES, 9)
+    evaluate(model, [Windows(windows)], NUM_BYTES, 9)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

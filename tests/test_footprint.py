@@ -20,6 +20,7 @@ from ds.tokenizer import to_json
 from scripts.config import ACTIVATION_CHECKPOINTING, PRECISIONS, TrainingConfig
 from scripts.memory import OUTSIDE_TORCH, allocated_bytes, plan
 from scripts.model.decoder import empty_model, initialise
+from scripts.model.documents import Windows
 from scripts.model.huggingface import transformers_config
 from scripts.model.losses import token_nats
 from scripts.model.sampling import continue_ids, new_cache
@@ -87,7 +88,7 @@ def test_logits_are_never_whole_in_evaluation_and_sampling():
     config = wide_config()
     model = initialise(empty_model(config, torch.device("cpu"))).eval()
     windows, num_bytes = torch.zeros(4, 129, dtype=torch.int64), torch.ones(8192)
-    evaluated = peak_of(lambda: evaluate(model, [windows], num_bytes, config.loss_chunk_rows), [])
+    evaluated = peak_of(lambda: evaluate(model, [Windows(windows)], num_bytes, config.loss_chunk_rows), [])
     prompt = torch.arange(128)
     sampled = peak_of(lambda: list(continue_ids(model, prompt, 3, temperature=0.0, top_k=1, seed=0)), [])
     weights = 2 * config.vocab_size * config.hidden_size
@@ -151,6 +152,28 @@ def assert_within_plan(config: TrainingConfig, ledger: Tracker, kernels: list[st
     assert kernels and "math" not in kernels
     assert peak.largest_bytes < size * min(tokens * config.vocab_size, tokens * config.num_heads * length)
     assert peak.num_bytes <= (1 + CLOSE) * tracked_part(config, "cuda", phase).num_bytes
+
+
+@pytest.mark.parametrize("lengths", [(129,), (33,), (1023, 1), (17, 300, 9), (100, 200)], ids=str)
+@pytest.mark.parametrize(("precision", "mode"), [("bf16", "none"), ("bf16", "block"), ("fp16", "none"), ("fp32", "block")])
+@pytest.mark.parametrize("device_type", ["cuda", "cpu"])
+def test_a_step_over_masked_documents_is_within_the_plan_and_nothing_grows_with_the_square_of_the_context(
+    device_type, precision, mode, lengths
+):
+    """Long documents on end and short ones in groups, where attention takes most of what a step does."""
+    config = wide_config(
+        precision=precision, activation_checkpointing=mode, mask_across_documents=True, qk_norm=mode == "none", vocab_size=257,
+        context_length=1024, micro_batch_rows=2, tokens_per_step=2048, eval_tokens=1024, num_heads=8, num_kv_heads=4,
+        head_size=30, hidden_size=64, loss_chunk_rows=128,
+    )  # fmt: skip
+    with fake_mode(device_type, tracker.WORST_CARDS[precision]) as place:
+        work = fake_step(config, place.device, lengths)
+        peak = peak_of(work.work, work.held)
+    assert peak.num_bytes <= tracked_part(config, device_type, STEP).num_bytes < 2.5 * peak.num_bytes
+    assert peak.largest_bytes < config.tokens_per_step * config.num_heads * config.context_length
+    flash = "flash on end" if sum(lengths) >= 128 * len(lengths) else "flash"
+    wanted = flash if precision == "bf16" else "efficient"
+    assert set(place.kernels) == ({wanted} if device_type == "cuda" else set())
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = ("config", "model", "plan", "engine", "run", "trainer", "entries")
 ROOMS = {
-    "model": {"decoder", "operations", "losses", "sampling", "activation_offload", "huggingface"},
+    "model": {"decoder", "documents", "operations", "losses", "sampling", "activation_offload", "huggingface"},
     "plan": {"footprint", "machine"},
     "engine": {"distributed", "watch", "toolchain", "truth_check", "offload"},
     "run": {"state", "setup", "run_dir", "metrics", "checkpoint", "storage", "evaluate", "teacher"},
@@ -229,9 +229,10 @@ NOT_SETTINGS = {
     "ds.pieces": {"PIECE_BYTES", "BATCH_TOKENS", "COUNTED_BYTES", "COMPARED_DOCUMENTS", "LENGTH_CLASSES"},
     "ds.loader": {"NUM_ROUNDS", "SCAN_TOKENS", "PERMUTED_ROWS", "REMEMBERED_COUNTS"},
     "scripts.model.huggingface": {"LARGEST_JSON_BYTES"},
+    "scripts.model.documents": {"TILE_ROWS"},
     "scripts.model.losses": {"IGNORED", "HALF_GRADIENT_SCALE"},
     "scripts.model.sampling": {"LEAST_TEMPERATURE"},
-    "scripts.plan.footprint": {"LABEL_CHUNK_BYTES", "LABEL_COPIES", "WINDOW_BYTES", "OPTIMIZER_BYTES"},
+    "scripts.plan.footprint": {"LABEL_CHUNK_BYTES", "LABEL_COPIES", "DOCUMENT_BYTES", "WINDOW_BYTES", "OPTIMIZER_BYTES"},
     "scripts.plan.machine": {"LARGEST_LIMIT", "BACKWARD_SHARE", "ADAM_BYTES"},
     "scripts.report": {"(SHOWN_CHARACTERS, SHOWN_NAME_CHARACTERS)", "BEHIND"},
     "scripts.run.teacher": {"LEAST_BLOCK_TOKENS"},
@@ -241,7 +242,7 @@ NOT_SETTINGS = {
     "scripts.engine.offload": {"ROW_ELEMENTS"},
     "scripts.engine.truth_check": {
         "LEARNING_RATE", "MOST_TRIES", "MOST_STEPS", "FEWEST_MICRO_BATCHES", "MOST_MICRO_BATCHES", "PLAIN_ROWS", "ROUNDING",
-        "BOUNDS",
+        "CUTS", "BOUNDS",
     },
     "scripts.run.storage": {"HASH_BYTES", "DIGEST_BYTES"},
     "scripts.run.run_dir": {"FOLDERS"},

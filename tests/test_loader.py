@@ -23,9 +23,11 @@ from ds.loader import (
     Document,
     Grid,
     Order,
+    count_crossing,
     count_windows,
     digest_hex,
     digest_rows,
+    document_borders,
     documents_between,
     grid_of,
     held_out_batches,
@@ -581,3 +583,17 @@ def test_documents_are_found_in_bounded_memory(tmp_path):
     tracemalloc.stop()
     assert found == [Document(2, 2**24 + 1, 2**25)]
     assert peak_bytes < 2**24
+
+
+@given(st.data(), st.integers(1, 4), st.integers(1, 12))
+def test_a_piece_of_a_document_begins_with_each_row_and_behind_each_end_of_text_in_it(data, rows, positions):
+    """And a window crosses documents if there are two of them among its inputs."""
+    ids = np.array(data.draw(st.lists(st.integers(0, 2), min_size=rows * (positions + 1), max_size=rows * (positions + 1))))
+    windows, borders, crossing = ids.reshape(rows, positions + 1), [], 0
+    for row, window in enumerate(windows[:, :-1].tolist()):
+        own = [at for at in range(positions) if at == 0 or window[at - 1] == 2]
+        borders += [row * positions + at for at in own]
+        crossing += len(own) > 1
+    found = document_borders(windows, 2)
+    assert found.dtype == np.int32 and found.tolist() == [*borders, rows * positions]
+    assert count_crossing(windows, 2) == crossing

@@ -157,7 +157,7 @@ def objective(engine, windows, config):
     if len(calls) == 4:
         kilobytes = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize"))
         resource.setrlimit(resource.RLIMIT_AS, (kilobytes * 1024 + 2**20, resource.RLIM_INFINITY))
-        windows = windows.repeat(8, 1)
+        windows = windows._replace(ids=windows.ids.repeat(8, 1))
     return next_token(engine, windows, config)
 """
 

@@ -19,7 +19,7 @@ from scripts.model.decoder import empty_model, initialise
 from scripts.prepare_data import Data, open_data, prepare
 from scripts.run.evaluate import HeldOut, bad_step_records, evaluate, held_out_fields, held_out_loss, mean_of
 from scripts.run.metrics import repeat_records, scalars
-from scripts.run.state import Progress, Run, Step, data_grid, data_order, order_record
+from scripts.run.state import Progress, Run, Step, data_grid, data_order, order_record, windows_on_device
 from scripts.run.teacher import labels_identity
 
 CPU, ALONE = torch.device("cpu"), Ranks(rank=0, local_rank=0, world_size=1, local_size=1, num_launchers=1)
@@ -109,7 +109,8 @@ def test_data_from_before_there_were_sources_is_refused_only_with_weights(mixed,
 
 def nats_of(config: TrainingConfig, data: Data, model, windows: list[int]) -> HeldOut:
     ids = [data.validation.read(start, start + config.context_length + 1) for start in windows if data.validation]
-    return evaluate(model, [torch.from_numpy(np.stack(ids))], torch.tensor(data.token_num_bytes()), 7)
+    batches = [windows_on_device(np.stack(ids), config, data, torch.device("cpu"))]
+    return evaluate(model, batches, torch.tensor(data.token_num_bytes()), 7)
 
 
 def test_held_out_loss_of_each_source_is_that_of_its_own_windows(mixed, model):
@@ -180,7 +181,7 @@ def test_documents_of_a_skipped_step_are_those_that_its_windows_hold(mixed):
     losses, nothing = np.zeros((1, 8)), np.zeros(4, np.int64)
     losses[0, 3] = math.nan
     for step in range(200):
-        taken = Step(math.nan, losses, nothing, nothing, is_skipped=True, is_stop_requested=False)
+        taken = Step(math.nan, losses, nothing, nothing, crossing_share=0.0, is_skipped=True, is_stop_requested=False)
         (record,) = bad_step_records(run, step, taken, Progress())
         held = set()
         for window in step_windows(step, order)[6:8].tolist():

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from scripts.config import TrainingConfig
 from scripts.engine import offload, watch
 from scripts.model.decoder import empty_model, initialise, parameter_groups
+from scripts.model.documents import Windows
 from scripts.model.losses import next_token
 
 rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -62,7 +63,7 @@ def engine_of(config, kind, take_gradient=take, scaler=None):
 
 def take_step(engine, windows, config, factors):
     for factor, each in zip(factors, windows, strict=True):
-        engine.backward(factor * next_token(engine, each, config))
+        engine.backward(factor * next_token(engine, Windows(each), config))
         engine.step()
 
 
@@ -233,7 +234,7 @@ def footprint(config):
     take_step(engine, steps[0], config, [1.0] * len(steps[0]))
     num_down[0], uploads = 0, Uploads(staging, weights)
     for each in steps[1]:
-        engine.backward(next_token(engine, each, config))
+        engine.backward(next_token(engine, Windows(each), config))
         between.append(settled(later))
         with uploads:
             engine.step()

@@ -37,6 +37,7 @@ from scripts.engine import offload
 from scripts.model import activation_offload, decoder
 from scripts.model.activation_offload import host_buffer
 from scripts.model.decoder import empty_model, initialise, parameter_groups
+from scripts.model.documents import Windows
 from scripts.model.losses import next_token
 
 HOST = torch.device("cpu")
@@ -438,7 +439,7 @@ def through_the_decoder(num_ranks: int, place: Place, code: Code, case: int) -> 
     offloading = patch.object(decoder, "BlockInputOffload", code.activation_offload.BlockInputOffload)
     norming = patch.object(torch.ops.aten, "_fused_rms_norm_backward", norm_gradients)
     with offloading, norming, in_pieces_of(Random(case).choice((150, 1000, 10000))):
-        return take_steps(place, code, run, case, lambda number: next_token(run.engine, windows[number], run.config))
+        return take_steps(place, code, run, case, lambda number: next_token(run.engine, Windows(windows[number]), run.config))
 
 
 def parts(num_ranks: int) -> dict[str, Part]:

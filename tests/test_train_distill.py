@@ -1,5 +1,6 @@
 """Laws of distillation: who may be a teacher, what it says, what is kept of it, and what a run from it is."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import asdict, replace
@@ -11,21 +12,25 @@ import torch
 from conftest import STEPS, expect_success, launch, metrics, tiny_config, tiny_student, training_script
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
+from tracker import Alone
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from ds import tokenizer as bpe
 from ds.loader import micro_batches, read_labels, windows_of_run
+from ds.shards import Labels
 from scripts.config import TrainingConfig, refuse_on_this_machine
 from scripts.engine.distributed import Ranks
 from scripts.memory import refuse_too_large
+from scripts.model.decoder import empty_model, initialise
+from scripts.model.documents import Windows, windows_of
 from scripts.plan.machine import room_in_all
 from scripts.prepare_data import Data, open_data, prepare
 from scripts.run.checkpoint import Checkpoint
 from scripts.run.run_dir import claim_run, newest_folder, same_without_teacher
 from scripts.run.setup import model_to_train
-from scripts.run.state import data_order
+from scripts.run.state import data_order, windows_on_device
 from scripts.run.teacher import check_teacher, find_teacher, fingerprint_of, labels_identity, load_teacher, open_labels
-from scripts.train_distill import distill, label
+from scripts.train_distill import distill, from_labels, from_teacher, label
 
 CPU = torch.device("cpu")
 KINDS = [
@@ -325,11 +330,48 @@ def test_labels_on_the_disk_are_what_the_teacher_says_of_every_window_that_is_re
     for step in range(config.num_steps):
         for batch in micro_batches(data.train, order, step=step, **share):
             ids, logs, tail = read_labels(labels, batch.windows, config.context_length)
-            said, _ = label(teacher, torch.from_numpy(batch.ids), config)
+            said, _ = label(teacher, windows_on_device(batch.ids, config, data, CPU), config)
             np.testing.assert_allclose(np.exp(logs.astype(np.float32)).sum(-1) + tail, 1, atol=2e-3)
             np.testing.assert_allclose(tail, said.tail, atol=2e-3)
             np.testing.assert_allclose(logs, said.logs, atol=2e-2)
             assert (ids == said.ids.numpy()).mean() > 0.9
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_teacher_and_student_see_the_same_documents(masked):
+    """A loss of windows is the mean of those of their documents alone, and labels are those of the documents alone."""
+    changes: dict = dict(
+        vocab_size=300, context_length=12, tokens_per_step=24, micro_batch_rows=2, eval_tokens=12, precision="fp32"
+    )
+    config = TrainingConfig(**changes, teacher_dir="teacher", teacher_top_k=299, init_std=0.3, logits_init_std=3.0, seed=1)
+    teacher, student = (initialise(empty_model(each, CPU)) for each in (replace(config, seed=2, hidden_size=96), config))
+    ids, borders = np.random.default_rng(0).integers(0, 300, (2, 13)), np.array([0, 5, 6, 12, 20, 24], dtype=np.int32)
+    windows, alone = windows_of(ids, borders if masked else None, CPU), []
+    for row, start, stop in ((0, 0, 5), (0, 5, 6), (0, 6, 12), (1, 0, 8), (1, 8, 12)):
+        alone.append(Windows(torch.from_numpy(ids[row : row + 1, start : stop + 1])))
+    said = [label(teacher, each, config) for each in (windows, *alone)]
+    labels = [each.labels for each in said]
+    apart = Labels(*(torch.cat([part.flatten(0, 1) for part in parts]) for parts in zip(*labels[1:], strict=True)))
+    dense = [
+        torch.zeros(24, 300).scatter_(1, each.ids.flatten(0, -2).long(), each.logs.flatten(0, -2).float())
+        for each in (labels[0], apart)
+    ]
+    assert torch.allclose(dense[0], dense[1], atol=1e-2) == masked
+    pairs: tuple = ((from_teacher, [teacher] * 6), (from_labels, labels))
+    for objective, sources in pairs:
+        whole, *parts = (
+            objective(Alone(student), each, source, config).item() * each.inputs.numel() / 24
+            for each, source in zip((windows, *alone), sources, strict=True)
+        )
+        assert (whole == pytest.approx(sum(parts), rel=1e-5)) == masked
+
+
+def test_labels_of_masked_documents_are_others_and_those_of_old_runs_stay():
+    config = TrainingConfig(teacher_dir="teacher", teacher_top_k=4)
+    masked = labels_identity(replace(config, mask_across_documents=True), "0" * 64)
+    fields = [config.teacher_top_k, config.distill_temperature, config.context_length, config.precision]
+    unmasked = hashlib.sha256(json.dumps(["0" * 64, *fields]).encode()).hexdigest()
+    assert labels_identity(config, "0" * 64) == unmasked != masked
 
 
 @pytest.mark.parametrize("name", ["labels", "mixture"])
@@ -387,6 +429,8 @@ def test_the_end_tells_teacher_and_student_and_the_student_without_a_teacher(fin
 
 APART = """
 import gc
+from scripts.model.decoder import empty_model, initialise
+from scripts.model.documents import Windows, windows_of
 from scripts.model.decoder import Decoder
 
 def apart(function):

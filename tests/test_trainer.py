@@ -4,6 +4,7 @@ import hashlib
 import json
 import signal
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,7 +59,7 @@ truth_check.refuse_untrue_updates = lambda *_: None
 
 def poisoned(engine, windows, config):
     loss = next_token(engine, windows, config)
-    return loss * float("nan") if (windows == {poison}).any() else loss
+    return loss * float("nan") if (windows.ids == {poison}).any() else loss
 
 if __name__ == "__main__":
     for fields in json.loads({described!r}):
@@ -285,9 +286,22 @@ def test_the_train_line_has_the_fields_of_the_contract(finished_run):
     line = next(line for line in metrics(finished_run) if line["kind"] == "train")
     assert list(line) == [
         "kind", "step", "tokens", "loss", "grad_norm", "learning_rate", "tokens_per_second", "seconds", "gpu_peak_gib",
-        "host_peak_gib", "tokens_hash", "windows_hash",
+        "host_peak_gib", "tokens_hash", "windows_hash", "crossing_share",
     ]  # fmt: skip
     assert line["tokens"] == finished_run.tokens_per_step
+
+
+def test_the_train_line_says_which_share_of_the_steps_windows_crosses_documents(finished_runs):
+    """Whether they are masked or not; over all ranks."""
+    for ranks, name in product((1, 2), PRECISIONS):
+        config = finished_runs[ranks, name]
+        data, rows, length = prepare(config), config.rows_per_step, config.context_length
+        for line in (line for line in metrics(config) if line["kind"] == "train"):
+            share = {"step": line["step"] - 1, "rank": 0, "world_size": 1, "micro_batch_rows": rows}
+            (batch,) = micro_batches(data.train, data_order(config, data), **share)
+            crossing = [256 in row[: length - 1] for row in batch.ids.tolist()]
+            assert line["crossing_share"] == sum(crossing) / rows
+        assert any(line.get("crossing_share") for line in metrics(config))
 
 
 @pytest.mark.slow
@@ -411,7 +425,11 @@ if __name__ == "__main__":
 
 def elastic_configs(folder: Path, name: str, teacher: TrainingConfig) -> list:
     changes = dict(num_steps=ELASTIC_STEPS, save_every_steps=100, eval_every_steps=30)
-    alone = [tiny_config(folder, run_dir=str(folder / f"{name}-{kind}"), precision=kind, **changes) for kind in PRECISIONS]
+    places = {kind: str(folder / f"{name}-{kind}") for kind in PRECISIONS}
+    alone = [
+        tiny_config(folder, run_dir=place, precision=kind, mask_across_documents=kind == "bf16", **changes)
+        for kind, place in places.items()
+    ]
     teacher = replace(alone[0], run_dir=teacher.run_dir)
     student, mixed = (tiny_student(teacher, "labels", folder / f"{name}-{kind}") for kind in ("labels", "mixture"))
     return [*alone, student, tiny_mixture(mixed)]

@@ -16,6 +16,7 @@ from torch.nn import functional
 from scripts.config import TrainingConfig
 from scripts.engine import truth_check
 from scripts.model.decoder import empty_model
+from scripts.model.documents import windows_of
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 BATCH_KEYS = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}
@@ -107,7 +108,7 @@ def without_mean_over_ranks(kept):
 def tied(share):
     def loss(engine, windows, config):
         head = share * engine.module.head + (1.0 - share) * engine.module.head.detach()
-        return next_token_loss(engine(windows[:, :-1]), head, windows[:, 1:], config.loss_chunk_rows)
+        return next_token_loss(engine(windows.inputs), head, windows.targets, config.loss_chunk_rows)
 
     return loss
 
@@ -116,9 +117,15 @@ def decaying(decay):
     return lambda model, given: [group | {{"weight_decay": decay}} for group in parameter_groups(model, given)]
 
 
+def unmasked(engine, windows, config):
+    return next_token(engine, windows._replace(documents=None), config)
+
+
 def faults(config):
     here, old = sys.modules[__name__], dict(vars(Optimizer))
     changes = {{"middle micro-batches are lost": (offload, "take_gradient", without_middle_sums(offload.take_gradient))}}
+    if config.mask_across_documents:
+        changes["documents are not masked"] = (here, "loss_of", unmasked)
     if world_size > 1:
         return changes | {{
             "ranks are not reduced": (Optimizer, "allreduce_bucket", lambda self, bucket, *a, **k: self.flatten(bucket)),
@@ -204,9 +211,9 @@ def reports(num_ranks, tmp_path_factory) -> list[dict]:
         folder,
         num_ranks,
         {
-            "fp32": tiny_config(folder, precision="fp32", tokens_per_step=64 * num_ranks * 4),
+            "fp32": tiny_config(folder, precision="fp32", tokens_per_step=64 * num_ranks * 4, mask_across_documents=True),
             "bf16": tiny_config(folder, precision="bf16", tokens_per_step=64 * num_ranks, qk_norm=True),
-            "fp16": tiny_config(folder, precision="fp16", tokens_per_step=64 * num_ranks * 4),
+            "fp16": tiny_config(folder, precision="fp16", tokens_per_step=64 * num_ranks * 4, mask_across_documents=True),
         },
     )
 
@@ -227,7 +234,7 @@ def test_deepspeeds_updates_are_those_of_plain_torch(reports, precision):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_fault_of_deepspeed_is_refused_in_one_line_by_every_rank(reports, precision):
     for report in reports:
-        assert len(report[precision]["faults"]) == (6 if len(reports) == 1 else 4)
+        assert len(report[precision]["faults"]) == (6 if len(reports) == 1 else 4) + (precision != "bf16")
         for fault, refusal in report[precision]["faults"].items():
             assert refusal.startswith("DeepSpeed's updates are not those of plain torch: "), fault
             assert "\n" not in refusal and "pip install --force-reinstall deepspeed==" in refusal
@@ -322,15 +329,19 @@ def test_each_micro_batch_of_a_rank_has_tokens_of_its_own_and_ranks_differ(ranks
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("is_masked", [True, False])
 @pytest.mark.parametrize("qk_norm", [True, False])
-def test_plain_loss_and_its_gradients_are_the_models_own(precision, qk_norm):
-    config = TrainingConfig(precision=precision, qk_norm=qk_norm, rope_theta=100.0, norm_eps=1e-3)
+def test_plain_loss_and_its_gradients_are_the_models_own(precision, qk_norm, is_masked):
+    changes = {"qk_norm": qk_norm, "mask_across_documents": is_masked}
+    config = TrainingConfig(precision=precision, rope_theta=100.0, norm_eps=1e-3, **changes)
     tiny = truth_check.tiny_clone(config, 1)
     drawn = truth_check.draw_weights(empty_model(tiny, torch.device("cpu")))
     plain, model = truth_check.plain_copy(drawn), drawn.float()
     windows = truth_check.tiny_windows(tiny, 1)[1, 0, 0]
     truth_check.plain_loss(plain, windows, tiny).backward()
-    logits = functional.linear(model(windows[:, :-1]), model.head)
+    documents = windows_of(windows.numpy(), truth_check.tiny_borders(tiny), torch.device("cpu")).documents
+    assert (documents is not None) == is_masked
+    logits = functional.linear(model(windows[:, :-1], documents=documents), model.head)
     functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).backward()
     for (name, right), (_, other) in zip(plain.named_parameters(), model.named_parameters(), strict=True):
         assert other.grad is not None

@@ -14,22 +14,25 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn import functional
 from torch.utils import cpp_extension
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ds.shards import Labels
 from scripts import trainer
 from scripts.config import PRECISIONS, TrainingConfig
 from scripts.engine import truth_check
 from scripts.model.decoder import Decoder, empty_model
+from scripts.model.documents import Documents, Windows, windows_of
 from scripts.model.huggingface import teacher_config
 from scripts.model.losses import next_token
 from scripts.prepare_data import prepare
@@ -249,14 +252,14 @@ class Alone(NamedTuple):
 
     module: Decoder
 
-    def __call__(self, ids: Tensor) -> Tensor:
-        return self.module(ids)
+    def __call__(self, ids: Tensor, documents: Documents | None = None) -> Tensor:
+        return self.module(ids, documents=documents)
 
 
-def fake_step_peak(config: TrainingConfig, device_type: str = "cuda") -> Peak:
+def fake_step_peak(config: TrainingConfig, device_type: str = "cuda", lengths: tuple[int, ...] = (1,)) -> Peak:
     """Device-side storages of one micro-batch on one rank, whatever the size of the model: nothing is computed."""
     with fake_mode(device_type, WORST_CARDS[config.precision]) as place:
-        step = fake_step(config, place.device)
+        step = fake_step(config, place.device, lengths)
         return peak_of(step.work, step.held)
 
 
@@ -281,17 +284,17 @@ class FakeDevice(NamedTuple):
     kernels: list[str]
 
 
-def fake_step(config: TrainingConfig, device: torch.device) -> Fake:
-    """One micro-batch in `fake_mode`: forward, loss and backward.
+def fake_step(config: TrainingConfig, device: torch.device, lengths: tuple[int, ...] = (1,)) -> Fake:
+    """One micro-batch in `fake_mode`: forward, loss and backward; of documents of these lengths, if they are masked.
 
     Each gradient is dropped as soon as it is whole, as scripts/engine/offload.py takes it. Weights, a teacher's and, where they
     are kept on the GPU, the sums of gradients are held; gradients that are being copied are not.
     """
     decoder, teacher = fake_model(config, device), _fake_teacher(config, device)
-    windows, labels = _fake_windows(config, device), _fake_labels(config, device)
+    windows, labels = _fake_windows(config, device, lengths), _fake_labels(config, device)
     for weight in decoder.parameters():
         weight.register_post_accumulate_grad_hook(drop_gradient)
-    held = [*named("weights", decoder.parameters()), *_sums_of_gradients(config, decoder), ("ids", windows)]
+    held = [*named("weights", decoder.parameters()), *_sums_of_gradients(config, decoder), *_tensors_of(windows)]
     if config.teacher_dir is None:
         return Fake(lambda: next_token(Alone(decoder), windows, config).backward(), held)
     if labels is not None:
@@ -300,10 +303,10 @@ def fake_step(config: TrainingConfig, device: torch.device) -> Fake:
     return Fake(lambda: from_teacher(Alone(decoder), windows, teacher, config).backward(), held)
 
 
-def fake_labelling(config: TrainingConfig, device: torch.device) -> Fake:
+def fake_labelling(config: TrainingConfig, device: torch.device, lengths: tuple[int, ...] = (1,)) -> Fake:
     """The labelling of one micro-batch by the teacher alone, in `fake_mode`."""
-    teacher, windows = _fake_teacher(config, device), _fake_windows(config, device)
-    return Fake(lambda: label(teacher, windows, config), [*named("teacher", teacher.parameters()), ("ids", windows)])
+    teacher, windows = _fake_teacher(config, device), _fake_windows(config, device, lengths)
+    return Fake(lambda: label(teacher, windows, config), [*named("teacher", teacher.parameters()), *_tensors_of(windows)])
 
 
 def named(place: str, tensors: Iterable[Tensor]) -> list[tuple[str, Tensor]]:
@@ -323,8 +326,21 @@ def _fake_teacher(config: TrainingConfig, device: torch.device) -> Any:
     return nn.Module() if shape is None else fake_model(shape, device).requires_grad_(False)
 
 
-def _fake_windows(config: TrainingConfig, device: torch.device) -> Tensor:
-    return torch.zeros(config.micro_batch_rows, config.context_length + 1, dtype=torch.int64, device=device)
+def _fake_windows(config: TrainingConfig, device: torch.device, lengths: tuple[int, ...]) -> Windows:
+    """Windows whose rows are cut into pieces of documents of these lengths, again and again, the last of a row shorter."""
+    rows, positions = config.micro_batch_rows, config.context_length
+    borders = None
+    if config.mask_across_documents:
+        cuts = np.cumsum([0, *islice(cycle(lengths), positions)])
+        starts = np.arange(0, rows * positions, positions)[:, None] + cuts[cuts < positions]
+        borders = np.append(starts, rows * positions).astype(np.int32)
+    with unset_fake_temporarily():
+        windows = windows_of(np.zeros((rows, positions + 1), np.int64), borders, HOST)
+    return tree_map_only(Tensor, lambda each: torch.empty(each.shape, dtype=each.dtype, device=device), windows)
+
+
+def _tensors_of(windows: Windows) -> list[tuple[str, Tensor]]:
+    return named("ids", (leaf for leaf in tree_leaves(windows) if isinstance(leaf, Tensor)))
 
 
 def _fake_labels(config: TrainingConfig, device: torch.device) -> Labels[Tensor] | None:
@@ -425,6 +441,7 @@ def fake_mode(device_type: str, capability: tuple[int, ...]) -> Iterator[FakeDev
     attention = AttentionOfCard(capability)
     stood_in = {
         (functional, "scaled_dot_product_attention"): attention,
+        (torch.ops.aten, "_flash_attention_forward"): FlashOnEnd(torch.ops.aten._flash_attention_forward, attention),
         (torch.ops.aten, "_fused_rms_norm"): FusedRmsNorm(torch.ops.aten._fused_rms_norm),
         (torch.cuda, "get_device_capability"): lambda device=None: capability,
         (torch.cuda, "Stream"): _Stream, (torch.cuda, "Event"): _Stream, (torch.cuda, "current_stream"): _Stream,
@@ -455,6 +472,11 @@ class AttentionOfCard:
         self.sm = 10 * capability[0] + capability[1]
         self.kernels: list[str] = []
 
+    def has_flash(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Whether flash attention takes these heads."""
+        has_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in (q, k, v))
+        return self._has_flash(q.dtype, q.shape[-1], has_gradient)
+
     def __call__(self, q, k, v, attn_mask=None, is_causal=False, scale=None, enable_gqa=False) -> Tensor:
         has_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in (q, k, v))
         if attn_mask is None and self._has_flash(q.dtype, q.shape[-1], has_gradient):
@@ -479,6 +501,24 @@ class AttentionOfCard:
         if self.sm >= 80 or dtype != torch.float32:
             alignment = max(alignment, 16 // dtype.itemsize)
         return self.sm <= 121 and width % alignment == 0 and (dtype != torch.bfloat16 or self.sm >= 80)
+
+
+class FlashOnEnd:
+    """In the place of `operation`, torch's own flash attention of documents on end: asks of its inputs what the kernel asks."""
+
+    def __init__(self, operation: Any, attention: AttentionOfCard) -> None:
+        self.operation, self.attention = operation, attention
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *lengths: Any, **options: Any) -> tuple[Tensor, ...]:
+        assert self.attention.has_flash(q, k, v) and q.shape[-1] % 8 == 0 and q.shape[1] % k.shape[1] == 0
+        assert all(each.dim() == 3 and each.stride(-1) == 1 and len(each) == len(q) for each in (q, k, v))
+        assert all(each.dtype == torch.int32 and each.is_contiguous() and each.device == q.device for each in lengths[:2])
+        assert all(isinstance(longest, int) for longest in lengths[2:4])
+        self.attention.kernels.append("flash on end")
+        return self.operation(q, k, v, *lengths, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.operation, name)
 
 
 class FusedRmsNorm:

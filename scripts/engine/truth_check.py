@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -18,6 +19,7 @@ from scripts.config import TrainingConfig
 from scripts.engine.distributed import release_memory
 from scripts.engine.offload import DEEPSPEED_VERSION
 from scripts.model.decoder import Block, Decoder, empty_model, parameter_groups
+from scripts.model.documents import Windows, windows_of
 
 LEARNING_RATE = 1e-2
 MOST_TRIES = 40
@@ -26,7 +28,9 @@ FEWEST_MICRO_BATCHES = 3
 MOST_MICRO_BATCHES = 8
 PLAIN_ROWS = 1024
 ROUNDING = 1e-3
-Steps = list[list[Tensor]]
+# Where pieces of documents begin in each row: one that began before it, one of a single token, one that ends behind it.
+CUTS = (0, 3, 4)
+Steps = list[list[Windows]]
 
 
 class Trained(NamedTuple):
@@ -65,14 +69,16 @@ def refuse_untrue_updates(
     on every rank when on any rank an update, a gradient norm or a weight is not what plain torch gives.
 
     `train_tiny(tiny, model, steps, learning_rate)` trains `model` through DeepSpeed on the objective `next_token`, with one
-    update for each element of `steps`, a list of this rank's micro-batches (B, T + 1) int64 on `device`.
+    update for each element of `steps`, a list of this rank's micro-batches on `device`.
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         tiny = tiny_clone(config, world_size)
         model = draw_weights(empty_model(tiny, device))
         plain, before = plain_copy(model), plain_copy(model)
         windows = tiny_windows(tiny, world_size)
-        trained = train_tiny(tiny, model, [list(step.to(device)) for step in windows[:, rank]], LEARNING_RATE)
+        borders = tiny_borders(tiny)
+        steps = [[windows_of(ids.numpy(), borders, device) for ids in step] for step in windows[:, rank]]
+        trained = train_tiny(tiny, model, steps, LEARNING_RATE)
         plain_norms = train_plain(plain, windows, tiny)
     findings = _update_findings(plain, before, trained.masters, tiny)
     for step, (right, norm) in enumerate(zip(plain_norms, trained.gradient_norms, strict=True), start=1):
@@ -113,6 +119,13 @@ def tiny_windows(tiny: TrainingConfig, world_size: int) -> Tensor:
     varied = torch.tensor([2, pool, 2][:num_steps]).view(-1, 1, 1, 1, 1)
     ranks, micro_batches = torch.arange(world_size).view(1, -1, 1, 1, 1), torch.arange(num_micro_batches).view(1, 1, -1, 1, 1)
     return (drawn % varied + 5 * ranks) % pool + micro_batches * pool
+
+
+def tiny_borders(tiny: TrainingConfig) -> np.ndarray | None:
+    """Where the pieces of documents begin in a micro-batch of `tiny_windows`, (N + 1,) int32; None where none are masked."""
+    rows = np.arange(tiny.micro_batch_rows, dtype=np.int32)[:, None] * tiny.context_length
+    size = tiny.micro_batch_rows * tiny.context_length
+    return np.append(rows + np.array(CUTS, np.int32), np.int32(size)) if tiny.mask_across_documents else None
 
 
 def train_plain(plain: Decoder, windows: Tensor, tiny: TrainingConfig) -> list[float]:
@@ -165,23 +178,30 @@ def _plain_block(x: Tensor, block: Block, tiny: TrainingConfig) -> Tensor:
     if tiny.qk_norm:
         q = _plain_norm(q, attention.q_norm.weight, tiny)  # pyright: ignore[reportArgumentType]
         k = _plain_norm(k, attention.k_norm.weight, tiny)  # pyright: ignore[reportArgumentType]
-    output = _plain_attention(_plain_rotate(q, tiny), _plain_rotate(k, tiny), v)
+    output = _plain_attention(_plain_rotate(q, tiny), _plain_rotate(k, tiny), v, _plain_starts(tiny))
     x = x + output.transpose(1, 2).flatten(2) @ _rounded(attention.o_proj.weight, tiny).T
     normed = _plain_norm(x, block.post_attention_layernorm.weight, tiny)
     gate, up = (normed @ _rounded(layer.weight, tiny).T for layer in (mlp.gate_proj, mlp.up_proj))
     return x + (gate * torch.sigmoid(gate) * up) @ _rounded(mlp.down_proj.weight, tiny).T
 
 
-def _plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _plain_starts(tiny: TrainingConfig) -> Tensor:
+    """Where each position's document begins, (T,)."""
+    cuts = torch.tensor(CUTS if tiny.mask_across_documents else (0,))
+    return cuts[torch.bucketize(torch.arange(tiny.context_length), cuts, right=True) - 1]
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
     k, v = (each.repeat_interleave(q.shape[1] // each.shape[1], 1) for each in (k, v))
     scores = q @ k.mT / math.sqrt(q.shape[-1])
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    return scores.masked_fill(future, -math.inf).softmax(-1) @ v
+    unseen = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1) | (starts[:, None] != starts)
+    return scores.masked_fill(unseen, -math.inf).softmax(-1) @ v
 
 
 def _plain_rotate(x: Tensor, tiny: TrainingConfig) -> Tensor:
     exponents = torch.arange(0, tiny.head_width, 2, dtype=x.dtype) / tiny.head_width
-    angles = torch.outer(torch.arange(x.shape[2], dtype=x.dtype), tiny.rope_theta**-exponents)
+    positions = torch.arange(x.shape[2]) - _plain_starts(tiny)
+    angles = torch.outer(positions.to(x.dtype), tiny.rope_theta**-exponents)
     rotated = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angles), angles)
     return torch.cat((rotated.real, rotated.imag), dim=-1)
 

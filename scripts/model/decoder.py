@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from scripts.config import TrainingConfig
 from scripts.model import operations
 from scripts.model.activation_offload import BlockInputOffload, HostInputs
+from scripts.model.documents import Documents, attend_within
 from scripts.model.operations import KeysValues, attend, attend_cached, normalise, normed_products
 
 Cache = list[KeysValues]
@@ -32,14 +33,19 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(self.head_width, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(self.head_width, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, norm: nn.RMSNorm, rotary: Tensor, cache: KeysValues | None, start: int) -> Tensor:
-        """Attention over norm(x) at positions from `start` on; with `cache`, over the earlier positions that it holds too."""
+    def forward(self, x: Tensor, norm: nn.RMSNorm, rotary: Tensor, seen: KeysValues | Documents | None, start: int) -> Tensor:
+        """Attention over norm(x) at positions from `start` on, over what is `seen`: a cache of earlier positions too, or only a
+        token's own document.
+        """
         products = normed_products(x, norm, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (each.unflatten(-1, (-1, self.head_width)) for each in products)
         if isinstance(self.q_norm, nn.RMSNorm) and isinstance(self.k_norm, nn.RMSNorm):
             q, k = normalise(q, self.q_norm), normalise(k, self.k_norm)
         q, k, v = (each.transpose(1, 2) for each in (q, k, v))
-        output = attend(q, k, v, rotary) if cache is None else attend_cached(q, k, v, rotary, cache, start=start)
+        if isinstance(seen, KeysValues):
+            output = attend_cached(q, k, v, rotary, seen, start=start)
+        else:
+            output = attend(q, k, v, rotary) if seen is None else attend_within(q, k, v, rotary, seen)
         return operations.product(output.transpose(1, 2).flatten(2), self.o_proj)
 
 
@@ -75,9 +81,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: Tensor, cache: KeysValues | None = None, start: int = 0) -> Tensor:
-        """The layer at positions from `start` on; `cache` is this layer's, or None in training."""
-        x = x + self.self_attn(x, self.input_layernorm, rotary, cache, start)
+    def forward(self, x: Tensor, rotary: Tensor, seen: KeysValues | Documents | None = None, start: int = 0) -> Tensor:
+        """The layer at positions from `start` on. It sees what this layer's cache holds, or in training documents, or rows."""
+        x = x + self.self_attn(x, self.input_layernorm, rotary, seen, start)
         return x + self.mlp(x, self.post_attention_layernorm)
 
 
@@ -107,21 +113,25 @@ class Decoder(nn.Module):
         """The output head's weight (V, D); the embedding itself when tied."""
         return (self.model.embed_tokens if self.config.tie_embeddings else self.lm_head).weight
 
-    def forward(self, ids: Tensor, cache: Cache | None = None, start: int = 0) -> Tensor:
+    def forward(self, ids: Tensor, cache: Cache | None = None, start: int = 0, documents: Documents | None = None) -> Tensor:
         """ids (B, T) int64 at positions from `start` on -> hidden states (B, T, D) after the last norm.
 
-        With `cache` (see scripts/model/sampling.py) the earlier positions are read from it, and these are written into it.
+        With `cache` (see scripts/model/sampling.py) the earlier positions are read from it, and these are written into it. With
+        `documents` (of these ids) each is computed as if it stood alone, from position 0 on.
         """
         x = operations.embed(ids, self.model.embed_tokens)
         rotary = rotary_table(self.config, start, start + ids.shape[1], x.device)
+        if documents is not None:
+            rotary = rotary.index_select(1, documents.positions).unflatten(1, (len(ids), 1, -1))
         mode = self.config.activation_checkpointing if torch.is_grad_enabled() else "none"
         offload = BlockInputOffload(x, self.config.num_layers, self.host_inputs) if mode == "block_offload" else None
         for layer, block in enumerate(self.model.layers):
             if mode == "none":
-                x = block(x, rotary, None if cache is None else cache[layer], start)
+                x = block(x, rotary, documents if cache is None else cache[layer], start)
             else:
                 with nullcontext() if offload is None else offload.hooks():
-                    x = checkpoint(partial(block, rotary=rotary), x, use_reentrant=False, preserve_rng_state=False)
+                    again = partial(block, rotary=rotary, seen=documents)
+                    x = checkpoint(again, x, use_reentrant=False, preserve_rng_state=False)
         return normalise(x, self.model.norm)
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from ds.shards import Labels
 from scripts.config import TrainingConfig, product_dtype
+from scripts.model.documents import Windows
 from scripts.model.operations import row_slices
 
 IGNORED = -100
@@ -28,9 +29,14 @@ class LabelledTokens(NamedTuple):
     left_out_nats: Tensor
 
 
-def next_token(engine, windows: Tensor, config: TrainingConfig) -> Tensor:
-    """The pre-training objective: windows (B, T + 1) int64 -> mean nats per token, () float32."""
-    return next_token_loss(engine(windows[:, :-1]), engine.module.head, windows[:, 1:], config.loss_chunk_rows)
+def next_token(engine, windows: Windows, config: TrainingConfig) -> Tensor:
+    """The pre-training objective: windows of T + 1 tokens -> mean nats per token, () float32.
+
+    All T tokens count, also with `documents`: the first token of a document is predicted from the end of text before it, which
+    sees its own document alone, as a model is asked to go on after one.
+    """
+    hidden = engine(windows.inputs, documents=windows.documents)
+    return next_token_loss(hidden, engine.module.head, windows.targets, config.loss_chunk_rows)
 
 
 def next_token_loss(hidden: Tensor, head: Tensor, targets: Tensor, chunk_rows: int) -> Tensor:

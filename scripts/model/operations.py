@@ -68,25 +68,44 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     return _Rotation.apply(x, rotary)  # pyright: ignore[reportReturnType]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, rotary: Tensor) -> Tensor:
-    """Causal attention over rotated q and k: q (B, H, T, K), k and v (B, G, T, K) -> (B, H, T, K).
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate` in place, for x (B, H, T, K) float32."""
+    first, second = x.chunk(2, dim=-1)
+    rotated = second * sin
+    second.mul_(cos).addcmul_(first, sin)
+    first.mul_(cos).sub_(rotated)
+    return x
 
-    Off the host torch takes flash attention or, where that refuses and k and v are copied for every head, its memory-efficient
-    kernel. Both want heads as wide as `padded_width`: the zeros that are added change no score.
-    """
+
+def attend(q: Tensor, k: Tensor, v: Tensor, rotary: Tensor) -> Tensor:
+    """Causal attention over rotated q and k: q (B, H, T, K), k and v (B, G, T, K) -> (B, H, T, K)."""
     if on_host(q):
         return _HostAttention.apply(q, k, v, rotary)  # pyright: ignore[reportReturnType]
-    q, k = rotate(q, rotary), rotate(k, rotary)
+    return attend_rotated(rotate(q, rotary), rotate(k, rotary), v)
+
+
+def attend_rotated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attend` off the host, where q and k are rotated already.
+
+    torch takes flash attention or, where that refuses and k and v are copied for every head, its memory-efficient kernel. Both
+    want heads as wide as `padded_width`: the zeros that are added change no score.
+    """
     width, padded, repeats = q.shape[-1], padded_width(q.shape[-1]), q.shape[1] // k.shape[1]
-    needs_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in (q, k, v))
-    capability = torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else None
+    is_flash = takes_flash(q, k, v)
     if padded > width:
         q, k, v = (functional.pad(each, (0, padded - width)) for each in (q, k, v))
-    if repeats > 1 and not flash_attends(capability, q.dtype, width, needs_gradient):
+    if repeats > 1 and not is_flash:
         k, v, repeats = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1), 1
     scale = 1 / math.sqrt(width)
     output = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=repeats > 1)
     return output if padded == width else output[..., :width]
+
+
+def takes_flash(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether flash attention takes these heads on this device."""
+    needs_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in (q, k, v))
+    capability = torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else None
+    return flash_attends(capability, q.dtype, q.shape[-1], needs_gradient)
 
 
 def padded_width(head_width: int) -> int:
@@ -307,12 +326,12 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, rotary: Tensor) -> Tensor:
         ctx.save_for_backward(rotary)
-        return _rotate_(x.to(torch.float32, copy=True), *rotary).to(x.dtype)
+        return rotate_(x.to(torch.float32, copy=True), *rotary).to(x.dtype)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         cos, sin = ctx.saved_tensors[0]
-        return _rotate_(gradient.to(torch.float32, copy=True), cos, -sin).to(gradient.dtype), None
+        return rotate_(gradient.to(torch.float32, copy=True), cos, -sin).to(gradient.dtype), None
 
 
 class _HostAttention(torch.autograd.Function):
@@ -320,7 +339,7 @@ class _HostAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, rotary: Tensor) -> Tensor:
-        rotated_q, rotated_k = (_rotate_(each.to(torch.float32, copy=True), *rotary) for each in (q, k))
+        rotated_q, rotated_k = (rotate_(each.to(torch.float32, copy=True), *rotary) for each in (q, k))
         repeats = q.shape[1] // k.shape[1]
         wide = (rotated_q, rotated_k.repeat_interleave(repeats, 1), v.float().repeat_interleave(repeats, 1))
         attended, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*wide, 0.0, True)
@@ -337,7 +356,7 @@ class _HostAttention(torch.autograd.Function):
             gradient.float(), q.float(), wide_k, wide_v, output.float(), log_sums, 0.0, True
         )
         grad_k, grad_v = grad_k.view(groups).sum(2), grad_v.view(groups).sum(2)
-        return _rotate_(grad_q, cos, -sin).to(q.dtype), _rotate_(grad_k, cos, -sin).to(q.dtype), grad_v.to(q.dtype), None
+        return rotate_(grad_q, cos, -sin).to(q.dtype), rotate_(grad_k, cos, -sin).to(q.dtype), grad_v.to(q.dtype), None
 
 
 def _unit_rows(x: Tensor, eps: float) -> Normed:
@@ -350,12 +369,3 @@ def _input_gradient_(gradient: Tensor, unit: Tensor, scale: Tensor) -> Tensor:
     """The gradient of x from that of `unit` = x * scale; it takes the memory of `gradient`."""
     along = torch.linalg.vecdot(gradient, unit).div_(unit.shape[-1]).unsqueeze(-1)
     return gradient.addcmul_(unit, along, value=-1).mul_(scale)
-
-
-def _rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rotate` in place, for x (B, H, T, K) float32."""
-    first, second = x.chunk(2, dim=-1)
-    rotated = second * sin
-    second.mul_(cos).addcmul_(first, sin)
-    first.mul_(cos).sub_(rotated)
-    return x

@@ -27,6 +27,7 @@ HOST_MOMENTS = {
 BLOCK_PARTS = ("an MLP's last product", "an MLP's first products", "attention")
 LABEL_CHUNK_BYTES = 24
 LABEL_COPIES = 4
+DOCUMENT_BYTES = 19
 WINDOW_BYTES = 33
 OPTIMIZER_BYTES = 12
 
@@ -99,7 +100,8 @@ class _Model:
     """A model and its micro-batch on one kind of device.
 
     `storage` and `products` are bytes of an element in weights and in matrix products, `cast` those of one that is copied for
-    products (0 where they read it as stored). The others are counts: `tokens` M, `chunk` C, `queries` H * K, `keys` G * K, and
+    products (0 where they read it as stored). The others are counts: `tokens` M, `places` of tokens in groups of documents, M
+    where they are not masked, `chunk` C, `queries` H * K, `keys` G * K, and
     `padded_queries` and `padded_keys` with the zeros that a GPU's attention needs; `rows` are the tokens that operations
     without a GPU take at a time.
     """
@@ -109,6 +111,7 @@ class _Model:
         self.products = product_dtype(config.dtype, torch.device(device_type)).itemsize
         self.cast = self.products * (self.products != self.storage)
         self.tokens = config.micro_batch_rows * config.context_length
+        self.places = self.tokens + self.tokens // 4 * config.mask_across_documents
         self.rows = min(self.tokens, settings.HOST_CHUNK_ROWS)
         self.chunk = min(self.tokens, config.loss_chunk_rows)
         self.width, self.mlp, self.vocabulary = config.hidden_size, config.mlp_size, config.vocab_size
@@ -184,7 +187,9 @@ def _largest_matrix(config: TrainingConfig) -> int:
 
 def _inputs(config: TrainingConfig) -> dict[str, int]:
     ids, rotary = config.micro_batch_rows * (config.context_length + 1), config.context_length * config.head_width
-    return {"ids and rotary table": 8 * ids + 4 * rotary, "labels": _label_bytes(config)}
+    per_token = (4 * config.head_width + DOCUMENT_BYTES) * config.mask_across_documents
+    documents = config.micro_batch_rows * config.context_length * per_token
+    return {"ids and rotary table": 8 * ids + 4 * rotary, "documents": documents, "labels": _label_bytes(config)}
 
 
 def _label_bytes(config: TrainingConfig) -> int:
@@ -256,6 +261,8 @@ def _forward_bytes(model: _Model, needs_gradient: bool) -> int:
     sums = 4 * m * model.config.num_heads * (needs_gradient or model.has_flash(False))
     attending = s * m * (2 * padded + 2 * read - k * (read == k)) + sums
     producing = s * m * (padded + q * (padded > q) + d)
+    groups = s * (m * (2 * q + k) + model.places * (q + 2 * k + padded)) * (model.places > m)
+    attending = groups + attending * model.places // m
     return max(projected + max(rotating, padding, attending, producing), 3 * s * m * (d + model.mlp), 4 * s * m * d)
 
 
@@ -264,7 +271,9 @@ def _forward_on_host(model: _Model, projected: int) -> Iterator[int]:
     s, w, m, r, d, f = model.storage, model.products, model.tokens, model.rows, model.width, model.mlp
     q, k, cast = model.queries, model.keys, model.cast
     yield s * m * (d + q + 2 * k) + cast * d * (q + 2 * k) + _normed_rows(model, q)
-    yield projected + 4 * m * (4 * q + k + model.config.num_heads) + s * m * (2 * q + k) * (s < 4)
+    p, sums = model.places, 4 * model.places * model.config.num_heads
+    grouped = (4 * m + s * m * (s < 4)) * (q + k) + s * (m + p) * q + 4 * p * (4 * q + 2 * k)
+    yield projected + sums + (grouped if p > m else 4 * m * (4 * q + k) + s * m * (2 * q + k) * (s < 4))
     yield projected + s * m * q + cast * (m * q + d * q) + 4 * m * d + s * m * d * (s < 4)
     yield s * m * 2 * (d + f) + cast * 2 * d * f + _normed_rows(model, f)
     yield s * m * (3 * d + 2 * f) + cast * d * f + r * (4 * f + max(4 * f * (s < 4), w * d))
@@ -282,10 +291,14 @@ def _kept_block_bytes(model: _Model) -> int:
     reads, float32 sums. Without flash attention k and v are kept for every head; with zeros after heads, attention's output
     without them too.
     """
-    config, q, k = model.config, model.queries, model.keys
-    elements = 2 * (model.width + model.padded_queries + model.attended_keys(True) + model.mlp) + q * (model.padded_queries > q)
+    config, q, k, is_grouped = model.config, model.queries, model.keys, model.places > model.tokens
+    is_copied = model.padded_queries > q or is_grouped and model.device_type == "cuda"
+    elements = model.tokens * (2 * (model.width + model.mlp) + q * is_copied)
+    attended = 2 * (model.padded_queries + model.attended_keys(True))
+    elements += attended * (model.places if model.device_type == "cuda" else model.tokens)
+    sums = model.places * 4 * config.num_heads * (1 if model.has_flash(True) or not is_grouped else 2)
     normed = model.storage * (q + k) + 4 * (config.num_heads + config.num_kv_heads)
-    return model.tokens * (elements * model.storage + 4 * model.config.num_heads + (normed if config.qk_norm else 0))
+    return elements * model.storage + sums + model.tokens * (normed if config.qk_norm else 0)
 
 
 def _loss(student: _Model) -> Iterator[Moment]:
@@ -335,6 +348,8 @@ def _work_on_gpu(model: _Model) -> Iterator[dict[str, int]]:
     yield {"one block's backward": gradient + gates, "gradients in flight": s * d * f}
     yield {"one block's backward": 3 * gradient + gates, "gradients in flight": 2 * s * d * f}
     made = gradient + s * m * (2 * (padded + model.attended_keys(True)) - q * (padded > q))
+    if model.places > m:
+        made = gradient + s * (m * q + model.places * (3 * padded + 2 * model.attended_keys(True) + q + 2 * model.keys))
     yield {
         "one block's backward": made,
         "kernels' own work": _attention_backward_kernel(model),
@@ -349,12 +364,15 @@ def _attention_backward_kernel(model: _Model) -> int:
     processors, and where kv heads are shared one of k and v for every head. The memory-efficient kernel
     (mem_eff_attention/kernel_backward.h, workspace_size) has one float32 gradient of q, and a tile of those of k and v. With
     zeros after heads the gradient of the output is copied into the kernels' order, and for flash attention the output too.
+    Documents are given to them so that tiles of rows take no more than their tokens do again (`documents_of`).
     """
     config, head = model.config, model.padded_head
-    heads, length = config.micro_batch_rows * config.num_heads, _rounded(config.context_length, 128)
+    masks, heads = config.mask_across_documents, config.micro_batch_rows * config.num_heads
+    length = _rounded(config.context_length, 128) * (2 if masks else 1)
     sums, queries, is_padded = 4 * heads * length, model.storage * model.tokens * model.padded_queries, head > config.head_width
     if not model.has_flash(True):
-        return sums * (_rounded(head, 64) + 1) + 4 * heads * 128 * _rounded(head, 128) + queries * is_padded
+        tiles = max(128 * heads, model.tokens * config.num_heads * masks)
+        return sums * (_rounded(head, 64) + 1) + 4 * tiles * _rounded(head, 128) + queries * is_padded
     shares = -(-settings.NUM_MULTIPROCESSORS // heads)
     copies = 2 * queries * ((model.keys < model.queries) + is_padded)
     return sums * (shares * _rounded(head, 32 if head <= 128 else 64) + 1) + copies
@@ -379,9 +397,10 @@ def _work_on_host(model: _Model) -> Iterator[dict[str, int]]:
     casting = rows * 4 + gates_cast * (1 + last) + w * matrix
     piece = max(rows * (3 + 3 * last) + gates_cast * last, casting, rows * 3 + gates_cast + copied * matrix)
     yield {"one block's backward": 2 * gradient + gates + 2 * cast * matrix + piece, "gradients in flight": 8 * matrix}
-    output = 4 * m * model.queries
-    widest = max(3 * (s < 4) * output, 8 * m * model.keys)
-    yield {"one block's backward": gradient + s * m * model.queries + 5 * output + widest}
+    q, k, output = model.queries, model.keys, 4 * m * model.queries
+    grouped = 4 * model.places * (9 * q + 5 * k) + 4 * m * (q + 2 * k) + s * m * (q + k) * (s < 4)
+    made = grouped if model.places > m else 5 * output + max(3 * (s < 4) * output, 8 * m * k)
+    yield {"one block's backward": gradient + s * m * q + made}
 
 
 def _embedding_backward(model: _Model) -> dict[str, int]:

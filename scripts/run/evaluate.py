@@ -11,11 +11,12 @@ from torch import Tensor
 from ds.loader import Grid, documents_between, grid_of, held_out_batches, rank_windows, window_starts
 from scripts.config import NAMED_DOCUMENT_TOKENS, NUM_NAMED_DOCUMENTS, TrainingConfig
 from scripts.engine.distributed import Ranks, device_of, gather
+from scripts.model.documents import Windows
 from scripts.model.losses import token_nats
 from scripts.model.sampling import continue_ids
 from scripts.report import printable
 from scripts.run.metrics import finite
-from scripts.run.state import Progress, Run, Step, data_grid, data_order, ids_on_device, step_batches, step_share
+from scripts.run.state import Progress, Run, Step, data_grid, data_order, step_batches, step_share, windows_on_device
 
 LOSS_SCALE = "the loss scale"
 
@@ -35,16 +36,16 @@ class HeldOutBySource(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model, batches: Iterable[Tensor], token_num_bytes: Tensor, chunk_rows: int) -> HeldOut:
-    """Means over all ranks' `batches` of windows (B, T + 1) int64. Every rank must call this.
+def evaluate(model, batches: Iterable[Windows], token_num_bytes: Tensor, chunk_rows: int) -> HeldOut:
+    """Means over all ranks' `batches` of windows of T + 1 tokens. Every rank must call this.
 
     `token_num_bytes` (V,) is each id's length in bytes; that of an end of text is 0, and its nats count all the same. So bits
     per byte is the length of the text as the model would compress it, in bits, over its length in bytes.
     """
     sums = torch.zeros(3, dtype=torch.float64, device=token_num_bytes.device)
     for windows in batches:
-        targets = windows[:, 1:]
-        nats = token_nats(model(windows[:, :-1]), model.head, targets, chunk_rows)
+        targets = windows.targets
+        nats = token_nats(model(windows.inputs, documents=windows.documents), model.head, targets, chunk_rows)
         sums += torch.stack((nats.double().sum(), sums.new_tensor(targets.numel()), token_num_bytes[targets].sum().double()))
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)
@@ -62,7 +63,7 @@ def held_out_loss(config: TrainingConfig, ranks: Ranks, data, model) -> HeldOutB
     several = [source for source, count in enumerate(grid.counts) if count]
     for source in several if len(several) > 1 else []:
         share = {"source": source, "num_tokens": config.eval_tokens // len(several)}
-        batches = _held_out(config, ranks, data.validation, grid, **share)
+        batches = _held_out(config, ranks, data, grid, **share)
         by_source[source] = evaluate(model, batches, lengths, config.loss_chunk_rows)
     weights = None if config.validation_corpus else config.corpus_weights
     if by_source and weights is not None:
@@ -81,17 +82,17 @@ def mean_of(weights: Sequence[float], found: Sequence[HeldOut]) -> HeldOut:
     return HeldOut(float(per_token), float(per_token / math.log(2) / bytes_per_token))
 
 
-def held_out_windows(config: TrainingConfig, ranks: Ranks, data, num_tokens: int) -> Iterator[Tensor]:
-    """This rank's batches of held-out windows, (B, T + 1) int64 on its device; all ranks' together have `num_tokens`."""
+def held_out_windows(config: TrainingConfig, ranks: Ranks, data, num_tokens: int) -> Iterator[Windows]:
+    """This rank's batches of held-out windows, on its device; all ranks' together have `num_tokens`."""
     grid = grid_of([data.validation.num_tokens], config.context_length)
-    return _held_out(config, ranks, data.validation, grid, source=0, num_tokens=num_tokens)
+    return _held_out(config, ranks, data, grid, source=0, num_tokens=num_tokens)
 
 
-def _held_out(config: TrainingConfig, ranks: Ranks, stream, grid: Grid, *, source: int, num_tokens: int) -> Iterator[Tensor]:
+def _held_out(config: TrainingConfig, ranks: Ranks, data, grid: Grid, *, source: int, num_tokens: int) -> Iterator[Windows]:
     share = {"rank": ranks.rank, "world_size": ranks.world_size, "micro_batch_rows": config.micro_batch_rows}
     num_windows = max(1, num_tokens // config.context_length)
-    batches = held_out_batches(stream, grid, source=source, num_windows=num_windows, **share)
-    return (torch.from_numpy(windows).to(device_of(ranks)) for windows in batches)
+    batches = held_out_batches(data.validation, grid, source=source, num_windows=num_windows, **share)
+    return (windows_on_device(ids, config, data, device_of(ranks)) for ids in batches)
 
 
 def held_out_fields(found: HeldOutBySource) -> dict:
@@ -170,9 +171,11 @@ def _hardest_documents(run: Run, step: int, mean_nats: float) -> list[dict]:
     config, data, model, grid = run.config, run.data, run.engine.module, data_grid(run.config, run.data)
     own = torch.full((NUM_NAMED_DOCUMENTS, 3), -math.inf, dtype=torch.float64)  # -inf where there is no piece
     for batch in step_batches(run, step):
-        windows, starts = ids_on_device(run, batch), torch.as_tensor(window_starts(batch.windows, grid))
-        nats = token_nats(model(windows[:, :-1]), model.head, windows[:, 1:], config.loss_chunk_rows).double().cpu()
-        own = torch.cat((own, _pieces(nats, windows.cpu(), starts, data.end_of_text_id, mean_nats)))
+        windows = windows_on_device(batch.ids, config, data, run.device)
+        ids, starts = torch.from_numpy(batch.ids), torch.from_numpy(window_starts(batch.windows, grid))
+        hidden = model(windows.inputs, documents=windows.documents)
+        nats = token_nats(hidden, model.head, windows.targets, config.loss_chunk_rows).double().cpu()
+        own = torch.cat((own, _pieces(nats, ids, starts, data.end_of_text_id, mean_nats)))
         own = own[own[:, 0].argsort(descending=True, stable=True)[:NUM_NAMED_DOCUMENTS]]
     pieces, found = torch.cat(gather(own)), {}
     if run.ranks.rank != 0:

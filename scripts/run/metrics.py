@@ -91,6 +91,7 @@ def train_record(run: Run, steps_done: int, taken: Step, progress: Progress, *, 
         "host_peak_gib": peaks.host_bytes / GIB,
         "tokens_hash": digest_hex(np.array(progress.tokens_digest)),
         "windows_hash": digest_hex(np.array(progress.windows_digest)),
+        "crossing_share": taken.crossing_share,
     }
     if not config.is_mixture:
         return record

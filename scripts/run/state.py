@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ds.loader import Grid, MicroBatch, Order, grid_of, micro_batches, quotas_of
+from ds.loader import Grid, MicroBatch, Order, document_borders, grid_of, micro_batches, quotas_of
 from scripts.config import WEIGHED_STEPS, TrainingConfig
 from scripts.engine.distributed import Ranks
 from scripts.engine.watch import Watch
+from scripts.model.documents import Windows, windows_of
 from scripts.report import printable
 
 
@@ -34,14 +35,16 @@ class Step(NamedTuple):
     """One optimizer update, over all ranks.
 
     The mean `loss` in nats; `losses` (ranks, micro-batches) in nats; `tokens_digest` and `windows_digest` (4,) int64 of the
-    rows that were read; `is_skipped`: whether DeepSpeed left the update out because a gradient was not finite;
-    `is_stop_requested`: whether a stop was requested of any rank.
+    rows that were read; `crossing_share`: the share of its windows that hold the end of a document and the begin of another;
+    `is_skipped`: whether DeepSpeed left the update out because a gradient was not finite; `is_stop_requested`: whether a stop
+    was requested of any rank.
     """
 
     loss: float
     losses: np.ndarray
     tokens_digest: np.ndarray
     windows_digest: np.ndarray
+    crossing_share: float
     is_skipped: bool
     is_stop_requested: bool
 
@@ -146,6 +149,7 @@ def step_batches(run: Run, step: int) -> Iterator[MicroBatch]:
     return micro_batches(run.data.train, order, rank=run.ranks.rank, **step_share(run, step))
 
 
-def ids_on_device(run: Run, batch: MicroBatch) -> torch.Tensor:
-    """A micro-batch's windows (B, T + 1) int64 on this rank's device."""
-    return torch.from_numpy(batch.ids).to(run.device, non_blocking=True)
+def windows_on_device(ids: np.ndarray, config: TrainingConfig, data, device: torch.device) -> Windows:
+    """Windows (B, T + 1) int64 as models read them: on `device`, and with their documents where `mask_across_documents`."""
+    borders = document_borders(ids, data.end_of_text_id) if config.mask_across_documents else None
+    return windows_of(ids, borders, device)

@@ -23,7 +23,7 @@ from scripts.model.huggingface import architecture, describe, described_config, 
 from scripts.run.checkpoint import Checkpoint, newest_verified
 from scripts.run.evaluate import held_out_fields, held_out_loss, held_out_windows
 from scripts.run.run_dir import checkpoints_dir
-from scripts.run.state import Teaching, data_grid, data_order
+from scripts.run.state import Teaching, data_grid, data_order, windows_on_device
 from scripts.run.storage import HASH_BYTES, block_at, sha256
 
 # Part of the format: a block of labels has at least so many tokens, so that its digest of 32 bytes adds little to it.
@@ -100,6 +100,7 @@ def labels_identity(config: TrainingConfig, fingerprint: str) -> str:
     """
     inputs = [fingerprint, config.teacher_top_k, config.distill_temperature, config.context_length, config.precision]
     inputs += ["each source"] if config.is_mixture else []
+    inputs += ["mask_across_documents"] if config.mask_across_documents else []
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
 
@@ -260,8 +261,9 @@ def label_blocks(labelling: Labelling, blocks: np.ndarray) -> None:
     windows = (blocks[:, None] * per_block + np.arange(per_block)).flatten()
     windows, answers = windows[windows < labels.num_positions // length], []
     for piece in np.split(windows, range(rows, len(windows), rows)):
-        ids = torch.from_numpy(read_windows(labelling.data.train, piece, grid)).to(device_of(labelling.ranks))
-        answers.append([part.flatten(0, 1).cpu().numpy() for part in labelling.label(labelling.model, ids, config).labels])
+        ids = read_windows(labelling.data.train, piece, grid)
+        own = windows_on_device(ids, config, labelling.data, device_of(labelling.ranks))
+        answers.append([part.flatten(0, 1).cpu().numpy() for part in labelling.label(labelling.model, own, config).labels])
     parts = [np.concatenate(pieces) for pieces in zip(*answers, strict=True)]
     for number, block in enumerate(blocks.tolist()):
         own = slice(number * labels.block_tokens, (number + 1) * labels.block_tokens)

@@ -84,7 +84,7 @@ def ours(activation_checkpointing: str):
         tokens_per_step=TOKENS_PER_STEP, learning_rate=LEARNING_RATE,
         activation_checkpointing=activation_checkpointing, loss_chunk_rows=256, tie_embeddings=True,
     )  # fmt: skip
-    run = trainer.set_up(config, lambda _: type("Random", (), {"fingerprint": "", "train": stream}))
+    run = trainer.set_up(config, lambda _: type("Random", (), {"fingerprint": "", "train": stream, "end_of_text_id": 0}))
     steps = iter(range(config.num_steps))
     return lambda: trainer.run_step(run, next_token, next(steps))  # pyright: ignore[reportArgumentType]
 
