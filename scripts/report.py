@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from ds.corpus import Tally, no_text
-from ds.pieces import LENGTH_CLASSES, SPLITS
+from ds.pieces import LENGTH_CLASSES, SPLITS, held_out_sources
 from scripts.config import FEW_DOCUMENTS, NUM_NAMED_DOCUMENTS, TrainingConfig
 from scripts.memory import comparison_words
 
@@ -173,6 +173,11 @@ def data_notes(config: TrainingConfig, manifest: dict, met: Tally) -> list[str]:
     lines = [f"note: {met.counts[kind]:,} {NOTES[kind]}, the first: {printable(met.first[kind])}" for kind in seen]
     if num_documents < FEW_DOCUMENTS and config.has_validation and not config.validation_corpus:
         lines.append(f"note: only {num_documents} documents, each held out whole or not at all; {CUT_OR_NAME}")
+    sources = held_out_sources(manifest) if config.has_validation else ()
+    unseen = [name for name, num_tokens in sources if num_tokens <= config.context_length]
+    if unseen and len(sources) > 1:
+        where, others = printable(unseen[0]), f" and {len(unseen) - 1} more" if unseen[1:] else ""
+        lines.append(f"note: {where}{others}: less than a window is held out, so its loss is not told apart; {CUT_OR_NAME}")
     return lines
 
 

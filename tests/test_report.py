@@ -304,6 +304,15 @@ def test_notes_are_one_line_each_whatever_a_file_is_called():
     assert line.endswith(r"a\udcff\nb holds") and line.encode()
 
 
+def test_a_source_without_a_held_out_window_is_named():
+    shards = [{"num_tokens": 256, "source": 0}, {"num_tokens": 257, "source": 1}]
+    sources = [{"name": name, "num_tokens": 10**6} for name in ("web\n", "code", "books")]
+    data = DATA | {"sources": sources, "validation": DATA["validation"] | {"shards": shards}}
+    (line,) = data_notes(TrainingConfig(corpus=("web\n", "code", "books")), data, Tally({"documents": 99}))
+    assert line.startswith(r"note: web\n and 1 more: less than a window is held out")
+    assert data_notes(TrainingConfig(validation_fraction=0, eval_every_steps=None), data, Tally({"documents": 99})) == []
+
+
 def test_without_documents_the_cause_is_told():
     nothing = {split: DATA[split] | {"num_documents": 0} for split in ("train", "validation")}
     causes = {"every file is empty": Tally({"empty": 2}), "all 3 documents are too short or too long": Tally({"documents": 3})}
