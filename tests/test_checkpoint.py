@@ -787,6 +787,7 @@ def full_disk(tmp_path_factory) -> tuple[dict, dict]:
     return json.loads(found[0]), json.loads(found[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FULL_DISK_STEPS)
 def test_a_disk_that_is_full_or_fails_costs_no_checkpoint_and_no_later_save(full_disk, name):
     (folder, fault, here, faults), good, reason = full_disk[0][name], *FULL_DISK_STEPS[name]
@@ -799,14 +800,17 @@ def test_a_disk_that_is_full_or_fails_costs_no_checkpoint_and_no_later_save(full
     assert name not in full_disk[1] or (full_disk[1][name] is None) == (reason is None)
 
 
+@pytest.mark.slow
 def test_too_little_room_is_seen_before_anything_is_written(full_disk):
     assert full_disk[1]["unopened"] == 1
 
 
+@pytest.mark.slow
 def test_the_log_on_a_full_disk_keeps_whole_lines_and_goes_on(full_disk):
     lines, num_read, ends_whole, again, num_read_again = full_disk[0]["metrics"]
     assert lines == num_read > 0 and ends_whole and again and num_read_again == lines + 1
 
 
+@pytest.mark.slow
 def test_a_text_that_finds_no_room_leaves_nothing(full_disk):
     assert full_disk[0]["text"] == [errno.ENOSPC, []]

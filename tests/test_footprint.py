@@ -154,8 +154,14 @@ def assert_within_plan(config: TrainingConfig, ledger: Tracker, kernels: list[st
     assert peak.num_bytes <= (1 + CLOSE) * tracked_part(config, "cuda", phase).num_bytes
 
 
-@pytest.mark.parametrize("lengths", [(129,), (33,), (1023, 1), (17, 300, 9), (100, 200)], ids=str)
-@pytest.mark.parametrize(("precision", "mode"), [("bf16", "none"), ("bf16", "block"), ("fp16", "none"), ("fp32", "block")])
+@pytest.mark.parametrize(
+    ("precision", "mode", "lengths"),
+    [
+        ("bf16", "none", (129,)), ("bf16", "none", (17, 300, 9)), ("bf16", "block", (33,)), ("bf16", "block", (100, 200)),
+        ("fp16", "none", (100, 200)), ("fp32", "block", (1023, 1)),
+    ],
+    ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize("device_type", ["cuda", "cpu"])
 def test_a_step_over_masked_documents_is_within_the_plan_and_nothing_grows_with_the_square_of_the_context(
     device_type, precision, mode, lengths

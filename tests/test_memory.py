@@ -175,6 +175,7 @@ def starved(tmp_path_factory) -> tuple[TrainingConfig, str]:
     return config, result.stdout
 
 
+@pytest.mark.slow
 def test_out_of_memory_ends_with_the_plan_the_peak_and_advice_and_leaves_the_checkpoint(starved):
     config, output = starved
     (line,) = [line for line in output.splitlines() if line.startswith("failed: ")]
@@ -185,6 +186,7 @@ def test_out_of_memory_ends_with_the_plan_the_peak_and_advice_and_leaves_the_che
     assert max(record["step"] for record in metrics(config)) == 3
 
 
+@pytest.mark.slow
 def test_start_says_the_plan_in_one_line(starved):
     (line,) = [line for line in starved[1].splitlines() if line.startswith("The plan: ")]
     assert re.search(r"\S+ [GM]iB of \S+ [GM]iB free host memory \(.+\), about \S+ \S+ for 6 steps at \S+ tokens/s", line)

@@ -287,7 +287,9 @@ def follow_gradients(folder: Path, ranks: int, hidden_gpus: dict[str, str]) -> l
     return [json.loads((folder / f"report-{rank}.json").read_text()) for rank in range(ranks)]
 
 
-@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 2], ids=["1 rank", "2 ranks"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(ranks, marks=pytest.mark.slow) for ranks in (1, 2)], ids=["1 rank", "2 ranks"]
+)
 def num_ranks(request) -> int:
     return request.param
 

@@ -44,8 +44,8 @@ HOST = torch.device("cpu")
 # A part runs so many cases, drawn by their number: sizes, precision, what is skipped, whether memory can be page-locked. Seed s
 # is an order of case s modulo that number. The ordinary run takes the first seeds; the slow one goes on to more than 1,000.
 NUM_CASES = {"ring": 60, "activations": 30, "steps": 10, "decoder": 5}
-NUM_SEEDS = {"ring": 240, "activations": 120, "steps": 20, "decoder": 2}
-NUM_SLOW_SEEDS = {"ring": 1000, "activations": 600, "steps": 150, "decoder": 30}
+NUM_SEEDS = {"ring": 60, "activations": 30, "steps": 20, "decoder": 2}
+NUM_SLOW_SEEDS = {"ring": 560, "activations": 330, "steps": 70, "decoder": 10}
 MOST_SEEDS_FOR_A_WAIT = 120
 MODULES = {"offload": offload, "activation_offload": activation_offload}
 WAITING = {"wait_event", "wait_stream", "synchronize", "result", "shutdown", "record", "record_event", "query", "wait"}

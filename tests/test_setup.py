@@ -135,6 +135,7 @@ train_pretrain.main()
 """
 
 
+@pytest.mark.slow
 def test_a_hand_edited_checkpoint_is_refused_in_one_line_and_left_alone(finished_run, tmp_path):
     copied = as_if_stopped_after(SAVE_EVERY, finished_run, tmp_path / "run")
     edited = tmp_path / "run" / "checkpoints" / f"step-{SAVE_EVERY:08d}" / "config.json"
@@ -346,6 +347,7 @@ offload.take_gradient = first_and_last_only
 """
 
 
+@pytest.mark.slow
 def test_an_engine_that_loses_micro_batches_is_refused_before_the_first_step(tmp_path):
     """The fault of DeepSpeed's issue 6550, mended by its pull request 7967: all but the first and the last were dropped."""
     config = tiny_config(tmp_path, precision="fp32")

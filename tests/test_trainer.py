@@ -80,7 +80,7 @@ POISON, POISONED_STEPS, GARBAGE_STEPS = 1, 40, 160
 
 
 def exact_configs(folder: Path, ranks: int, teacher: TrainingConfig) -> list:
-    """Accumulation over 1, 4 and 8 micro-batches of 2 rows of 32 tokens on each rank; tied and untied heads, in turn on two. On
+    """Accumulation over 1, 4 and 8 micro-batches of 2 rows of 32 tokens on each rank, with tied and untied heads in turn. On
     one rank also from a teacher, beside the student and as labels of all ids but one.
     """
     alone = [
@@ -88,7 +88,7 @@ def exact_configs(folder: Path, ranks: int, teacher: TrainingConfig) -> list:
             folder, run_dir=str(folder / f"{accumulation}-tied{tied}"), precision="fp32", tie_embeddings=tied,
             tokens_per_step=64 * ranks * accumulation, max_grad_norm=0.5, learning_rate=1e-3, min_learning_rate=1e-4,
         )
-        for number, accumulation in enumerate((1, 4, 8)) for tied in (True, False) if ranks == 1 or tied == bool(number % 2)
+        for number, accumulation in enumerate((1, 4, 8)) for tied in (True, False) if tied == bool(number % 2)
     ]  # fmt: skip
     taught = {"teacher_dir": teacher.run_dir, "distill_temperature": 2.0, "distill_weight": 0.75}
     students = [

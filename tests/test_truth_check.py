@@ -198,7 +198,9 @@ NAMED = {
 }
 
 
-@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)], ids=["1 rank", "2 ranks"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(ranks, marks=pytest.mark.slow) for ranks in (1, 2)], ids=["1 rank", "2 ranks"]
+)
 def num_ranks(request) -> int:
     return request.param
 

@@ -189,6 +189,7 @@ def values(config: TrainingConfig) -> list[tuple]:
     return [tuple(line.get(name) for name in names) for line in metrics(config) if line["kind"] != "event"]
 
 
+@pytest.mark.slow
 def test_a_request_stops_all_ranks_with_a_save(uninterrupted, tmp_path):
     config = tiny_config(tmp_path, precision="fp32", data_dir=uninterrupted.data_dir, corpus=uninterrupted.corpus)
     ended = stop(config, "deepspeed", "training", Sent("launcher", "SIGTERM"))
