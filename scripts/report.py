@@ -187,9 +187,11 @@ def _end_of(name: str) -> str:
 
 
 def _short_names(names: list[str]) -> list[str]:
-    """The same without the folders that all begin with."""
+    """The same without the folders that all begin with and the parts that all end in."""
     start = os.path.commonprefix(names).rfind("/") + 1
-    return [_end_of(name[start:] or name) for name in names]
+    rests = [name[start:] for name in names]
+    num_same = os.path.commonprefix([rest[::-1] for rest in rests]).rfind("/") + 1
+    return [_end_of(rest[: len(rest) - num_same] or name) for rest, name in zip(rests, names, strict=True)]
 
 
 def printable(name: str) -> str:
