@@ -132,6 +132,13 @@ def test_each_source_has_a_line_as_far_as_there_are_colours(tmp_path, monkeypatc
     assert len({line.get_color() for line in lines[: 2 + shown]}) == 2 + shown
 
 
+def test_held_out_text_of_no_byte_has_a_curve_and_a_line(tmp_path):
+    bare = held_out(LINES - 1) | {"val_bits_per_byte": None}
+    picture = drawn(tmp_path, [held_out(0) | {"val_bits_per_byte": None}, *TRAINED, bare])
+    assert num_pixels(picture, HELD_OUT) > 0
+    assert line_of(bare, 40, None) == "step 39/40: held out 2.100 nats per token"
+
+
 def test_a_source_that_begins_again_and_again_is_told_of_when_its_readings_have_doubled():
     def repeats(*epochs: list[int]) -> dict:
         sources = [{"name": name, "epoch_before": old, "epoch": new} for name, (old, new) in zip("ab", epochs, strict=False)]
