@@ -529,10 +529,10 @@ def _check_weights(config: TrainingConfig) -> None:
             raise ValueError(f"{named}: {weight!r} is no number above 0; {remedy}")
     if len(weights) != len(config.corpus):
         raise ValueError(f"{named}: {len(weights)} numbers for {len(config.corpus)} entries of corpus; {remedy}")
-    smallest, least = min(weights) / sum(weights), 1 / num_rows
-    if smallest < least:
+    smallest = min(weights) / sum(weights)
+    if smallest < 1 / num_rows:
         windows = f"one of the {num_rows:,} windows of {WEIGHED_STEPS:,} steps"
-        raise ValueError(f"{named}: a share of {smallest:.2g} is below {windows}; write a share of {least:.2g} or more")
+        raise ValueError(f"{named}: a share of {smallest:.2g} is below {windows}; write a share of 1/{num_rows} or more")
 
 
 def _check_teacher(config: TrainingConfig) -> None:

@@ -433,7 +433,8 @@ def _open_split(config: TrainingConfig, manifest: dict, name: str) -> TokenStrea
 def _check_windows(config: TrainingConfig, manifest: dict, num_train: int, num_validation: int) -> None:
     checks = [("training window", num_train, "add documents or lower context_length")]
     for name, num_tokens in making.train_sources(manifest) if config.is_mixture else ():
-        remedy = "add documents to it, or leave it out of corpus and its weight out of corpus_weights"
+        add = "add documents to it that neither validation_corpus nor an earlier entry holds"
+        remedy = f"{add}, or leave it out of corpus and its weight out of corpus_weights"
         checks.append((f"training window of {name!r}", num_tokens, remedy))
     if config.has_validation:
         remedy = "raise validation_fraction, add documents, or set validation_fraction=0 and eval_every_steps=None"

@@ -106,13 +106,14 @@ def train_words(record: dict) -> str:
 
 
 def held_out_words(record: dict) -> str:
-    """Nats and bits of an evaluation, and the nats of each source where there are few."""
-    if record["val_loss"] is None or record["val_bits_per_byte"] is None:
+    """Nats and bits of an evaluation, no bits where its text has no byte, and the nats of each source where there are few."""
+    bits = record["val_bits_per_byte"]
+    if record["val_loss"] is None:
         return "not finite"
     by_source = record.get("val_loss_by_source", {})
     short = zip(_short_names([*by_source]), by_source.values(), strict=True)
     of_each = ", ".join(f"{name} {value or math.nan:.3f}" for name, value in short)
-    words = f"{record['val_loss']:.3f} nats per token, {record['val_bits_per_byte']:.3f} bits per byte"
+    words = f"{record['val_loss']:.3f} nats per token" + ("" if bits is None else f", {bits:.3f} bits per byte")
     return f"{words} ({of_each})" if 0 < len(of_each) <= SHOWN_CHARACTERS else words
 
 
@@ -187,9 +188,11 @@ def _end_of(name: str) -> str:
 
 
 def _short_names(names: list[str]) -> list[str]:
-    """The same without the folders that all begin with."""
+    """The same without the folders that all begin with and the parts that all end in."""
     start = os.path.commonprefix(names).rfind("/") + 1
-    return [_end_of(name[start:] or name) for name in names]
+    rests = [name[start:] for name in names]
+    num_same = os.path.commonprefix([rest[::-1] for rest in rests]).rfind("/") + 1
+    return [_end_of(rest[: len(rest) - num_same] or name) for rest, name in zip(rests, names, strict=True)]
 
 
 def printable(name: str) -> str:
@@ -300,7 +303,8 @@ def _plot_losses(axes: Axes, train: list[dict], held_out: list[dict], teacher: d
         tokens, losses = _values(held_out, "tokens"), _values(held_out, "val_loss")
         axes.plot(tokens, losses, color=HELD_OUT, marker="o", markersize=4, label="held out", zorder=3)
         _plot_sources(axes, held_out)
-    last = next((record for record in reversed(held_out) if record["val_loss"] is not None), None)
+    numbers = ("val_loss", "val_bits_per_byte")
+    last = next((record for record in reversed(held_out) if all(record[name] is not None for name in numbers)), None)
     if last is not None:
         words = f"{last['val_loss']:.2f} nats, {last['val_bits_per_byte']:.2f} bits per byte"
         at = (last["tokens"], last["val_loss"])

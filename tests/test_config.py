@@ -207,6 +207,14 @@ def test_bad_value_is_refused_in_one_line_that_names_the_field_and_a_remedy_that
         assert not remedy or law(str(other)) != law(message)
 
 
+@given(rows=st.integers(1, 5000))
+def test_share_of_a_source_that_a_refusal_names_is_valid(rows):
+    step = {"context_length": 1, "micro_batch_rows": 1, "tokens_per_step": rows, "corpus": ("one", "other")}
+    found = re.search(r"write a share of 1/(\d+) or more$", refusal(corpus_weights=(1e-9, 1), **step))
+    assert found
+    made(corpus_weights=(1 / int(found[1]), 1 - 1 / int(found[1])), **step)
+
+
 @given(
     st.fixed_dictionaries(
         {},

@@ -126,10 +126,17 @@ def test_each_source_has_a_line_as_far_as_there_are_colours(tmp_path, monkeypatc
     lines = figures[-1].axes[0].lines
     labels, shown = [str(line.get_label()).replace("\\", "") for line in lines], min(num_sources, 8)
     more = ["and 3 more in metrics.jsonl"] if num_sources == 11 else []
-    assert labels == ["training", "held out", *(f"held out, $web_{number}^2/*.txt" for number in range(shown)), *more]
+    assert labels == ["training", "held out", *(f"held out, $web_{number}^2" for number in range(shown)), *more]
     for number, line in enumerate(lines[2 : 2 + shown]):
         assert np.array_equal(line.get_ydata(), [number + 0.5] * 2)
     assert len({line.get_color() for line in lines[: 2 + shown]}) == 2 + shown
+
+
+def test_held_out_text_of_no_byte_has_a_curve_and_a_line(tmp_path):
+    bare = held_out(LINES - 1) | {"val_bits_per_byte": None}
+    picture = drawn(tmp_path, [held_out(0) | {"val_bits_per_byte": None}, *TRAINED, bare])
+    assert num_pixels(picture, HELD_OUT) > 0
+    assert line_of(bare, 40, None) == "step 39/40: held out 2.100 nats per token"
 
 
 def test_a_source_that_begins_again_and_again_is_told_of_when_its_readings_have_doubled():
@@ -149,6 +156,18 @@ def test_held_out_losses_of_few_sources_stand_in_the_line_and_of_many_only_in_th
     few, many = ({f"/data/web/{number}.txt": 2.0 for number in range(count)} for count in (2, 9))
     assert held_out_words(record | {"val_loss_by_source": few}).endswith("bits per byte (0.txt 2.000, 1.txt 2.000)")
     assert held_out_words(record | {"val_loss_by_source": many}) == held_out_words(record)
+
+
+def test_held_out_losses_of_sources_stand_under_that_in_which_their_names_differ():
+    def told(*names: str) -> str:
+        by_source = dict(zip(names, (2.0, 3.0), strict=True))
+        return held_out_words({"val_loss": 2.5, "val_bits_per_byte": 1.0, "val_loss_by_source": by_source}).split(" (")[1]
+
+    rest = "processed/2024/tokens/part-*.parquet"
+    assert told(f"/data/english/{rest}", f"/data/german/{rest}") == "english 2.000, german 3.000)"
+    assert told("s3://bucket/web/", "s3://bucket/code/") == "web 2.000, code 3.000)"
+    assert told("data", "more/data") == "data 2.000, more/data 3.000)"
+    assert told("/x", "a/x") == "/x 2.000, a 3.000)"
 
 
 def test_failed_drawing_leaves_the_old_picture(tmp_path):

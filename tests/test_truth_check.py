@@ -286,8 +286,11 @@ def runs(draw) -> tuple[TrainingConfig, int]:
         )
     }  # fmt: skip
     names = ("qk_norm", "tie_embeddings")
+    share = draw(st.sampled_from([None, 0.5, 1 / (1000 * ranks * accumulation * rows)]))
+    weights = None if share is None else (share, 1 - share)
     return TrainingConfig(
         **(drawn | {"weight_decay": abs(drawn["weight_decay"]), "min_learning_rate": 0.0}),
+        corpus=("one", "other"), corpus_weights=weights,
         **{name: draw(st.booleans()) for name in names},
         context_length=context, micro_batch_rows=rows, tokens_per_step=ranks * accumulation * rows * context,
         num_heads=heads, num_kv_heads=kv_heads, hidden_size=heads * 2 * draw(st.integers(1, 64)), head_size=head_size,
