@@ -290,8 +290,8 @@ def _pattern(start: int, stop: int, quotas: tuple[int, ...]) -> _Pattern:
 def _source_windows(rows: np.ndarray, source: int, order: Order) -> np.ndarray:
     """The windows of a source's own rows, counted from the run's beginning: (N,) int64 -> (N,) int64."""
     epochs, places = np.divmod(rows, order.grid.counts[source])
-    windows = np.empty_like(places)
-    for epoch in np.unique(epochs).tolist():
+    windows = places.copy()
+    for epoch in np.unique(epochs).tolist() if order.grid.counts[source] > 1 else ():
         is_own = epochs == epoch
         windows[is_own] = permute(places[is_own], order.grid.counts[source], order.seed, epoch, source)
     return windows + sum(order.grid.counts[:source])

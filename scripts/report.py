@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,7 +113,7 @@ def held_out_words(record: dict) -> str:
         return "not finite"
     by_source = record.get("val_loss_by_source", {})
     short = zip(_short_names([*by_source]), by_source.values(), strict=True)
-    of_each = ", ".join(f"{name} {value or math.nan:.3f}" for name, value in short)
+    of_each = ", ".join(f"{name} {math.nan if value is None else value:.3f}" for name, value in short)
     words = f"{record['val_loss']:.3f} nats per token" + ("" if bits is None else f", {bits:.3f} bits per byte")
     return f"{words} ({of_each})" if 0 < len(of_each) <= SHOWN_CHARACTERS else words
 
@@ -196,8 +197,8 @@ def _short_names(names: list[str]) -> list[str]:
 
 
 def printable(name: str) -> str:
-    """A name of a file in one line that every terminal takes: it may hold line ends and bytes that are no UTF-8."""
-    return name.encode(errors="backslashreplace").decode().replace("\n", r"\n")
+    """A name of a file in one line that every terminal takes: it may hold what moves the cursor and bytes that are no UTF-8."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in name)
 
 
 def data_table(manifest: dict, seconds: float) -> str:
@@ -261,7 +262,8 @@ def _plot_lengths(axes: Axes, manifest: dict) -> None:
 
 def _print_png(figure: Figure, picture: Path) -> None:
     draft = picture.with_name(f".{picture.name}.draft")
-    FigureCanvasAgg(figure).print_png(draft)
+    with warnings.catch_warnings(action="ignore"):  # of letters that its font has not
+        FigureCanvasAgg(figure).print_png(draft)
     draft.rename(picture)
 
 

@@ -311,16 +311,16 @@ def test_picture_of_the_data_shows_both_splits_and_every_source(tmp_path):
 
 def test_a_picture_takes_names_as_they_are(tmp_path):
     pictures = []
-    for name in ("a$b$c", "abc", "$\\foo{$", "a\udcff\n"):
+    for name in ("a$b$c", "abc", "$\\foo{$", "a\udcff\n", "文"):
         draw_data(DATA | {"sources": [{"name": name, "num_tokens": 1}]}, tmp_path / "data.png")
         pictures.append(matplotlib.image.imread(tmp_path / "data.png"))
-    assert len({picture.shape for picture in pictures}) == 1 and len({picture.tobytes() for picture in pictures}) == 4
+    assert len({picture.shape for picture in pictures}) == 1 and len({picture.tobytes() for picture in pictures}) == 5
 
 
 def test_notes_are_one_line_each_whatever_a_file_is_called():
-    met = Tally({"documents": 1, "separator": 1}, {"separator": "a\udcff\nb holds"})
+    met = Tally({"documents": 1, "separator": 1}, {"separator": "\x1b[2J\ra\udcff\nb holds"})
     (line,) = data_notes(TrainingConfig(validation_fraction=0, eval_every_steps=None), DATA, met)
-    assert line.endswith(r"a\udcff\nb holds") and line.encode()
+    assert line.endswith(r"\x1b[2J\ra\udcff\nb holds") and line.encode()
 
 
 def test_a_source_without_a_held_out_window_is_named():

@@ -182,6 +182,7 @@ def allocator_settings(own: str, torch_version: str, on_wsl: bool) -> str:
 def flops_per_token(config: TrainingConfig) -> int:
     """FLOP of a training token: 6 for each parameter of a matrix (Kaplan et al. 2020), and causal attention, which is half of
     full attention (Dao 2023). The blocks' forward counts again where activations are recomputed; a teacher's beside it once.
+    With `mask_across_documents` that is the most that attention takes, which documents of a whole window do.
     """
     head, repeats = 6 * config.vocab_size * config.hidden_size, 3 if config.activation_checkpointing == "none" else 4
     return repeats * _forward_flops(config) + head + (_teacher_flops(config) if config.teacher_top_k is None else 0)
@@ -208,7 +209,9 @@ def tokens_per_second(config: TrainingConfig, world_size: int, local_size: int, 
 
 
 def teacher_seconds(config: TrainingConfig, world_size: int, rates: Rates) -> float:
-    """How long the teacher alone takes to label all tokens that the run reads; 0 without `teacher_top_k`."""
+    """How long the teacher alone takes at most to label what the run reads, where it reads nothing twice; 0 without
+    `teacher_top_k`.
+    """
     if config.teacher_top_k is None:
         return 0.0
     own_tokens = config.num_steps * config.tokens_per_step / world_size
