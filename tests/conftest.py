@@ -26,8 +26,8 @@ STEPS, SAVE_EVERY = 8, 4
 PRECISIONS = ("fp32", "bf16")
 RUNS = (*PRECISIONS, "distill", "labels", "mixture")
 LAUNCHING = (
-    "test_main_job", "test_trainer", "test_offload", "test_truth_check", "test_watch", "test_gpu_benchmark", "test_scheduler",
-    "test_setup", "test_checkpoint", "test_train_distill", "test_footprint",
+    "test_main_job", "test_trainer", "test_offload", "test_truth_check", "test_gpu_benchmark", "test_scheduler",
+    "test_footprint", "test_plan", "test_watch", "test_setup", "test_checkpoint", "test_train_distill",
 )  # fmt: skip
 
 HIDE_GPUS = """import os; os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -46,7 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Two workers take one file after another: those that launch most come first, so that none of them is left for the end.
-    The two after test_trainer need no `finished_runs`, which it makes meanwhile.
+    Those between test_trainer and test_watch need no `finished_runs`, which it makes meanwhile.
     """
     items.sort(key=lambda item: LAUNCHING.index(item.path.stem) if item.path.stem in LAUNCHING else len(LAUNCHING))
 
