@@ -53,7 +53,7 @@ CASES = [
     ("deepspeed", "launcher", "SIGUSR1", "preparation", "fp32"),
     ("torchrun", "launcher", "SIGTERM", "evaluation", "labels"),
     ("deepspeed", "rank 0", "SIGINT", "evaluation", "fp32"),
-    ("torchrun", "rank 0", "SIGUSR1", "training", "labels"),
+    ("torchrun", "rank 0", "SIGUSR1", "training", "mixture"),
     ("torchrun", "rank 0", "SIGTERM", "saving", "fp32"),
     ("deepspeed", "rank 0", "SIGINT", "labelling", "labels"),
     ("deepspeed", "rank 1", "SIGUSR1", "saving", "labels"),
