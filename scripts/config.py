@@ -20,6 +20,7 @@ import torch
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCHEDULES = ("cosine", "wsd")
+OPTIMIZERS = ("adamw", "muon")
 ACTIVATION_CHECKPOINTING = ("none", "block", "block_offload")
 PLACES = ("cpu", "gpu")
 DIVERGENCES = ("forward", "reverse")
@@ -38,7 +39,7 @@ LARGEST_SEED, LARGEST_NUMBER = 2**32 - 1, 1e300
 # Part of the data order: over any so many steps the share of each source is exact.
 WEIGHED_STEPS = 1000
 NOT_NEGATIVE = ("validation_fraction", "min_learning_rate", "weight_decay", "sample_temperature")
-BELOW_ONE = ("validation_fraction", "beta1", "beta2")
+BELOW_ONE = ("validation_fraction", "muon_momentum", "beta1", "beta2")
 
 # Settings of the system: waits, threads, buffers and estimates. Memory and time estimates enter the plan alone, no result.
 GIB, MIB = 2**30, 2**20
@@ -65,6 +66,7 @@ LOAD_PIECE_ELEMENTS = 2**22
 OPTIMIZER_CHUNK_ELEMENTS = 2**24
 GRADIENT_PIECE_ELEMENTS = 2**22
 GRADIENT_CACHE_ELEMENTS = 2**18
+NEWTON_SCHULZ_ITERATIONS = 5
 
 CUDA_CONTEXT_BYTES = 256 * MIB
 CUDA_LIBRARIES_BYTES = 256 * MIB
@@ -147,6 +149,10 @@ class TrainingConfig:
     warmup_steps: int = 40
     schedule: str = "cosine"
     decay_steps: int | None = None
+    optimizer: str = "adamw"
+    muon_learning_rate: float | None = None
+    muon_momentum: float = 0.95
+    optimizer_state_precision: str = "fp32"
     beta1: float = 0.9
     beta2: float = 0.98
     adam_eps: float = 1e-8
@@ -224,11 +230,15 @@ class TrainingConfig:
         return PRECISIONS[self.precision]
 
     @property
-    def block_parameters(self) -> int:
-        """Parameters of one decoder block: attention, MLP, norms."""
+    def block_matrix_parameters(self) -> int:
+        """Parameters of one decoder block's matrices: attention and MLP."""
         attention = 2 * self.hidden_size * self.head_width * (self.num_heads + self.num_kv_heads)
-        norms = 2 * self.hidden_size + (2 * self.head_width if self.qk_norm else 0)
-        return attention + 3 * self.hidden_size * self.mlp_size + norms
+        return attention + 3 * self.hidden_size * self.mlp_size
+
+    @property
+    def block_parameters(self) -> int:
+        """Parameters of one decoder block: matrices and norms."""
+        return self.block_matrix_parameters + 2 * self.hidden_size + (2 * self.head_width if self.qk_norm else 0)
 
     @property
     def bucket_elements(self) -> int:
@@ -240,6 +250,16 @@ class TrainingConfig:
         """Parameters of the model; a tied head counts once."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
         return embeddings + self.num_layers * self.block_parameters + self.hidden_size
+
+    @property
+    def muon_parameters(self) -> int:
+        """Parameters that Muon updates: the matrices of all blocks, or none."""
+        return self.num_layers * self.block_matrix_parameters if self.optimizer == "muon" else 0
+
+    @property
+    def moments_bytes(self) -> int:
+        """Bytes that optimizers remember beside float32 masters, all ranks together: Muon one momentum, AdamW two moments."""
+        return PRECISIONS[self.optimizer_state_precision].itemsize * (2 * self.num_parameters - self.muon_parameters)
 
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches that each of `world_size` ranks runs in one step.
@@ -261,10 +281,6 @@ class TrainingConfig:
             law = f"is not a multiple of micro_batch_rows * context_length * world size = {tokens}"
             raise ValueError(f"tokens_per_step={self.tokens_per_step} {law}; nearest is {nearest}")
         return self.tokens_per_step // tokens
-
-    def keeps_gradient_sums(self, world_size: int) -> bool:
-        """Whether sums of gradients stay on the GPU from one micro-batch to the next, or for an optimizer on the GPU."""
-        return self.accumulate_on == "gpu" and (self.accumulation_steps(world_size) > 1 or not self.offload_optimizer)
 
     @staticmethod
     def deepspeed_config(config: "TrainingConfig", world_size: int) -> dict:
@@ -303,7 +319,7 @@ class TrainingConfig:
 # What help() and editors show of the class is the dataclass's own __init__, with every field.
 TrainingConfig.__new__.__signature__ = signature(TrainingConfig.__init__)  # pyright: ignore[reportFunctionMemberAccess]
 FLOATS = [field.name for field in fields(TrainingConfig) if field.type is float]
-ABOVE_ZERO = tuple(name for name in FLOATS if name not in NOT_NEGATIVE + BELOW_ONE)
+ABOVE_ZERO = ("muon_learning_rate", *(name for name in FLOATS if name not in NOT_NEGATIVE + BELOW_ONE))
 
 
 def product_dtype(storage: torch.dtype, device: torch.device) -> torch.dtype:
@@ -412,7 +428,8 @@ def _check_ranges(config: TrainingConfig) -> None:
 def _check_choices(config: TrainingConfig) -> None:
     sums = {"accumulate_on": PLACES, "accumulation_precision": ("bf16", "fp32")}
     memory = {"precision": tuple(PRECISIONS), **sums, "activation_checkpointing": ACTIVATION_CHECKPOINTING}
-    choices = {"schedule": SCHEDULES, **memory, "distill_divergence": DIVERGENCES}
+    learning = {"schedule": SCHEDULES, "optimizer": OPTIMIZERS, "optimizer_state_precision": ("bf16", "fp32")}
+    choices = {**learning, **memory, "distill_divergence": DIVERGENCES}
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise ValueError(f"{name}={getattr(config, name)!r} is unknown; one of {', '.join(map(repr, allowed))} works")
@@ -482,6 +499,12 @@ def _check_schedule(config: TrainingConfig) -> None:
         raise ValueError(f"{decay_steps=} after {warmup_steps=} outlasts {num_steps=}; nearest is {nearest}")
 
 
+def _check_optimizer(config: TrainingConfig) -> None:
+    if config.muon_learning_rate is not None and config.optimizer != "muon":
+        nothing = f'muon_learning_rate={config.muon_learning_rate} has no effect with optimizer="{config.optimizer}"'
+        raise ValueError(f"{nothing}; set muon_learning_rate=None")
+
+
 def _check_data(config: TrainingConfig) -> None:
     for name in ("run_dir", "data_dir", "text_field", "sample_prompt"):
         value = getattr(config, name)
@@ -547,7 +570,7 @@ def _check_teacher(config: TrainingConfig) -> None:
 
 LAWS = (
     _check_types, _check_ranges, _check_choices, _check_accumulation, _check_model, _check_rope_scaling, _check_batch,
-    _check_schedule, _check_data, _check_weights, _check_teacher,
+    _check_schedule, _check_optimizer, _check_data, _check_weights, _check_teacher,
 )  # fmt: skip
 
 FOR_CARDS = {

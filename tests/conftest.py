@@ -63,7 +63,7 @@ def tiny_config(folder: Path, **changes) -> TrainingConfig:
         validation_fraction=0.2, context_length=32, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_size=48,
         tokens_per_step=512, micro_batch_rows=2, num_steps=STEPS, warmup_steps=2, learning_rate=1e-2, min_learning_rate=1e-3,
         loss_chunk_rows=48, eval_every_steps=SAVE_EVERY, eval_tokens=256, sample_every_steps=None, save_every_steps=SAVE_EVERY,
-        keep_checkpoints=9,
+        keep_checkpoints=9, optimizer="adamw", optimizer_state_precision="fp32",
     )  # fmt: skip
     return TrainingConfig(**(fields | changes))
 
@@ -71,8 +71,9 @@ def tiny_config(folder: Path, **changes) -> TrainingConfig:
 def tiny_student(teacher: TrainingConfig, name: str, run_dir: Path, **changes) -> TrainingConfig:
     """A smaller model that learns from a tiny run: "distill" beside it in fp32, "labels" from what it wrote, in bf16."""
     labels = {"precision": "bf16", "teacher_top_k": 8, "distill_temperature": 2.0, "distill_weight": 0.7}
+    labels |= {"optimizer_state_precision": "bf16"}
     fields = {"hidden_size": 16, "num_heads": 2, "num_kv_heads": 1, "mlp_size": 24, "teacher_dir": teacher.run_dir}
-    fields |= {"precision": "fp32"} if name == "distill" else labels
+    fields |= {"precision": "fp32", "optimizer": "muon"} if name == "distill" else labels
     return replace(teacher, run_dir=str(run_dir), **(fields | changes))
 
 
@@ -294,8 +295,9 @@ def finished_runs(tmp_path_factory) -> dict[tuple[int, str], TrainingConfig]:
 
 
 def _configs(folder: Path) -> dict[str, TrainingConfig]:
+    short = {"mask_across_documents": True, "optimizer": "muon", "optimizer_state_precision": "bf16"}
     configs = {
-        name: tiny_config(folder, run_dir=str(folder / name), precision=name, mask_across_documents=name == "bf16")
+        name: tiny_config(folder, run_dir=str(folder / name), precision=name, **(short if name == "bf16" else {}))
         for name in PRECISIONS
     }
     students = {name: tiny_student(configs["fp32"], name, folder / name) for name in ("distill", "labels", "mixture")}

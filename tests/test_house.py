@@ -14,7 +14,7 @@ ORDER = ("config", "model", "plan", "engine", "run", "trainer", "entries")
 ROOMS = {
     "model": {"decoder", "documents", "operations", "losses", "sampling", "activation_offload", "huggingface"},
     "plan": {"footprint", "machine"},
-    "engine": {"distributed", "watch", "toolchain", "truth_check", "offload"},
+    "engine": {"distributed", "watch", "toolchain", "truth_check", "offload", "updates"},
     "run": {"state", "setup", "run_dir", "metrics", "checkpoint", "storage", "evaluate", "teacher"},
 }
 FOLDERS = tuple(ROOMS)
@@ -232,14 +232,15 @@ NOT_SETTINGS = {
     "scripts.model.documents": {"TILE_ROWS"},
     "scripts.model.losses": {"IGNORED", "HALF_GRADIENT_SCALE"},
     "scripts.model.sampling": {"LEAST_TEMPERATURE"},
-    "scripts.plan.footprint": {"LABEL_CHUNK_BYTES", "LABEL_COPIES", "DOCUMENT_BYTES", "WINDOW_BYTES", "OPTIMIZER_BYTES"},
-    "scripts.plan.machine": {"LARGEST_LIMIT", "BACKWARD_SHARE", "ADAM_BYTES"},
+    "scripts.plan.footprint": {"(LABEL_CHUNK_BYTES, LABEL_COPIES)", "(DOCUMENT_BYTES, WINDOW_BYTES)"},
+    "scripts.plan.machine": {"LARGEST_LIMIT", "BACKWARD_SHARE"},
     "scripts.report": {"(SHOWN_CHARACTERS, SHOWN_NAME_CHARACTERS)", "BEHIND"},
     "scripts.run.teacher": {"LEAST_BLOCK_TOKENS"},
     "scripts.memory": {"NAME_COLUMNS", "NUMBER_COLUMNS"},
     "scripts.engine.watch": {"STOPPED", "FAILED", "READ_BYTES"},
     "scripts.engine.distributed": {"MESSAGE_BYTES", "IS_VALUE_ERROR"},
     "scripts.engine.offload": {"ROW_ELEMENTS"},
+    "scripts.engine.updates": {"NEWTON_SCHULZ", "LEAST_NORM", "RMS_OF_ADAMW", "WORDS", "HIGH_HALF"},
     "scripts.engine.truth_check": {
         "LEARNING_RATE", "MOST_TRIES", "MOST_STEPS", "FEWEST_MICRO_BATCHES", "MOST_MICRO_BATCHES", "PLAIN_ROWS", "ROUNDING",
         "CUTS", "BOUNDS",

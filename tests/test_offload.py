@@ -11,25 +11,27 @@ from conftest import expect_success, launch, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scripts.engine.offload import ROW_ELEMENTS, StagingRing, sum_of_squares
+from scripts.engine.offload import ROW_ELEMENTS, sum_of_squares
+from scripts.engine.updates import StagingRing
 
 PATH_SCRIPT = """
 import gc, json, math, os, sys, threading, time
 from dataclasses import replace
 from functools import partial
+from unittest.mock import patch
 import deepspeed, torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from torch.utils._python_dispatch import TorchDispatchMode
 from scripts.config import TrainingConfig
-from scripts.engine import offload, watch
+from scripts.engine import offload, updates, watch
 from scripts.model.decoder import empty_model, initialise, parameter_groups
 from scripts.model.documents import Windows
 from scripts.model.losses import next_token
 
 rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-take = offload.take_gradient
+take, land, taken_sums = offload.take_gradient, updates.bring_down, []
 
 
 def of(config, num_micro_batches, rows=2, **changes):
@@ -43,11 +45,16 @@ def steps_of(config, num_steps):
     return [list(step.to(device)) for step in drawn[:, rank]]
 
 
+def light(optimizer, sums, send, weight, group):
+    taken_sums[:] = sums
+    take(optimizer, sums, send, weight, group)
+
+
 def through_ring(optimizer, sums, send, weight, group):
     take(optimizer, sums, optimizer._wait_for_offload_copies.__self__.send, weight, group)
 
 
-def engine_of(config, kind, take_gradient=take, scaler=None):
+def engine_of(config, kind, take_gradient=light, scaler=None):
     offload.take_gradient = take_gradient
     model, dictionary = initialise(empty_model(config, device)), TrainingConfig.deepspeed_config(config, world_size)
     if kind == "stock":
@@ -68,16 +75,17 @@ def take_step(engine, windows, config, factors):
 
 
 def trained(config, kind, steps, spoilt=()):
-    engine, norms = engine_of(config, kind, through_ring if kind == "ring" else take), []
+    engine, norms = engine_of(config, kind, through_ring if kind == "ring" else light), []
     for number, windows in enumerate(steps):
         factors = [1.0] * len(windows)
         if number in spoilt and rank == world_size - 1:
             factors[len(windows) // 2] = math.nan
         take_step(engine, windows, config, factors)
         norms.append(float(engine.get_global_grad_norm()))
+    gradients = [master.grad for master in engine.optimizer.single_partition_of_fp32_groups]
     found = {{
         "masters": torch.cat([master.flatten() for master in offload.full_masters(engine, engine.module).values()]),
-        "gradient": torch.cat([master.grad for master in engine.optimizer.single_partition_of_fp32_groups]).double(),
+        "gradient": torch.cat(gradients if gradients[0] is not None else taken_sums).double(),
         "norms": norms, "skipped": engine.skipped_steps,
     }}
     engine.destroy()
@@ -95,7 +103,7 @@ def difference(ours, theirs):
 
 def against_stock(config):
     found = {{}}
-    clipped, whole = (("light", "cpu"),), (("light", "cpu"), ("ring", "cpu"), ("ring", "gpu"))
+    clipped, whole = (("light", "cpu"),), (("light", "cpu"), ("ring", "cpu"), ("light", "gpu"))
     for name, num_micro_batches, max_norm, ways in (("clipped", 1, 0.1, clipped), ("whole", 3, 1e9, whole)):
         same = of(config, num_micro_batches, max_grad_norm=max_norm)
         steps = steps_of(same, 3)
@@ -115,6 +123,46 @@ def drifts(config, places):
     for place, precision in places:
         summed = trained(replace(small, accumulate_on=place, accumulation_precision=precision), "light", windows)["gradient"]
         found[f"{{place}} {{precision}}"] = float((summed - whole).norm() / whole.norm())
+    return found
+
+
+def plain_steps(config, steps):
+    # Masters after the steps by torch's own AdamW and Muon, whose matrices torch would round to 16 bits.
+    plain, (b1, b2) = initialise(empty_model(config, device)), (config.beta1, config.beta2)
+    groups, is_muon = parameter_groups(plain, config.weight_decay), config.optimizer == "muon"
+    matrices = [weight for group in groups for weight in group["params"] if group["is_block"] and is_muon]
+    others = [group for group in groups if not (group["is_block"] and is_muon)]
+    used = [torch.optim.AdamW(others, config.learning_rate, (b1, b2), config.adam_eps)]
+    if is_muon:
+        rate = config.muon_learning_rate or config.learning_rate
+        used.append(torch.optim.Muon(matrices, rate, config.weight_decay, config.muon_momentum, adjust_lr_fn="match_rms_adamw"))
+    for step in steps:
+        plain.zero_grad()
+        for each in step:
+            logits = torch.nn.functional.linear(plain(each[:, :-1]), plain.head)
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), each[:, 1:].flatten())
+            (loss / len(step)).backward()
+        for weight in plain.parameters():
+            torch.distributed.all_reduce(weight.grad.div_(world_size))
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), config.max_grad_norm)
+        with patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):
+            for optimizer in used:
+                optimizer.step()
+    return torch.cat([weight.detach().flatten().cpu() for weight in plain.state_dict().values()])
+
+
+def against_torch(config):
+    found = {{}}
+    for num_micro_batches, is_tied in ((1, True), (4, False), (8, True)):
+        same = of(config, num_micro_batches, max_grad_norm=0.5, tie_embeddings=is_tied)
+        steps = steps_of(same, 3)
+        right, first = plain_steps(same, steps), None
+        moved = float((right - plain_steps(same, [])).abs().max())
+        for place, is_offloaded in (("cpu", True), ("gpu", True), ("gpu", False)):
+            ours = trained(replace(same, accumulate_on=place, offload_optimizer=is_offloaded), "light", steps)["masters"]
+            first = ours if first is None else first
+            name, error = f"{{num_micro_batches}} {{place}} {{is_offloaded}}", float((ours - right).abs().max())
+            found[name] = [error, bool(torch.equal(ours, first)), moved]
     return found
 
 
@@ -201,7 +249,13 @@ class Uploads(TorchDispatchMode):
 
 
 def footprint(config):
+    updates.words_of(updates.Draws(0, 0, 0), 0, 1, device)
     steps, before, num_down, gradients = steps_of(config, 2), storages(), [0], set()
+
+    def landing(sums, slots, stream):
+        for landed in land(sums, slots, stream):
+            num_down[0] += len(landed.gradient) * sums[0].itemsize
+            yield landed
 
     def counting(optimizer, sums, send, weight, group):
         take(optimizer, sums, partial(counted, send), weight, group)
@@ -213,7 +267,9 @@ def footprint(config):
     gc.freeze()
     engine = engine_of(config, "light", counting)
     optimizer = engine.optimizer
-    gradients |= {{master.grad.untyped_storage().data_ptr() for master in optimizer.single_partition_of_fp32_groups}}
+    updates.bring_down, is_there = landing, config.accumulate_on == "cpu"
+    for master in optimizer.single_partition_of_fp32_groups if is_there else ():
+        gradients.add(master.grad.untyped_storage().data_ptr())
     staging = {{buffer.untyped_storage().data_ptr() for buffer in optimizer.param_buffer_of_bit16_for_cpu_offload_groups}}
     weights = {{flat.untyped_storage().data_ptr() for flat in optimizer.bit16_groups_flat}}
 
@@ -228,9 +284,11 @@ def footprint(config):
 
     num_weights, largest = sum(flat.numel() for flat in optimizer.bit16_groups_flat), max(map(int, optimizer.partition_size))
     owned, weight_bytes = num_weights // world_size, config.dtype.itemsize
-    sums = owned * weight_bytes if config.keeps_gradient_sums(world_size) else 0
-    at_first, between = settled((num_weights + 2 * largest) * weight_bytes + 8 * owned + sums), []
-    later = at_first + 8 * owned
+    sums = owned * weight_bytes if config.accumulate_on == "gpu" else 0
+    at_first, between = settled((num_weights + 2 * largest) * weight_bytes + (4 + 4 * is_there) * owned + sums), []
+    moments = [2 - offload.is_muon(optimizer, config, group) for group in range(len(optimizer.partition_size))]
+    num_moments = sum(number * int(size) for number, size in zip(moments, optimizer.partition_size, strict=True))
+    later = at_first + num_moments * (2 if config.optimizer_state_precision == "bf16" else 4)
     take_step(engine, steps[0], config, [1.0] * len(steps[0]))
     num_down[0], uploads = 0, Uploads(staging, weights)
     for each in steps[1]:
@@ -240,9 +298,10 @@ def footprint(config):
             engine.step()
     found = {{
         "at_first": at_first, "between": between, "after": settled(later), "down": num_down[0], "up": uploads.num_bytes,
-        "weights": num_weights, "largest": largest, "num_parameters": config.num_parameters,
+        "weights": num_weights, "largest": largest, "num_parameters": config.num_parameters, "later": later,
     }}
     engine.destroy()
+    updates.bring_down = land
     gc.unfreeze()
     return found
 
@@ -259,6 +318,7 @@ if __name__ == "__main__":
     fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude", "validation_corpus")}}
     bf16 = TrainingConfig(**fields)
     fp32, bf16_on_gpu = replace(bf16, precision="fp32"), replace(bf16, accumulate_on="gpu", accumulation_precision="bf16")
+    muon, short = replace(fp32, optimizer="muon"), {{"optimizer": "muon", "optimizer_state_precision": "bf16"}}
     places = ("cpu", "fp32"), ("gpu", "fp32"), ("gpu", "bf16")
     on_device, often = replace(fp32, offload_optimizer=False, accumulate_on="gpu"), {{*range(2, 40, 5), *range(3, 40, 5)}}
     ways = ((fp32, 0.1, {{*range(3, 24)}}), (fp32, 1e9, often), (on_device, 1e9, often))[: 5 - 2 * world_size]
@@ -266,8 +326,9 @@ if __name__ == "__main__":
         "scaled": [scaled(of(kind, 2, max_grad_norm=norm), skipped) for kind, norm, skipped in ways],
         "stock": {{"fp32": against_stock(fp32), "bf16": against_stock(bf16)}},
         "drift": {{"fp32": drifts(fp32, places[:2]), "bf16": drifts(bf16, places[::2])}},
-        "spoilt": [spoilt(of(config, 3)) for config in (fp32, bf16_on_gpu)],
-        "footprint": [footprint(of(config, 3)) for config in (fp32, bf16, bf16_on_gpu)],
+        "spoilt": [spoilt(of(config, 3)) for config in (fp32, bf16_on_gpu, muon, replace(bf16_on_gpu, **short))],
+        "torch": {{"adamw": against_torch(fp32), "muon": against_torch(replace(muon, muon_learning_rate=2e-3))}},
+        "footprint": [footprint(of(config, 3)) for config in (fp32, bf16, bf16_on_gpu, replace(bf16, **short))],
         "overflowing": overflowing(of(bf16, 2, precision="fp16")) if device.type == "cpu" else None,
         "peaks": peaks(of(fp32, 1)),
         "compiler": "torch._inductor.compile_fx" in sys.modules,
@@ -311,6 +372,14 @@ def assert_stock(reports: list[dict]) -> None:
 
 def test_updates_are_those_of_stock_deepspeed_in_every_place(reports):
     assert_stock(reports)
+
+
+def test_updates_of_either_optimizer_are_those_of_torch_wherever_gradients_and_state_lie(reports):
+    for report in reports:
+        for optimizer, found in report["torch"].items():
+            for name, (error, is_first, moved) in found.items():
+                assert error < 2e-6 < 1e-3 < moved, (optimizer, name, error)
+                assert is_first or name.endswith("False"), (optimizer, name)
 
 
 def test_torchs_compiler_is_never_loaded(reports):
@@ -362,7 +431,7 @@ def test_forty_overflows_in_a_row_raise_nothing_and_the_next_step_is_taken(repor
         assert 0 < found["norm"] < 100
 
 
-PLACES = (("cpu", 4), ("cpu", 2), ("gpu", 2))
+PLACES = (("cpu", 4), ("cpu", 2), ("gpu", 2), ("cpu", 2))
 
 
 def test_nothing_is_held_but_weights_their_state_the_staging_and_the_sums(reports):
@@ -370,17 +439,20 @@ def test_nothing_is_held_but_weights_their_state_the_staging_and_the_sums(report
     for report in reports:
         for (place, weight_bytes), found in zip(PLACES, report["footprint"], strict=True):
             owned = found["weights"] // ranks
-            state, staging = 8 * owned, 2 * found["largest"] * weight_bytes
+            state, staging = (4 if place == "gpu" else 8) * owned, 2 * found["largest"] * weight_bytes
             sums = owned * weight_bytes if place == "gpu" else 0
             assert found["at_first"] == found["weights"] * weight_bytes + state + staging + sums
-            assert {*found["between"], found["after"]} == {found["at_first"] + 8 * owned}
+            assert {*found["between"], found["after"]} == {found["later"]}
+        of_adam, of_muon = (report["footprint"][number] for number in (1, 3))
+        adam, muon = (found["later"] - found["at_first"] for found in (of_adam, of_muon))
+        assert adam == 8 * of_adam["weights"] // ranks and adam / 4 < muon < adam / 2
 
 
 def test_bytes_that_move_in_a_step_are_those_of_the_formula(reports):
     ranks = len(reports)
     for (place, weight_bytes), *founds in zip(PLACES, *(report["footprint"] for report in reports), strict=True):
-        trips = 1 if place == "gpu" else 3
-        assert sum(found["down"] for found in founds) == trips * founds[0]["num_parameters"] * weight_bytes
+        down = founds[0]["weights"] if place == "gpu" else 3 * founds[0]["num_parameters"]
+        assert sum(found["down"] for found in founds) == down * weight_bytes
         assert all(found["up"] == found["weights"] // ranks * weight_bytes for found in founds)
 
 
@@ -447,11 +519,11 @@ def test_fault_in_the_thread_is_raised_at_the_next_drain_and_the_rest_arrives():
 @given(size=st.integers(0, 3 * ROW_ELEMENTS), scale=st.sampled_from([1e-12, 1.0, 1e12]), seed=st.integers(0, 2**16))
 def test_sum_of_squares_is_that_of_float64(size, scale, seed):
     vector = scale * torch.randn(size, generator=torch.Generator().manual_seed(seed))
-    assert sum_of_squares(vector) == pytest.approx(float(vector.double().square().sum()), rel=1e-6)
+    assert float(sum_of_squares(vector)) == pytest.approx(float(vector.double().square().sum()), rel=1e-6)
 
 
 @given(size=st.integers(1, 3 * ROW_ELEMENTS), place=st.integers(0, 2**20), bad=st.sampled_from([float("nan"), float("inf")]))
 def test_one_number_that_is_not_finite_makes_the_sum_of_squares_not_finite(size, place, bad):
     vector = torch.zeros(size)
     vector[place % size] = bad
-    assert not torch.tensor(sum_of_squares(vector)).isfinite()
+    assert not sum_of_squares(vector).isfinite()

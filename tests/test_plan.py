@@ -162,8 +162,13 @@ def configs(draw) -> TrainingConfig:
         tie_embeddings=draw(st.booleans()), loss_chunk_rows=draw(st.sampled_from([8, 64, 512])), accumulate_on=place[0],
         accumulation_precision=place[1], activation_checkpointing=draw(st.sampled_from(ACTIVATION_CHECKPOINTING)),
         precision="bf16" if place[1] == "bf16" else draw(st.sampled_from(["bf16", "fp32"])), teacher_dir=teacher_dir,
-        teacher_top_k=top_k,
+        teacher_top_k=top_k, optimizer=draw(st.sampled_from(["adamw", "muon"])),
+        optimizer_state_precision=draw(st.sampled_from(["bf16", "fp32"])),
     )  # fmt: skip
+
+
+def norms_of(config: TrainingConfig) -> int:
+    return config.num_layers * (config.block_parameters - config.block_matrix_parameters) + config.hidden_size
 
 
 def totals(config: TrainingConfig, device_type: str) -> list[int]:
@@ -220,19 +225,30 @@ def test_more_rows_context_layers_width_words_or_chunk_never_take_less(config, d
 @given(configs(), st.sampled_from([2, 4, 8]))
 def test_ranks_share_what_zero_2_partitions_and_nothing_else(config, ranks):
     alone, one_of = plan(config, 1).host[STEP].parts, plan(config, ranks).host[STEP].parts
-    for kind in ("master weights", "gradients", "Adam's moments"):
+    shared = {"master weights", "gradients", "the optimizer's moments"} & alone.keys()
+    assert len(shared) == (3 if config.accumulate_on == "cpu" else 2)
+    for kind in shared:
         assert alone[kind] / ranks <= one_of[kind] < alone[kind] / ranks + 16
     assert plan(config, 1).device[STEP].parts["weights"] == plan(config, ranks).device[STEP].parts["weights"]
     assert all(alone[kind] == one_of[kind] for kind in ("the program", "the data"))
 
 
 @given(configs())
-def test_host_takes_sixteen_bytes_a_parameter_and_staging_of_two_groups_but_less_at_first(config):
+def test_host_takes_masters_gradients_and_moments_and_staging_of_two_groups_but_less_at_first(config):
+    """A parameter: AdamW 16 bytes, with 16-bit moments 12; a matrix under Muon 12 and 10; 4 less with gradients on the GPU."""
     parts, first = (plan(config, 1, "cpu").host[phase].parts for phase in (STEP, "initialisation"))
-    assert first["master weights"] + first["gradients"] == 8 * config.num_parameters and "Adam's moments" not in first
-    assert sum(parts[kind] for kind in ("master weights", "gradients", "Adam's moments")) == 16 * config.num_parameters
+    matrices = config.num_layers * (config.block_parameters - 2 * config.hidden_size - 2 * config.head_width * config.qk_norm)
+    others, short = config.num_parameters - matrices, config.optimizer_state_precision == "bf16"
+    of_matrix = {("adamw", False): 16, ("adamw", True): 12, ("muon", False): 12, ("muon", True): 10}[config.optimizer, short]
+    whole, gradients = (12 if short else 16) * others + of_matrix * matrices, 4 * config.num_parameters
+    is_up = config.accumulate_on == "gpu"
+    assert first.get("gradients", 0) == parts.get("gradients", 0) == (0 if is_up else gradients)
+    assert first["master weights"] == 4 * config.num_parameters and "the optimizer's moments" not in first
+    kinds = {"master weights", "gradients", "the optimizer's moments"} & parts.keys()
+    assert sum(parts[kind] for kind in kinds) == whole - gradients * is_up
     largest = max(config.vocab_size * config.hidden_size, config.block_parameters)
-    assert parts["staging"] <= 2 * config.dtype.itemsize * largest
+    piece = 4 * min(largest, 2**22) * (is_up and config.accumulation_precision == "bf16")
+    assert parts["staging"] <= 2 * config.dtype.itemsize * largest + piece
 
 
 @given(configs(), st.sampled_from([1, 16]))
@@ -241,7 +257,7 @@ def test_with_the_optimizer_on_the_gpu_its_state_and_sums_are_there_and_no_gradi
     on_gpu = replace(config, offload_optimizer=False, accumulate_on="gpu", tokens_per_step=tokens)
     size = {"bf16": 2, "fp32": 4}[config.accumulation_precision]
     for at in device_moments(on_gpu, 1, "cuda", STEP):
-        assert at.parts["optimizer state"] == 12 * config.num_parameters
+        assert at.parts["optimizer state"] == 4 * config.num_parameters + config.moments_bytes
         assert at.parts["sums of gradients"] == size * config.num_parameters
         assert "gradients being copied to the host" not in at.parts
     assert not {"master weights", "gradients", "page-locked staging"} & set(plan(on_gpu, 1).host[STEP].parts)
@@ -268,12 +284,16 @@ def test_page_locked_memory_is_two_groups_of_weights_and_the_block_inputs_and_is
         for phase in (STEP, "save and load")
     )
     assert step == saving and step.get("page-locked block inputs", 0) == inputs
-    assert step["page-locked staging"] == plan(config, ranks, "cpu").host[STEP].parts["staging"]
+    size = {"bf16": 2, "fp32": 4}[config.accumulation_precision]
+    group = -(-max(config.vocab_size * config.hidden_size, config.block_matrix_parameters, norms_of(config)) // ranks)
+    landing = 2 * size * min(group, 2**22) * (config.accumulate_on == "gpu")
+    assert step["page-locked staging"] == plan(config, ranks, "cpu").host[STEP].parts["staging"] + landing
 
 
 @given(configs())
-def test_a_checkpoint_is_weights_and_twelve_bytes_a_parameter_and_the_disk_holds_one_more_than_it_keeps(config):
-    assert checkpoint_bytes(config) == config.num_parameters * (16 if config.precision == "fp32" else 14)
+def test_a_checkpoint_is_weights_masters_and_moments_and_the_disk_holds_one_more_than_it_keeps(config):
+    tensors = config.num_parameters * (8 if config.precision == "fp32" else 6) + config.moments_bytes
+    assert checkpoint_bytes(config) == tensors
     disk, never = plan(config, 1).disk, plan(replace(config, save_every_steps=None), 1).disk
     saved = disk["checkpoints"] + disk["the checkpoint being written"]
     assert saved == (config.keep_checkpoints + 1) * checkpoint_bytes(config)
@@ -394,7 +414,7 @@ def test_teacher_and_student_are_never_planned_together_with_labels(tmp_path):
     assert tuple(beside.device) == PHASES and tuple(alone.device) == (TEACHER_ALONE, *PHASES)
     teacher = alone.device[TEACHER_ALONE].parts
     assert teacher["teacher"] == beside.device[PHASES[2]].parts["teacher"] and "weights" not in teacher
-    assert not {"master weights", "Adam's moments", "staging"} & set(alone.host[TEACHER_ALONE].parts)
+    assert not {"master weights", "the optimizer's moments", "staging"} & set(alone.host[TEACHER_ALONE].parts)
     for phase in PHASES:
         assert "teacher" in beside.device[phase].parts and "teacher" not in alone.device[phase].parts
 

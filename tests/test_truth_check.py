@@ -18,7 +18,7 @@ from scripts.engine import truth_check
 from scripts.model.decoder import empty_model
 from scripts.model.documents import windows_of
 
-PRECISIONS = ("fp32", "bf16", "fp16")
+CLONES = ("fp32", "bf16", "fp16", "muon", "muon in bf16")
 BATCH_KEYS = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}
 BUCKET_KEYS = {"reduce_bucket_size", "allgather_bucket_size"}
 TRUTH_SCRIPT = """
@@ -133,12 +133,12 @@ def faults(config):
             "one rank's weights drift": (here, "drift", float(rank)),
         }}
     undivided = functools.partialmethod(Engine.backward, scale_wrt_gas=False)
-    unclipped = lambda self, grads, norm: [each.div_(self.scale_of_backward) for each in grads]
+    unclipped = lambda self, norm: torch.tensor(self.scale_of_backward)
     return changes | {{
         "the sum over micro-batches is not divided": (Engine, "backward", undivided),
         "a tied head is not counted": (here, "loss_of", tied(0.0)),
         "a tied head is counted twice": (here, "loss_of", tied(2.0)),
-        "no gradient is clipped": (offload, "_unscale_and_clip_grads", unclipped),
+        "no gradient is clipped": (offload, "_divisor_of", unclipped),
         "norms decay": (here, "groups_of", decaying(config.weight_decay)),
     }}
 
@@ -216,6 +216,10 @@ def reports(num_ranks, tmp_path_factory) -> list[dict]:
             "fp32": tiny_config(folder, precision="fp32", tokens_per_step=64 * num_ranks * 4, mask_across_documents=True),
             "bf16": tiny_config(folder, precision="bf16", tokens_per_step=64 * num_ranks, qk_norm=True),
             "fp16": tiny_config(folder, precision="fp16", tokens_per_step=64 * num_ranks * 4, mask_across_documents=True),
+            "muon": tiny_config(folder, precision="fp32", tokens_per_step=64 * num_ranks * 4, optimizer="muon"),
+            "muon in bf16": tiny_config(
+                folder, precision="bf16", tokens_per_step=64 * num_ranks, optimizer="muon", optimizer_state_precision="bf16"
+            ),
         },
     )
 
@@ -228,22 +232,22 @@ def check_truth(folder: Path, ranks: int, configs: dict[str, TrainingConfig]) ->
     return [json.loads((folder / f"report-{rank}.json").read_text()) for rank in range(ranks)]
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", CLONES)
 def test_deepspeeds_updates_are_those_of_plain_torch(reports, precision):
     assert [report[precision]["refusals"] for report in reports] == [["", ""]] * len(reports)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", CLONES)
 def test_every_fault_of_deepspeed_is_refused_in_one_line_by_every_rank(reports, precision):
     for report in reports:
-        assert len(report[precision]["faults"]) == (6 if len(reports) == 1 else 4) + (precision != "bf16")
+        assert len(report[precision]["faults"]) == (6 if len(reports) == 1 else 4) + (precision in ("fp32", "fp16"))
         for fault, refusal in report[precision]["faults"].items():
             assert refusal.startswith("DeepSpeed's updates are not those of plain torch: "), fault
             assert "\n" not in refusal and "pip install --force-reinstall deepspeed==" in refusal
     assert reports[0][precision]["faults"] == reports[-1][precision]["faults"]
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", CLONES)
 def test_refusal_names_what_is_wrong_and_by_how_much(reports, precision):
     faults = reports[0][precision]["faults"]
     for refusal in faults.values():
@@ -255,7 +259,7 @@ def test_refusal_names_what_is_wrong_and_by_how_much(reports, precision):
         assert words in faults[fault]
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", CLONES)
 def test_check_leaves_no_trace(reports, precision):
     for report in reports:
         assert report[precision]["unchanged"]
@@ -264,7 +268,7 @@ def test_check_leaves_no_trace(reports, precision):
         assert report[precision]["without"] == report[precision]["with"]
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", CLONES)
 def test_check_costs_no_more_than_some_steps(reports, precision):
     """Processor time, against that of twelve steps of a tiny model and its engine's beginning."""
     for report in reports:
@@ -297,6 +301,7 @@ def runs(draw) -> tuple[TrainingConfig, int]:
         num_layers=draw(st.integers(1, 99)), mlp_size=draw(st.integers(1, 9999)), vocab_size=draw(st.integers(258, 2**17)),
         tokenizer_path=draw(st.sampled_from([None, "tokenizer.json"])), eval_tokens=context, schedule=schedule,
         decay_steps=9 if schedule == "wsd" else None, beta1=draw(st.floats(0, 0.999)), beta2=draw(st.floats(0, 0.999)),
+        optimizer=draw(st.sampled_from(["adamw", "muon"])), optimizer_state_precision=draw(st.sampled_from(["bf16", "fp32"])),
         precision=draw(st.sampled_from(["fp32", "bf16", "fp16"])), init_from=draw(st.sampled_from([None, "other"])),
         activation_checkpointing=draw(st.sampled_from(["none", "block", "block_offload"])), **draw(
             st.sampled_from([{}, {"accumulate_on": "gpu"}, {"accumulate_on": "gpu", "offload_optimizer": False}])

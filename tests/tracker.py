@@ -558,7 +558,7 @@ def _cuda_stand_in() -> ctypes.CDLL:
 
 
 def _sums_of_gradients(config: TrainingConfig, decoder: Decoder) -> list[tuple[str, Tensor]]:
-    if not config.keeps_gradient_sums(1):
+    if config.accumulate_on == "cpu":
         return []
     dtype = PRECISIONS[config.accumulation_precision]
     return [("sums of gradients", torch.empty_like(weight, dtype=dtype)) for weight in decoder.parameters()]

@@ -7,10 +7,11 @@ The order within the vector does not depend on W, so any slice of a saved state 
 import math
 import os
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +20,13 @@ import torch
 from torch import Tensor
 
 from scripts import config as settings
-from scripts.config import PRECISIONS, TrainingConfig
+from scripts.config import PRECISIONS, TrainingConfig, product_dtype
+from scripts.engine import updates
+from scripts.engine.updates import Landed, Matrix, StagingRing
 from scripts.model.activation_offload import host_buffer
 
 DEEPSPEED_VERSION = "0.19.8"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS, MOMENTUM = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 ROW_ELEMENTS = 2**10
 ReadSlice = Callable[[str, int, Tensor], None]
@@ -37,81 +40,11 @@ class Partition(NamedTuple):
     num_elements: int
 
 
-class Piece(NamedTuple):
-    """Elements start..stop of the ring's memory, and when what lies there has been added to its target on the host."""
+class Begun(NamedTuple):
+    """This rank's slice (n,) of a group's orthogonal matrices, and on a GPU when it has arrived on the host."""
 
-    start: int
-    stop: int
-    arrival: Future
-
-
-class Sent(NamedTuple):
-    """A gradient that is still needed on the GPU until it has been copied from there."""
-
-    source: Tensor
-    copied: torch.cuda.Event
-
-
-class StagingRing:
-    """Host memory, pinned for a GPU, through which gradients go to the host, and the one thread that adds them up, in order.
-
-    On a GPU the copies run on a stream of their own, after the kernels that compute the gradients. At most `held_elements` of
-    gradients wait on the GPU for their copies, or one larger gradient; later kernels wait for the copies of those before. With
-    None nothing waits: what is sent stays where it is until it is drained.
-    """
-
-    def __init__(self, memory: Tensor, held_elements: int | None, device: torch.device) -> None:
-        self._memory, self._held_elements = memory, held_elements
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._thread = ThreadPoolExecutor(1, "gradients", partial(torch.cuda.set_device, device) if self._stream else None)
-        self._pieces: deque[Piece] = deque()
-        self._held: deque[Sent] = deque()
-        self._next = 0
-
-    def send(self, source: Tensor, target: Tensor, is_first: bool) -> None:
-        """Writes `source` (n,) into `target` (n,) float32 on the host if it is the first of a step, else adds it. Waits while
-        the ring is full. Raises what went wrong in the thread with an earlier piece.
-        """
-        if self._held_elements is not None:
-            self.release(self._held_elements - len(source))
-        copied, most = None, min(settings.GRADIENT_PIECE_ELEMENTS, len(self._memory) // 2)
-        for part, place in zip(source.split(most), target.split(most), strict=True):
-            start = self._next if self._next + len(part) <= len(self._memory) else 0
-            self._next = start + len(part)
-            while any(piece.start < self._next and start < piece.stop for piece in self._pieces):
-                self._pieces.popleft().arrival.result()
-            slot = self._memory[start : self._next]
-            copied = self._copy(part, slot)
-            self._pieces.append(Piece(start, self._next, self._thread.submit(_add, slot, place, is_first, copied)))
-        if copied is not None and self._held_elements is not None:
-            self._held.append(Sent(source, copied))
-
-    def release(self, num_elements: int) -> None:
-        """Frees the oldest gradients on the GPU until at most `num_elements` are left; later kernels wait for their copies."""
-        while self._held and sum(len(sent.source) for sent in self._held) > num_elements:
-            sent = self._held.popleft()
-            torch.cuda.current_stream().wait_event(sent.copied)
-
-    def drain(self) -> None:
-        """Waits until all that was sent has been added to its target. Raises what went wrong in the thread."""
-        while self._pieces:
-            self._pieces.popleft().arrival.result()
-        self._held.clear()
-
-    def close(self) -> None:
-        """Ends the thread, after all that was sent."""
-        self._thread.shutdown()
-
-    def _copy(self, source: Tensor, slot: Tensor) -> torch.cuda.Event | None:
-        if self._stream is None:
-            slot.copy_(source)
-            return None
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            slot.copy_(source, non_blocking=True)
-        copied = torch.cuda.Event(blocking=True)
-        copied.record(self._stream)
-        return copied
+    directions: Tensor
+    arrived: Any
 
 
 def refuse_other_versions() -> None:
@@ -158,26 +91,34 @@ def keep_to_device(accelerator: Any, device: torch.device) -> None:
 
 def replace_offload_path(engine, config: TrainingConfig) -> None:
     """Mends DeepSpeed's loss scale. With `offload_optimizer` it also replaces methods and buffers of its optimizer by ones that
-    keep and move less; the updates are the same.
+    keep and move less. AdamW's updates are the same; Muon's, and 16-bit moments, are scripts/engine/updates.py's.
 
     With N parameters, W ranks, G micro-batches a step, w bytes a weight, L elements of the largest partition: the GPU keeps the
-    weights, w N, and with `accumulate_on="gpu"` and G > 1 also N / W sums in `accumulation_precision`. In a backward it also
-    holds DeepSpeed's bucket of `bucket_elements` on several ranks, and gradients on their way to the host, at most one block or
-    one parameter. The host keeps 16 N / W of masters, gradients and moments, and 2 w L of staging, pinned for a GPU, through
-    which gradients come and weights return. Bytes moved in a step: G w N / W to the host, or N / W sums; w N / W back.
+    weights, w N, and with `accumulate_on="gpu"` also N / W sums in `accumulation_precision`. In a backward it also holds
+    DeepSpeed's bucket of `bucket_elements` on several ranks, and gradients on their way to the host, at most one block or one
+    parameter. The host keeps for each of N / W parameters 4 bytes of master, 4 of gradient unless sums are on the GPU, 8 of
+    moments (with `optimizer_state_precision="bf16"` 4; Muon's momentum is half of that), and 2 w L of staging, pinned for a
+    GPU, through which gradients come and weights return, or the pieces of sums. Bytes moved in a step: G w N / W to the host,
+    or N / W sums; w N / W back, and for Muon's matrices in between w N / W there and back.
     """
     optimizer, device = engine.optimizer, engine.device
     _mend_loss_scale(optimizer)
-    if not config.offload_optimizer:
+    world_size = torch.distributed.get_world_size(optimizer.dp_process_group)
+    sums = []
+    if config.offload_optimizer and config.accumulate_on == "gpu":
+        sizes, dtype = map(int, optimizer.partition_size), PRECISIONS[config.accumulation_precision]
+        sums = [torch.zeros(size, dtype=dtype, device=device) for size in sizes]
+    staging = _share_staging(optimizer, config.dtype, device) if config.offload_optimizer else None
+    optimizer.group_updates = GroupUpdates(optimizer, config, device, sums)
+    optimizer._optimizer_step = optimizer.group_updates.update
+    if staging is None:
         return
     optimizer.temp_grad_buffer_for_gpu_offload = optimizer.temp_grad_buffer_for_cpu_offload = torch.empty(0)
-    world_size = torch.distributed.get_world_size(optimizer.dp_process_group)
-    sizes = map(int, optimizer.partition_size if config.keeps_gradient_sums(world_size) else ())
-    sums = [torch.zeros(size, dtype=PRECISIONS[config.accumulation_precision], device=device) for size in sizes]
-    staging = _share_staging(optimizer, config.dtype, device)
-    memory, held_elements = staging.view(sums[0].dtype if sums else config.dtype), None if sums else config.bucket_elements
-    ring = StagingRing(memory, held_elements, device)
-    send = ring.send if device.type == "cuda" else _add
+    optimizer.unscale_and_clip_grads = partial(_keep_divisor, optimizer)
+    for master in optimizer.single_partition_of_fp32_groups if sums else ():
+        master.grad = None
+    ring = StagingRing(staging.view(config.dtype), config.bucket_elements, device)
+    send = ring.send if device.type == "cuda" else updates.add_to
     if world_size == 1:
         optimizer.process_gradients = partial(_process_gradients, optimizer, sums, send)
         optimizer.reduce_ipg_grads = partial(ring.release, 0)
@@ -185,8 +126,7 @@ def replace_offload_path(engine, config: TrainingConfig) -> None:
         optimizer.copy_grads_in_partition = partial(take_gradient, optimizer, sums, send)
         optimizer.reduce_ipg_grads = partial(_reduce_ipg_grads, optimizer, ring)
     optimizer._wait_for_offload_copies = ring.drain
-    optimizer.scaled_global_norm = partial(_scaled_global_norm, optimizer, device)
-    optimizer._optimizer_step = partial(_optimizer_step, optimizer, deque(), device)
+    optimizer.scaled_global_norm = partial(_scaled_global_norm, optimizer, sums, device)
     optimizer.destroy = partial(_destroy, optimizer, ring)
 
 
@@ -196,54 +136,185 @@ def staging_of(engine) -> list[Tensor]:
 
 
 def take_gradient(optimizer, sums: list[Tensor], send: Callable, weight, _: int) -> None:
-    """Replaces `copy_grads_in_partition`: takes this rank's slice of a weight's gradient and frees the gradient.
-
-    Without `sums` it sends the slice to the host. With them, one flat sum (n,) a group on the GPU, it adds the slice there, and
-    in the last micro-batch sends the sum. DeepSpeed's own flag of the last micro-batch comes too late, after the head.
+    """Replaces `copy_grads_in_partition`: takes this rank's slice of a weight's gradient and frees the gradient. It is added to
+    `sums`, one (n,) a group on the GPU; without them it is sent to the host.
     """
     group, offset, start, size = optimizer.grad_position[optimizer.get_param_id(weight)]
     gradient = weight.grad.detach().reshape(-1)[offset : offset + size]
     optimizer.clear_grad_attribute(weight)
     place, is_first = slice(start, start + size), optimizer.micro_step_id == 0
     if sums:
-        _add(gradient, sums[group][place], is_first)
-        gradient, is_first = sums[group][place], True
-    if not sums or optimizer.micro_step_id == optimizer.gradient_accumulation_steps - 1:
+        updates.add_to(gradient, sums[group][place], is_first)
+    else:
         send(gradient, optimizer.single_partition_of_fp32_groups[group].grad[place], is_first)
 
 
-def sum_of_squares(vector: Tensor) -> float:
-    """The sum of squares of `vector` (n,) float32, without a copy: float32 within a row of ROW_ELEMENTS, float64 over rows."""
-    total = 0.0
+def sum_of_squares(vector: Tensor) -> Tensor:
+    """The sum of squares () float64 of `vector` (n,), without a copy where it is float32: float32 within a row of ROW_ELEMENTS,
+    float64 over rows.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=vector.device)
     for part in vector.split(settings.OPTIMIZER_CHUNK_ELEMENTS):
-        whole = len(part) // ROW_ELEMENTS * ROW_ELEMENTS
+        part, whole = part.float(), len(part) // ROW_ELEMENTS * ROW_ELEMENTS
         rows = torch.linalg.vector_norm(part[:whole].view(-1, ROW_ELEMENTS), dim=1)
         rest = torch.linalg.vector_norm(part[whole:])
-        total += float(rows.double().square().sum()) + float(rest) ** 2
+        total += rows.double().square().sum() + rest.double().square()
     return total
+
+
+class GroupUpdates:
+    """Updates masters, on the host or without offload on the GPU, one group after another and in order: `update` replaces
+    DeepSpeed's `_optimizer_step`. Then DeepSpeed writes the new weights into the group's staging and copies them up.
+
+    Muon's group goes through the same staging: its momentum looks ahead there, comes up, is made orthogonal and comes down.
+    That is begun for the next group before the masters of this one change, so that the GPU works beside the host.
+    """
+
+    def __init__(self, optimizer, config: TrainingConfig, device: torch.device, sums: list[Tensor]) -> None:
+        self.divisor = 1.0
+        self._optimizer, self._config, self._device, self._sums = optimizer, config, device, sums
+        self._stream, self._slots = None, []
+        if sums and device.type == "cuda":
+            largest, self._stream = max(map(len, sums)), torch.cuda.Stream(device)
+            num_bytes = min(largest, settings.GRADIENT_PIECE_ELEMENTS) * sums[0].itemsize
+            self._slots = [host_buffer(num_bytes, device).view(sums[0].dtype) for _ in range(2)]
+        self._landed: Iterator[Landed] = iter(())
+        self._copies: deque[Any] = deque()
+        self._begun: dict[int, Begun] = {}
+
+    def update(self, group: int) -> None:
+        """The update of one group, from the gradients that were taken. Every rank must call this."""
+        if group == 0:
+            self._landed = updates.bring_down(self._sums, self._slots, self._stream)
+        if self._device.type == "cuda":
+            self._copies.append(torch.cuda.current_stream().record_event(torch.cuda.Event(blocking=True)))
+        if not self._is_muon(group):
+            self._adam(group)
+        else:
+            begun = self._begun.pop(group, None) or self._begin(group)
+            if self._is_muon(group + 1) and self._config.offload_optimizer:
+                self._begun[group + 1] = self._begin(group + 1)
+            self._finish(group, begun)
+        while len(self._copies) > 1:
+            self._copies.popleft().synchronize()
+
+    def _is_muon(self, group: int) -> bool:
+        return is_muon(self._optimizer, self._config, group)
+
+    def _gradients(self, group: int) -> Iterator[Landed]:
+        """This rank's slice of a group's gradient, unscaled and clipped, in pieces that are good until the next."""
+        pieces = iter((Landed(group, 0, self._optimizer.single_partition_of_fp32_groups[group].grad),))
+        if self._sums:
+            pieces = islice(self._landed, -(-len(self._sums[group]) // settings.GRADIENT_PIECE_ELEMENTS))
+        for landed in pieces:
+            if self.divisor != 1.0:
+                landed.gradient.mul_(1.0 / self.divisor)
+            yield landed
+
+    def _adam(self, group: int) -> None:
+        config, adam = self._config, self._optimizer.optimizer
+        is_short, options = config.optimizer_state_precision == "bf16", adam.param_groups[group]
+        if not is_short and not config.offload_optimizer:
+            type(self._optimizer)._optimizer_step(self._optimizer, group)
+            return
+        master, state = (
+            self._optimizer.single_partition_of_fp32_groups[group].detach(),
+            state_of(self._optimizer, config, group),
+        )
+        state["step"] += 1
+        step, first = state["step"], partition_of(self._optimizer, group).start
+        (beta1, beta2), decay = options["betas"], options["weight_decay"]
+        numbers = updates.Adam(step, options["lr"], beta1, beta2, options["eps"], decay)
+        for _, start, gradient in self._gradients(group):
+            place = slice(start, start + len(gradient))
+            moments = [state[name][place] for name in MOMENTS]
+            if is_short:
+                draws = updates.Draws(config.seed, step, group)
+                updates.adam_in_16_bits(master[place], gradient, moments, numbers, draws=draws, first=first + start)
+            else:
+                adam.ds_opt_adam.adam_update(
+                    adam.opt_id, *numbers, options["bias_correction"], master[place], gradient, *moments
+                )
+
+    def _begin(self, group: int) -> Begun:
+        """Moves the momentum, and starts to make its matrices orthogonal, for this rank's slice."""
+        for copied in self._copies:
+            copied.synchronize()
+        optimizer, config, state = self._optimizer, self._config, state_of(self._optimizer, self._config, group)
+        state["step"] += 1
+        dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+        staged = torch.empty(int(optimizer.partition_size[group]), dtype=dtype, device=self._device)
+        if config.offload_optimizer:
+            staged = optimizer.param_buffer_of_bit16_for_cpu_offload_groups[group].view(dtype)
+        for _, start, gradient in self._gradients(group):
+            place = slice(start, start + len(gradient))
+            updates.take_momentum(gradient, state[MOMENTUM[0]][place], staged[place], config.muon_momentum)
+        matrices, products = matrices_of(optimizer, group), product_dtype(config.dtype, self._device)
+        own, dp_group = staged.to(self._device, non_blocking=True), optimizer.real_dp_process_group[group]
+        directions = updates.orthogonal_slice(own, matrices, products, dp_group)
+        if staged.device == directions.device:
+            return Begun(directions, None)
+        staged.copy_(directions, non_blocking=True)
+        return Begun(staged, torch.cuda.current_stream().record_event(torch.cuda.Event(blocking=True)))
+
+    def _finish(self, group: int, begun: Begun) -> None:
+        """Moves the masters of this rank's slice against the directions."""
+        if begun.arrived is not None:
+            begun.arrived.synchronize()
+        config, options = self._config, self._optimizer.optimizer.param_groups[group]
+        rate = options["lr"] * (config.muon_learning_rate or config.learning_rate) / config.learning_rate
+        master, own = self._optimizer.single_partition_of_fp32_groups[group].detach(), partition_of(self._optimizer, group)
+        for start, stop, shape in matrices_of(self._optimizer, group):
+            place = slice(max(start, own.start) - own.start, max(0, min(stop, own.stop) - own.start))
+            updates.descend(
+                master[place], begun.directions[place], rate=rate, scale=updates.scale_of(shape), decay=options["weight_decay"]
+            )
+
+
+def is_muon(optimizer, config: TrainingConfig, group: int) -> bool:
+    """Whether a group of DeepSpeed's optimizer holds matrices that Muon updates."""
+    groups = optimizer.optimizer.param_groups
+    return config.optimizer == "muon" and group < len(groups) and groups[group]["is_block"]
+
+
+def matrices_of(optimizer, group: int) -> list[Matrix]:
+    """The matrices of a group in the order of its flat vector."""
+    layout = zip(optimizer.round_robin_bit16_offsets[group], optimizer.round_robin_bit16_meta[group], strict=True)
+    return [Matrix(offset, offset + meta.numel(), meta.shape) for offset, meta in layout]
 
 
 def partitions(engine) -> list[Partition]:
     """This rank's slice of each parameter group's flat vector."""
-    optimizer, found = engine.optimizer, []
-    for group, master in enumerate(optimizer.single_partition_of_fp32_groups):
-        rank = torch.distributed.get_rank(optimizer.real_dp_process_group[group])
-        num_elements = optimizer.round_robin_bit16_offsets[group][-1] + optimizer.round_robin_bit16_meta[group][-1].numel()
-        start = min(rank * master.numel(), num_elements)
-        found.append(Partition(start, min(start + master.numel(), num_elements), num_elements))
-    return found
+    return [partition_of(engine.optimizer, group) for group in range(len(engine.optimizer.single_partition_of_fp32_groups))]
+
+
+def partition_of(optimizer, group: int) -> Partition:
+    """This rank's slice of one group's flat vector."""
+    size, rank = int(optimizer.partition_size[group]), torch.distributed.get_rank(optimizer.real_dp_process_group[group])
+    num_elements = matrices_of(optimizer, group)[-1].stop
+    start = min(rank * size, num_elements)
+    return Partition(start, min(start + size, num_elements), num_elements)
+
+
+def state_of(optimizer, config: TrainingConfig, group: int) -> dict[str, Any]:
+    """What the optimizer remembers of this rank's slice of a group, made when there is none yet: `step`, and (n,) moments."""
+    master = optimizer.single_partition_of_fp32_groups[group]
+    state, dtype = optimizer.optimizer.state[master], PRECISIONS[config.optimizer_state_precision]
+    names = MOMENTUM if is_muon(optimizer, config, group) else MOMENTS
+    if not state:
+        state.update({"step": 0} | {name: torch.zeros_like(master, dtype=dtype, requires_grad=False) for name in names})
+    return state
 
 
 def optimizer_tensors(engine) -> dict[str, Tensor]:
-    """This rank's masters and moments in float32, views without copies: `group.<i>.master`, `.exp_avg`, `.exp_avg_sq`."""
-    tensors = {}
-    masters = engine.optimizer.single_partition_of_fp32_groups
-    for group, (master, part) in enumerate(zip(masters, partitions(engine), strict=True)):
-        state, size = engine.optimizer.optimizer.state[master], part.stop - part.start
-        if not state:
-            state.update({"step": 0} | {name: torch.zeros_like(master, requires_grad=False) for name in MOMENTS})
-        tensors[f"group.{group}.master"] = master.detach()[:size]
-        tensors.update({f"group.{group}.{name}": state[name][:size] for name in MOMENTS})
+    """This rank's masters in float32 and moments in `optimizer_state_precision`, views without copies: `group.<i>.master`,
+    `.exp_avg` and `.exp_avg_sq`, or `.momentum_buffer`.
+    """
+    tensors, optimizer = {}, engine.optimizer
+    for group, part in enumerate(partitions(engine)):
+        state, size = state_of(optimizer, engine.module.config, group), part.stop - part.start
+        tensors[f"group.{group}.master"] = optimizer.single_partition_of_fp32_groups[group].detach()[:size]
+        tensors |= {f"group.{group}.{name}": value[:size] for name, value in state.items() if name in MOMENTS + MOMENTUM}
     return tensors
 
 
@@ -319,10 +390,10 @@ def _reduce_ipg_grads(optimizer, ring: StagingRing, comm_dtype: torch.dtype | No
     ring.release(0)
 
 
-def _scaled_global_norm(optimizer, device: torch.device) -> Tensor:
-    """Replaces DeepSpeed's, on the host: the norm of all ranks' gradients () float32, -1 when it is not finite."""
-    gradients = [master.grad for master in optimizer.single_partition_of_fp32_groups]
-    square = torch.tensor(sum(map(sum_of_squares, gradients)), dtype=torch.float64, device=device)
+def _scaled_global_norm(optimizer, sums: list[Tensor], device: torch.device) -> Tensor:
+    """Replaces DeepSpeed's: the norm of all ranks' gradients, where they are, () float32; -1 when it is not finite."""
+    gradients = sums or [master.grad for master in optimizer.single_partition_of_fp32_groups]
+    square = sum(map(sum_of_squares, gradients), torch.zeros((), dtype=torch.float64, device=gradients[0].device)).to(device)
     torch.distributed.all_reduce(square, group=optimizer.dp_process_group)
     norm = math.sqrt(square.item()) if square.isfinite() else -1.0
     return torch.tensor(norm, dtype=torch.float32)
@@ -347,22 +418,21 @@ def _unscale_and_clip_grads(optimizer, gradients: list[Tensor], scaled_norm: Ten
     """DeepSpeed's, by the scale of the backward, and left out where it would multiply every gradient by one and a look at the
     norm need not wait for the GPU.
     """
-    scale = optimizer.scale_of_backward
-    divisor = scale * torch.clamp((scaled_norm / scale + 1e-6) / optimizer.clip_grad, min=1.0)
+    divisor = _divisor_of(optimizer, scaled_norm)
     if divisor.device.type == "cuda" or divisor != 1.0:
         for gradient in gradients:
             gradient.mul_(1.0 / divisor)
 
 
-def _optimizer_step(optimizer, copies: deque, device: torch.device, group: int) -> None:
-    """DeepSpeed's update of one group, on the host. Then DeepSpeed writes the new weights into this group's staging: so this
-    waits until the weights that lay there, those of the group before the last, have been copied to the GPU.
-    """
-    if device.type == "cuda":
-        copies.append(torch.cuda.current_stream().record_event(torch.cuda.Event(blocking=True)))
-    type(optimizer)._optimizer_step(optimizer, group)
-    if len(copies) > 1:
-        copies.popleft().synchronize()
+def _keep_divisor(optimizer, _: list[Tensor | None], scaled_norm: Tensor) -> None:
+    """Replaces `unscale_and_clip_grads` under offload: each gradient is divided when its group is updated."""
+    optimizer.group_updates.divisor = _divisor_of(optimizer, scaled_norm)
+
+
+def _divisor_of(optimizer, scaled_norm: Tensor) -> Tensor:
+    """What gradients are divided by, (): the scale of their backward, and what clips their norm."""
+    scale = optimizer.scale_of_backward
+    return scale * torch.clamp((scaled_norm / scale + 1e-6) / optimizer.clip_grad, min=1.0)
 
 
 def _destroy(optimizer, ring: StagingRing) -> None:
@@ -370,15 +440,3 @@ def _destroy(optimizer, ring: StagingRing) -> None:
         type(optimizer).destroy(optimizer)
     finally:
         ring.close()
-
-
-def _add(source: Tensor, target: Tensor, is_first: bool, copied: torch.cuda.Event | None = None) -> None:
-    """target = source or target += source, after `copied`; on the host in parts, because torch casts a copy of the source."""
-    if copied is not None:
-        copied.synchronize()
-    most = settings.GRADIENT_CACHE_ELEMENTS if source.device.type == "cpu" else len(source)
-    for part, place in zip(source.split(most), target.split(most), strict=True):
-        if is_first:
-            place.copy_(part)
-        else:
-            place.add_(part)

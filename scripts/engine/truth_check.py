@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from scripts.config import TrainingConfig
+from scripts.config import NEWTON_SCHULZ_ITERATIONS, TrainingConfig
 from scripts.engine.distributed import release_memory
 from scripts.engine.offload import DEEPSPEED_VERSION
+from scripts.engine.updates import LEAST_NORM, NEWTON_SCHULZ, RMS_OF_ADAMW
 from scripts.model.decoder import Block, Decoder, empty_model, parameter_groups
 from scripts.model.documents import Windows, windows_of
 
@@ -101,6 +102,7 @@ def tiny_clone(config: TrainingConfig, world_size: int) -> TrainingConfig:
         context_length=length, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_size=None, mlp_size=48,
         tie_embeddings=True, micro_batch_rows=rows, tokens_per_step=rows * length * steps * world_size,
         loss_chunk_rows=rows * length, eval_tokens=length, teacher_dir=None, teacher_top_k=None, rope_scaling=None,
+        muon_learning_rate=None,
     )  # fmt: skip
 
 
@@ -133,14 +135,18 @@ def train_plain(plain: Decoder, windows: Tensor, tiny: TrainingConfig) -> list[f
     The forward reads the weights as the training dtype rounds them, as DeepSpeed's does.
     """
     groups = parameter_groups(plain, tiny.weight_decay)
-    optimizer = torch.optim.AdamW(groups, LEARNING_RATE, (tiny.beta1, tiny.beta2), tiny.adam_eps)  # pyright: ignore
-    norms = []
+    matrices = [p for group in groups if group["is_block"] and tiny.optimizer == "muon" for p in group["params"]]
+    others = [group for group in groups if not (group["is_block"] and matrices)]
+    optimizer = torch.optim.AdamW(others, LEARNING_RATE, (tiny.beta1, tiny.beta2), tiny.adam_eps)  # pyright: ignore
+    momenta, norms = [torch.zeros_like(matrix) for matrix in matrices], []
     for batch in windows.flatten(1, 3):
-        optimizer.zero_grad()
         for part in batch.split(PLAIN_ROWS):
             (plain_loss(plain, part, tiny) * len(part) / len(batch)).backward()
         norms.append(float(nn.utils.clip_grad_norm_(plain.parameters(), tiny.max_grad_norm)))
         optimizer.step()
+        for matrix, momentum in zip(matrices, momenta, strict=True):
+            _plain_muon(matrix, momentum, tiny)
+        plain.zero_grad()
     return norms
 
 
@@ -167,6 +173,24 @@ def draw_weights(model: Decoder) -> Decoder:
 def plain_copy(model: Decoder) -> Decoder:
     """A copy on the CPU in float64."""
     return copy.deepcopy(model).to(torch.device("cpu"), torch.float64)
+
+
+@torch.no_grad()
+def _plain_muon(matrix: Tensor, momentum: Tensor, tiny: TrainingConfig) -> None:
+    """One update of Muon in float64, as its paper writes it (Liu et al. 2025), on a momentum that is a weighted mean."""
+    beta, (a, b, c), gradient = (
+        tiny.muon_momentum,
+        NEWTON_SCHULZ,
+        torch.zeros_like(matrix) if matrix.grad is None else matrix.grad,
+    )
+    momentum.mul_(beta).add_((1 - beta) * gradient)
+    x = (1 - beta) * gradient + beta * momentum
+    x = x / x.square().sum().sqrt().clamp(min=LEAST_NORM)
+    for _ in range(NEWTON_SCHULZ_ITERATIONS):
+        gram = x @ x.T
+        x = a * x + b * gram @ x + c * gram @ gram @ x
+    decayed = matrix * (1 - LEARNING_RATE * tiny.weight_decay)
+    matrix.copy_(decayed - LEARNING_RATE * RMS_OF_ADAMW * max(matrix.shape) ** 0.5 * x)
 
 
 def _plain_block(x: Tensor, block: Block, tiny: TrainingConfig) -> Tensor:

@@ -168,11 +168,14 @@ def _init_std(config: TrainingConfig, name: str) -> float:
 
 def parameter_groups(model: Decoder, weight_decay: float) -> list[dict]:
     """The optimizer's groups, always in this order: embedding, each block, head, and last all norms, which do not decay. Each
-    block has its own, because DeepSpeed copies a whole group into one flat tensor.
+    block has its own, because DeepSpeed copies a whole group into one flat tensor; `is_block` tells those.
     """
     parts = [model.model.embed_tokens, *model.model.layers] + ([] if model.config.tie_embeddings else [model.lm_head])
-    groups = [{"params": [p for p in part.parameters() if p.dim() > 1], "weight_decay": weight_decay} for part in parts]
-    return [*groups, {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}]
+    groups: list[dict] = [
+        {"params": [p for p in part.parameters() if p.dim() > 1], "weight_decay": weight_decay, "is_block": type(part) is Block}
+        for part in parts
+    ]
+    return [*groups, {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0, "is_block": False}]
 
 
 def rotary_table(config: TrainingConfig, start: int, stop: int, device: torch.device) -> Tensor:

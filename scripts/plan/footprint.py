@@ -19,21 +19,16 @@ from scripts.plan.machine import pinned_bytes
 PHASES = ("initialisation", "training step", "save and load")
 TEACHER_ALONE = "teacher alone"
 HOST_MOMENTS = {
-    TEACHER_ALONE: "reading weights and writing labels",
-    "initialisation": "DeepSpeed's copies",
-    "training step": "Adam",
+    TEACHER_ALONE: "reading weights and writing labels", "initialisation": "DeepSpeed's copies", "training step": "the update",
     "save and load": "reading and writing files",
-}
+}  # fmt: skip
 BLOCK_PARTS = ("an MLP's last product", "an MLP's first products", "attention")
-LABEL_CHUNK_BYTES = 24
-LABEL_COPIES = 4
-DOCUMENT_BYTES = 19
-WINDOW_BYTES = 33
-OPTIMIZER_BYTES = 12
+LABEL_CHUNK_BYTES, LABEL_COPIES = 24, 4
+DOCUMENT_BYTES, WINDOW_BYTES = 19, 33
 
 
 class Moment(NamedTuple):
-    """What is held at one moment: its name, and bytes by kind."""
+    """A moment's name, and bytes by kind that are held then."""
 
     name: str
     parts: dict[str, int]
@@ -45,9 +40,7 @@ class Moment(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The largest moment of each phase for one rank, on the `device` (for "cpu" in host memory too), on the `host` beside it,
-    and bytes on the `disk`.
-    """
+    """One rank's largest moment of each phase on the `device` and on the `host` beside it, and bytes on the `disk`."""
 
     device_type: str
     device: dict[str, Moment]
@@ -63,11 +56,9 @@ def phases(config: TrainingConfig) -> tuple[str, ...]:
 def plan(config: TrainingConfig, world_size: int, device_type: str | None = None) -> Plan:
     """Bytes by kind of one of `world_size` ranks at the largest moment of each phase, from the configuration alone.
 
-    `device_type` is "cuda", "cpu" for a run without a GPU, or None for "cuda", whatever this machine has. The host's bytes
-    are one rank's: a machine needs them once for each rank that it runs.
-
-    Raises:
-        ValueError: teacher_dir describes no model, or the batch does not divide over `world_size` ranks.
+    `device_type` is "cuda", "cpu" for a run without a GPU, whose device is host memory too, or None for "cuda", whatever this
+    machine has. The host's bytes are one rank's: a machine needs them once for each rank that it runs. Raises ValueError when
+    teacher_dir describes no model, or the batch does not divide over `world_size` ranks.
     """
     kind, names = device_type or "cuda", phases(config)
     device = {phase: max(device_moments(config, world_size, kind, phase), key=lambda at: at.total) for phase in names}
@@ -92,8 +83,8 @@ def device_moments(config: TrainingConfig, world_size: int, device_type: str, ph
 
 
 def checkpoint_bytes(config: TrainingConfig) -> int:
-    """Bytes of a checkpoint's tensors: N weights, and float32 masters and two moments of each; all ranks together."""
-    return config.num_parameters * (config.dtype.itemsize + OPTIMIZER_BYTES)
+    """Bytes of a checkpoint's tensors, all ranks together: N weights, float32 masters and moments."""
+    return config.num_parameters * (config.dtype.itemsize + 4) + config.moments_bytes
 
 
 class _Model:
@@ -101,9 +92,8 @@ class _Model:
 
     `storage` and `products` are bytes of an element in weights and in matrix products, `cast` those of one that is copied for
     products (0 where they read it as stored). The others are counts: `tokens` M, `places` of tokens in groups of documents, M
-    where they are not masked, `chunk` C, `queries` H * K, `keys` G * K, and
-    `padded_queries` and `padded_keys` with the zeros that a GPU's attention needs; `rows` are the tokens that operations
-    without a GPU take at a time.
+    where they are not masked, `chunk` C, `queries` H * K, `keys` G * K, `padded_queries` and `padded_keys` with the zeros that
+    a GPU's attention needs; `rows` are the tokens that operations without a GPU take at a time.
     """
 
     def __init__(self, config: TrainingConfig, device_type: str) -> None:
@@ -155,9 +145,9 @@ def _moments(student: _Model, world_size: int, phase: str) -> Iterator[Moment]:
     elif phase == "training step":
         for at in _micro_batch(student, world_size):
             yield Moment(at.name, held | at.parts)
-        if not config.offload_optimizer:
-            cast = max(4 * largest // world_size, 8 * _largest_matrix(config))
-            yield Moment("the update", held | {"one group's gradient, cast by DeepSpeed": cast})
+        cast = 0 if config.offload_optimizer else max(4 * largest // world_size, 8 * _largest_matrix(config))
+        update = {"one group's gradient, cast by DeepSpeed": cast} | _orthogonal(student, world_size)
+        yield Moment("the update", held | update)
     else:
         yield Moment("writing the weights", held)
 
@@ -167,8 +157,8 @@ def _held(student: _Model, world_size: int) -> dict[str, int]:
     own, sums = -(-config.num_parameters // world_size), PRECISIONS[config.accumulation_precision].itemsize
     return {
         "weights": config.num_parameters * student.storage,
-        "sums of gradients": own * sums * config.keeps_gradient_sums(world_size),
-        "optimizer state": 0 if config.offload_optimizer else own * OPTIMIZER_BYTES,
+        "sums of gradients": own * sums * (config.accumulate_on == "gpu"),
+        "optimizer state": 0 if config.offload_optimizer else own * 4 + -(-config.moments_bytes // world_size),
         "teacher": 0 if teacher is None else teacher.config.num_parameters * teacher.storage,
         "DeepSpeed's bucket": config.bucket_elements * student.storage if world_size > 1 else 0,
     }
@@ -176,13 +166,23 @@ def _held(student: _Model, world_size: int) -> dict[str, int]:
 
 def _group_elements(config: TrainingConfig) -> list[int]:
     """Parameters of the optimizer's groups: the embedding or head, a block's matrices, all norms."""
-    norms = 2 * config.hidden_size + (2 * config.head_width if config.qk_norm else 0)
-    matrices = config.block_parameters - norms
-    return [config.vocab_size * config.hidden_size, matrices, config.num_layers * norms + config.hidden_size]
+    matrices = config.block_matrix_parameters
+    norms = config.num_layers * (config.block_parameters - matrices) + config.hidden_size
+    return [config.vocab_size * config.hidden_size, matrices, norms]
 
 
 def _largest_matrix(config: TrainingConfig) -> int:
     return config.hidden_size * max(config.vocab_size, config.mlp_size, config.num_heads * config.head_width)
+
+
+def _orthogonal(student: _Model, world_size: int) -> dict[str, int]:
+    """Muon's work on one block, whose matrices are on every rank, and on its largest."""
+    config, block = student.config, student.config.block_matrix_parameters
+    short, long = sorted((config.hidden_size, max(config.mlp_size, config.num_heads * config.head_width)))
+    iterating = student.storage * short * long + student.products * short * (2 * long + 2 * short)
+    exchanged = (block // world_size + 2 * max(block, world_size * short * long)) * (world_size > 1)
+    num_bytes = student.storage * (block + exchanged) + iterating
+    return {"one block's matrices in Muon": num_bytes * (config.optimizer == "muon")}
 
 
 def _inputs(config: TrainingConfig) -> dict[str, int]:
@@ -194,8 +194,8 @@ def _inputs(config: TrainingConfig) -> dict[str, int]:
 
 def _label_bytes(config: TrainingConfig) -> int:
     """A micro-batch's labels in memory: for each token k int32, k float16 and a float32. 0 without `teacher_top_k`."""
-    top_k = config.teacher_top_k
-    return 0 if top_k is None else config.micro_batch_rows * config.context_length * (6 * top_k + 4)
+    num_bytes = 6 * config.teacher_top_k + 4 if config.teacher_top_k else 0
+    return config.micro_batch_rows * config.context_length * num_bytes
 
 
 def _teacher_before_student(student: _Model) -> Iterator[Moment]:
@@ -221,7 +221,7 @@ def _micro_batch(student: _Model, world_size: int) -> Iterator[Moment]:
     """
     config, always, block = student.config, _inputs(student.config), _kept_block_bytes(student)
     bucket, several = config.bucket_elements * student.storage, world_size > 1
-    is_copied = student.device_type == "cuda" and not several and not config.keeps_gradient_sums(world_size)
+    is_copied = student.device_type == "cuda" and not several and config.accumulate_on == "cpu"
     down = {"gradients being copied to the host": bucket * is_copied}
     matrix = student.storage * student.vocabulary * student.width
     of_block, of_matrix = ({"gradients being reduced by DeepSpeed": size * several} for size in (bucket, 2 * matrix))
@@ -238,8 +238,7 @@ def _micro_batch(student: _Model, world_size: int) -> Iterator[Moment]:
 
 def _forwards_with_teacher(student: _Model, activations: dict[str, int]) -> Iterator[Moment]:
     """The forward of a teacher beside the student, and the student's, during which the teacher's hidden states are kept."""
-    teacher = _teacher_beside(student)
-    if teacher is None:
+    if (teacher := _teacher_beside(student)) is None:
         return
     yield Moment("the teacher's forward", _inputs(teacher.config) | {"teacher's forward": _forward_bytes(teacher, False)})
     hidden = {"teacher's hidden states": teacher.hidden_bytes} | activations
@@ -287,9 +286,8 @@ def _normed_rows(model: _Model, widest: int) -> int:
 
 
 def _kept_block_bytes(model: _Model) -> int:
-    """A block's input, its hidden states between attention and MLP, q, k, v, attention's output, gate and up, what qk_norm
-    reads, float32 sums. Without flash attention k and v are kept for every head; with zeros after heads, attention's output
-    without them too.
+    """A block's input, hidden states between attention and MLP, q, k, v, attention's output, gate and up, what qk_norm reads,
+    sums. Without flash attention k and v are kept for every head; with zeros after heads, the output without them too.
     """
     config, q, k, is_grouped = model.config, model.queries, model.keys, model.places > model.tokens
     is_copied = model.padded_queries > q or is_grouped and model.device_type == "cuda"
@@ -302,10 +300,9 @@ def _kept_block_bytes(model: _Model) -> int:
 
 
 def _loss(student: _Model) -> Iterator[Moment]:
-    """The loss, at the chunk in which logits or their gradient take most, and its backward, with what the last norm keeps.
-
-    While a chunk's gradient of logits is made, there are three float32 (C, V) with a teacher, two with labels, else one. In
-    fp16 the head's gradient is added up in float32 even of one chunk.
+    """The loss, at the chunk in which logits or their gradient take most, and its backward, with what the last norm keeps. A
+    chunk's gradient of logits takes three float32 (C, V) with a teacher, two with labels, else one. In fp16 the head's gradient
+    is added up in float32 even of one chunk.
     """
     teacher, is_split = _teacher_beside(student), student.chunk < student.tokens or student.config.precision == "fp16"
     s, w, head = student.storage, student.products, student.vocabulary * student.width
@@ -361,10 +358,10 @@ def _attention_backward_kernel(model: _Model) -> int:
     """What torch's kernels make for themselves, in deterministic mode, for tiles of positions and features.
 
     Flash attention (flash_attn/flash_api.cpp, mha_bwd; Dao 2023) adds up a float32 gradient of q for each share of the
-    processors, and where kv heads are shared one of k and v for every head. The memory-efficient kernel
-    (mem_eff_attention/kernel_backward.h, workspace_size) has one float32 gradient of q, and a tile of those of k and v. With
-    zeros after heads the gradient of the output is copied into the kernels' order, and for flash attention the output too.
-    Documents are given to them so that tiles of rows take no more than their tokens do again (`documents_of`).
+    processors, and where kv heads are shared one of k and v for every head. The memory-efficient kernel (workspace_size in
+    mem_eff_attention/kernel_backward.h) has one float32 gradient of q, and a tile of those of k and v. With zeros after heads
+    the output's gradient is copied into the kernels' order, and for flash attention the output too. Documents are given to
+    them so that tiles of rows take no more than their tokens do again (`documents_of`).
     """
     config, head = model.config, model.padded_head
     masks, heads = config.mask_across_documents, config.micro_batch_rows * config.num_heads
@@ -379,7 +376,6 @@ def _attention_backward_kernel(model: _Model) -> int:
 
 
 def _rounded(number: int, multiple: int) -> int:
-    """The next multiple, where it is none."""
     return -(-number // multiple) * multiple
 
 
@@ -412,13 +408,16 @@ def _embedding_backward(model: _Model) -> dict[str, int]:
     gradients, kernel = 4 * table + max(4 * hidden, s * table) * (s < 4), 0
     if model.device_type == "cuda":
         gradients, kernel = s * table, 4 * model.width * (model.tokens // 10 + min(model.tokens, model.vocabulary))
-    flying = max(gradients + tied, 3 * tied)
-    return {"gradients in flight": flying, "kernels' own work": kernel, "one block's backward": model.hidden_bytes}
+    flying = {"gradients in flight": max(gradients + tied, 3 * tied)}
+    return flying | {"kernels' own work": kernel, "one block's backward": model.hidden_bytes}
 
 
 def _host_moment(config: TrainingConfig, world_size: int, device_type: str, phase: str) -> Moment:
     own, size = -(-config.num_parameters // world_size), config.dtype.itemsize
-    staging = pinned_bytes(2 * size * -(-max(_group_elements(config)) // world_size), device_type)
+    partition, sums = -(-max(_group_elements(config)) // world_size), PRECISIONS[config.accumulation_precision].itemsize
+    staging, piece = pinned_bytes(2 * size * partition, device_type), min(partition, settings.GRADIENT_PIECE_ELEMENTS)
+    if config.accumulate_on == "gpu":
+        staging += 2 * pinned_bytes(sums * piece, device_type) * (device_type == "cuda") + 4 * piece * (sums < 4)
     parts = {"the program": settings.PROGRAM_BYTES[device_type], "the data": settings.DATA_BYTES}
     locked = {kind: f"page-locked {kind}" if device_type == "cuda" else kind for kind in ("staging", "block inputs")}
     if phase in (TEACHER_ALONE, "training step"):
@@ -426,9 +425,10 @@ def _host_moment(config: TrainingConfig, world_size: int, device_type: str, phas
     if phase == TEACHER_ALONE:
         parts["numbers of windows"] = WINDOW_BYTES * config.num_steps * config.rows_per_step
     elif config.offload_optimizer:
-        parts |= {"master weights": 4 * own, "gradients": 4 * own}
+        parts |= {"master weights": 4 * own, "gradients": 4 * own * (config.accumulate_on == "cpu")}
         first = {"DeepSpeed's staging, until it is replaced": size * (own + _largest_matrix(config)) + staging}
-        parts |= first if phase == "initialisation" else {"Adam's moments": 8 * own, locked["staging"]: staging}
+        moments = {"the optimizer's moments": -(-config.moments_bytes // world_size), locked["staging"]: staging}
+        parts |= first if phase == "initialisation" else moments
     if phase in (TEACHER_ALONE, "save and load"):
         parts["pieces of files"] = settings.FILE_PIECES_BYTES
     if phase in ("training step", "save and load") and config.activation_checkpointing == "block_offload":

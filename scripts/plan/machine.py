@@ -22,7 +22,6 @@ KERNEL_FILE = "/proc/sys/kernel/osrelease"
 PINNED_SIZES = ("pinned_max_cached_size_mb", "pinned_max_round_threshold_mb")
 LARGEST_LIMIT = 2**60
 BACKWARD_SHARE = 2 / 3
-ADAM_BYTES = 34
 TORCH_OF_OLD_CARDS, TORCH_OF_NEW_CARDS = "https://download.pytorch.org/whl/cu126", "https://pytorch.org/get-started/locally"
 
 
@@ -189,11 +188,10 @@ def flops_per_token(config: TrainingConfig) -> int:
 
 
 def tokens_per_second(config: TrainingConfig, world_size: int, local_size: int, device_type: str, rates: Rates) -> float:
-    """What to expect of training steps on all ranks: products, gradients that go down beside the backward, then Adam.
+    """What to expect of training steps on all ranks: products, gradients that go down beside the backward, then the update.
 
-    Products reach PRODUCT_EFFICIENCY_SHARE of their measured rate. Gradients go down in the training dtype and are added in
-    float32. Adam moves ADAM_BYTES a parameter: it reads masters, gradients and moments and writes masters, moments and weights.
-    Evaluation, sampling and saving are not counted.
+    Products reach PRODUCT_EFFICIENCY_SHARE of their measured rate, Muon's too. Gradients go down in the training dtype and are
+    added in float32. Evaluation, sampling and saving are not counted.
     """
     own, size = config.num_parameters / world_size, config.dtype.itemsize
     on_gpu, host = device_type == "cuda", rates.host_bytes / local_size
@@ -204,8 +202,31 @@ def tokens_per_second(config: TrainingConfig, world_size: int, local_size: int, 
     reduction = 2 * config.num_parameters * size / rates.link_bytes if world_size > 1 else 0.0
     hidden = products * BACKWARD_SHARE if on_gpu and trips > 1 else 0.0
     up = config.num_parameters * size / rates.link_bytes if on_gpu else 0.0
-    seconds = micro_batches * (products + reduction) + trips * max(0.0, down - hidden) + own * ADAM_BYTES / host + up
+    update = update_bytes(config) / world_size / host + newton_schulz_flops(config) / world_size / flops
+    up += 2 * config.muon_parameters / world_size * size / rates.link_bytes if on_gpu else 0.0
+    seconds = micro_batches * (products + reduction) + trips * max(0.0, down - hidden) + update + up
     return config.tokens_per_step / seconds
+
+
+def update_bytes(config: TrainingConfig) -> int:
+    """Bytes that all ranks' updates move through host memory in a step. AdamW reads masters, gradients and two moments, writes
+    masters and moments, and reads masters again to write weights. Muon has one moment, writes what goes up and reads what
+    comes down.
+    """
+    size, moment = config.dtype.itemsize, settings.PRECISIONS[config.optimizer_state_precision].itemsize
+    muon, both = config.muon_parameters, 4 + 4 + 4 + 4 + size
+    return config.num_parameters * (both + 4 * moment) + muon * (2 * size - 2 * moment)
+
+
+def newton_schulz_flops(config: TrainingConfig) -> int:
+    """FLOP of Muon's products in a step, all ranks together; 0 without Muon."""
+    if config.optimizer != "muon":
+        return 0
+    width, queries, keys = config.hidden_size, config.num_heads * config.head_width, config.num_kv_heads * config.head_width
+    shapes = ((width, queries), (width, keys), (width, keys), (queries, width), *[(width, config.mlp_size)] * 3)
+    sides = (sorted(shape) for shape in shapes)
+    of_block = sum(2 * short * short * (2 * long + short) for short, long in sides)
+    return config.num_layers * settings.NEWTON_SCHULZ_ITERATIONS * of_block
 
 
 def teacher_seconds(config: TrainingConfig, world_size: int, rates: Rates) -> float:

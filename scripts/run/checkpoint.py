@@ -250,9 +250,10 @@ def slice_reader(folder: Path, world_size: int, partitions: list[int]) -> offloa
         for rank in range(start // partition, min(world_size, -(-stop // partition))):
             path, stored, first = folder / state_file(rank, world_size), tensors_of(rank).get(name), rank * partition
             low, high = max(start, first), min(stop, first + partition)
-            if stored is None or stored.dtype != torch.float32 or len(stored.shape) != 1 or stored.shape[0] < high - first:
-                raise ValueError(f"{path}: tensor {name} is not the float32 slice that rank {rank} saved")
-            read_into(path, stored.position + 4 * (low - first), torch.float32, target[low - start : high - start])
+            dtype, size = target.dtype, target.itemsize
+            if stored is None or stored.dtype != dtype or len(stored.shape) != 1 or stored.shape[0] < high - first:
+                raise ValueError(f"{path}: tensor {name} is not the {dtype} slice that rank {rank} saved")
+            read_into(path, stored.position + size * (low - first), dtype, target[low - start : high - start])
 
     return read
 

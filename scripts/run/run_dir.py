@@ -14,6 +14,8 @@ from scripts.run.storage import lock, write_text
 MEMORY_FIELDS = ("micro_batch_rows", "accumulate_on", "accumulation_precision", "activation_checkpointing", "loss_chunk_rows")
 MOVABLE_FIELDS = ("run_dir", "data_dir", *MEMORY_FIELDS)
 DISTILL_FIELDS = ("distill_weight", "distill_temperature", "distill_divergence")
+# What runs did before there were these fields, where the default is another now.
+AS_BEFORE = {"optimizer": "adamw", "optimizer_state_precision": "fp32"}
 FOLDERS = "step-" + "[0-9]" * 8
 
 
@@ -25,12 +27,12 @@ def config_record(config: TrainingConfig) -> dict:
 def refuse_other_run(config: TrainingConfig) -> None:
     """Raises ValueError when run_dir holds a run of another configuration; MOVABLE_FIELDS may differ.
 
-    A field that the stored configuration does not name is newer than the run. It counts as TrainingConfig's default.
+    A field that the stored configuration does not name is newer than the run. It counts as AS_BEFORE or TrainingConfig has it.
     """
     path = Path(config.run_dir) / "config.json"
     if not path.exists():
         return
-    ours, theirs = config_record(config), config_record(TrainingConfig()) | read_json(path)
+    ours, theirs = config_record(config), config_record(TrainingConfig()) | AS_BEFORE | read_json(path)
     names = [name for name in {**ours, **theirs} if name not in MOVABLE_FIELDS and ours.get(name) != theirs.get(name)]
     if names:
         listed = ", ".join(f"{name} ({theirs.get(name)!r} there, {ours.get(name)!r} here)" for name in names)
@@ -97,7 +99,7 @@ def same_without_teacher(config: TrainingConfig) -> TrainingConfig | None:
     """The configuration of a run beside run_dir that is the same without a teacher, or None; MOVABLE_FIELDS may differ."""
     alone, run_dir = replace(config, teacher_dir=None, teacher_top_k=None), Path(config.run_dir)
     compared = config_record(alone).keys() - {*MOVABLE_FIELDS, *DISTILL_FIELDS}
-    ours, defaults = config_record(alone), config_record(TrainingConfig())
+    ours, defaults = config_record(alone), config_record(TrainingConfig()) | AS_BEFORE
     for path in sorted(run_dir.absolute().parent.glob("*/config.json")):
         try:
             theirs = defaults | read_json(path)
