@@ -84,7 +84,7 @@ def trained(config, kind, steps, spoilt=()):
         norms.append(float(engine.get_global_grad_norm()))
     gradients = [master.grad for master in engine.optimizer.single_partition_of_fp32_groups]
     found = {{
-        "masters": torch.cat([master.flatten() for master in offload.full_masters(engine, engine.module).values()]),
+        "masters": torch.cat([master.flatten() for _, master in sorted(offload.full_masters(engine, engine.module).items())]),
         "gradient": torch.cat(gradients if gradients[0] is not None else taken_sums).double(),
         "norms": norms, "skipped": engine.skipped_steps,
     }}
@@ -148,13 +148,13 @@ def plain_steps(config, steps):
         with patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):
             for optimizer in used:
                 optimizer.step()
-    return torch.cat([weight.detach().flatten().cpu() for weight in plain.state_dict().values()])
+    return torch.cat([weight.detach().flatten().cpu() for _, weight in sorted(plain.named_parameters())])
 
 
 def against_torch(config):
     found = {{}}
     for num_micro_batches, is_tied in ((1, True), (4, False), (8, True)):
-        same = of(config, num_micro_batches, max_grad_norm=0.5, tie_embeddings=is_tied)
+        same = of(config, num_micro_batches, max_grad_norm=0.5, tie_embeddings=is_tied, learning_rate=1e-3, adam_eps=1e-6)
         steps = steps_of(same, 3)
         right, first = plain_steps(same, steps), None
         moved = float((right - plain_steps(same, [])).abs().max())

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.optim._muon import _zeropower_via_newtonschulz as newton_schulz
 
 from scripts.config import GRADIENT_PIECE_ELEMENTS, NEWTON_SCHULZ_ITERATIONS
 from scripts.engine import updates
@@ -26,9 +27,9 @@ def drawn(shape: tuple[int, ...], seed: int) -> Tensor:
 @given(rows=SIDES, columns=SIDES, seed=SEEDS, scale=st.sampled_from([1e-6, 1.0, 1e6]))
 def test_orthogonalised_matrix_is_that_of_torch(rows, columns, seed, scale):
     update = scale * drawn((rows, columns), seed)
-    in_16_bits = torch.optim._muon._zeropower_via_newtonschulz(update, NEWTON_SCHULZ, NEWTON_SCHULZ_ITERATIONS, 1e-7)
+    in_16_bits = newton_schulz(update, NEWTON_SCHULZ, NEWTON_SCHULZ_ITERATIONS, 1e-7)
     with patch.object(Tensor, "bfloat16", Tensor.clone):
-        right = torch.optim._muon._zeropower_via_newtonschulz(update, NEWTON_SCHULZ, NEWTON_SCHULZ_ITERATIONS, 1e-7)
+        right = newton_schulz(update, NEWTON_SCHULZ, NEWTON_SCHULZ_ITERATIONS, 1e-7)
     assert torch.allclose(updates.orthogonalise(update, torch.float32), right, atol=1e-5)
     error = (updates.orthogonalise(update.bfloat16(), torch.bfloat16) - in_16_bits).float().norm()
     assert error <= 0.1 * right.norm()

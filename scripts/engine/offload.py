@@ -115,8 +115,8 @@ def replace_offload_path(engine, config: TrainingConfig) -> None:
         return
     optimizer.temp_grad_buffer_for_gpu_offload = optimizer.temp_grad_buffer_for_cpu_offload = torch.empty(0)
     optimizer.unscale_and_clip_grads = partial(_keep_divisor, optimizer)
-    for master in optimizer.single_partition_of_fp32_groups if sums else ():
-        master.grad = None
+    for group, master in enumerate(optimizer.single_partition_of_fp32_groups if sums else ()):
+        optimizer.offload_gradient_dict[group], master.grad = [], None
     ring = StagingRing(staging.view(config.dtype), config.bucket_elements, device)
     send = ring.send if device.type == "cuda" else updates.add_to
     if world_size == 1:
@@ -197,6 +197,8 @@ class GroupUpdates:
             self._finish(group, begun)
         while len(self._copies) > 1:
             self._copies.popleft().synchronize()
+        if group + 1 == len(self._optimizer.partition_size):
+            self._landed = iter(())
 
     def _is_muon(self, group: int) -> bool:
         return is_muon(self._optimizer, self._config, group)
