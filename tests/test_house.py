@@ -243,7 +243,7 @@ NOT_SETTINGS = {
     "scripts.engine.updates": {"NEWTON_SCHULZ", "LEAST_NORM", "RMS_OF_ADAMW", "WORDS", "HIGH_HALF"},
     "scripts.engine.truth_check": {
         "LEARNING_RATE", "MOST_TRIES", "MOST_STEPS", "FEWEST_MICRO_BATCHES", "MOST_MICRO_BATCHES", "PLAIN_ROWS", "ROUNDING",
-        "CUTS", "BOUNDS",
+        "CUTS", "BOUNDS", "(SHORT_MOMENTS, SHORT_MUON_UPDATE)",
     },
     "scripts.run.storage": {"HASH_BYTES", "DIGEST_BYTES"},
     "scripts.run.run_dir": {"FOLDERS"},

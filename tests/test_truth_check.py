@@ -18,7 +18,7 @@ from scripts.engine import truth_check
 from scripts.model.decoder import empty_model
 from scripts.model.documents import windows_of
 
-CLONES = ("fp32", "bf16", "fp16", "muon", "muon in bf16")
+CLONES = ("fp32", "bf16", "fp16", "muon", "muon in bf16", "muon in fp16")
 BATCH_KEYS = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}
 BUCKET_KEYS = {"reduce_bucket_size", "allgather_bucket_size"}
 TRUTH_SCRIPT = """
@@ -216,7 +216,10 @@ def reports(num_ranks, tmp_path_factory) -> list[dict]:
             "fp32": tiny_config(folder, precision="fp32", tokens_per_step=64 * num_ranks * 4, mask_across_documents=True),
             "bf16": tiny_config(folder, precision="bf16", tokens_per_step=64 * num_ranks, qk_norm=True),
             "fp16": tiny_config(folder, precision="fp16", tokens_per_step=64 * num_ranks * 4, mask_across_documents=True),
-            "muon": tiny_config(folder, precision="fp32", tokens_per_step=64 * num_ranks * 4, optimizer="muon"),
+            "muon": tiny_config(
+                folder, precision="fp32", tokens_per_step=64 * num_ranks * 4, optimizer="muon", optimizer_state_precision="bf16"
+            ),
+            "muon in fp16": tiny_config(folder, precision="fp16", tokens_per_step=64 * num_ranks * 4, optimizer="muon"),
             "muon in bf16": tiny_config(
                 folder, precision="bf16", tokens_per_step=64 * num_ranks, optimizer="muon", optimizer_state_precision="bf16"
             ),

@@ -61,6 +61,8 @@ TrainTiny = Callable[[TrainingConfig, Decoder, Steps, float], Trained]
 # At least twice the largest errors of true updates in some 100 clones (qk_norm, micro-batches, betas, epsilon, clipping, both
 # kinds of operations). fp16 rounds eight times as finely as bf16, but its smallest gradients have fewer bits.
 BOUNDS = {"fp32": Bounds(1e-3, 1e-3, 1e-4), "bf16": Bounds(0.07, 0.1, 0.04), "fp16": Bounds(0.025, 0.035, 0.008)}
+# Moments in 16 bits; and a group under Muon in 16 bits, which makes small parts of a gradient as large as the others.
+SHORT_MOMENTS, SHORT_MUON_UPDATE = Bounds(0.01, 0.015, 1e-3), 0.2
 
 
 def refuse_untrue_updates(
@@ -83,7 +85,7 @@ def refuse_untrue_updates(
         plain_norms = train_plain(plain, windows, tiny)
     findings = _update_findings(plain, before, trained.masters, tiny)
     for step, (right, norm) in enumerate(zip(plain_norms, trained.gradient_norms, strict=True), start=1):
-        error, bound = abs(norm / right - 1.0), BOUNDS[tiny.precision].norm
+        error, bound = abs(norm / right - 1.0), bounds_of(tiny).norm
         findings.append(Finding(f"the difference of gradient norm {step}", error, bound))
     masters = {name: trained.masters[name].cpu().to(weight.dtype) for name, weight in model.named_parameters()}
     unlike = sum(int((weight.cpu() != masters[name]).sum()) for name, weight in model.named_parameters())
@@ -104,6 +106,12 @@ def tiny_clone(config: TrainingConfig, world_size: int) -> TrainingConfig:
         loss_chunk_rows=rows * length, eval_tokens=length, teacher_dir=None, teacher_top_k=None, rope_scaling=None,
         muon_learning_rate=None,
     )  # fmt: skip
+
+
+def bounds_of(tiny: TrainingConfig) -> Bounds:
+    """How far the updates of `tiny` may be from plain ones, by all that rounds them."""
+    kinds = [BOUNDS[tiny.precision]] + [SHORT_MOMENTS] * (tiny.optimizer_state_precision == "bf16")
+    return Bounds(*map(max, zip(*kinds, strict=True)))
 
 
 def tiny_windows(tiny: TrainingConfig, world_size: int) -> Tensor:
@@ -242,16 +250,20 @@ def _rounded(weight: Tensor, tiny: TrainingConfig) -> Tensor:
 def _update_findings(plain: Decoder, start: Decoder, masters: dict[str, Tensor], tiny: TrainingConfig) -> list[Finding]:
     """The error of the whole update, and of each parameter group's, relative to the plain one in the L1 norm."""
     names = {parameter: name for name, parameter in plain.named_parameters()}
-    groups = [[names[parameter] for parameter in group["params"]] for group in parameter_groups(plain, tiny.weight_decay)]
-    after, before, bounds = dict(plain.named_parameters()), dict(start.named_parameters()), BOUNDS[tiny.precision]
+    groups, is_short = parameter_groups(plain, tiny.weight_decay), tiny.optimizer == "muon" and tiny.precision != "fp32"
+    after, before, bounds = dict(plain.named_parameters()), dict(start.named_parameters()), bounds_of(tiny)
 
     def compare(where: str, group: list[str], bound: float) -> Finding:
         error = _total(masters[name].cpu().double() - after[name] for name in group)
         update, size = _total(after[name] - before[name] for name in group), _total(before[name] for name in group)
         return Finding(f"the difference of the update of {where}", error / (update + ROUNDING * size), bound)
 
-    of_groups = (compare(f"{group[0]} and its group", group, bounds.group_update) for group in groups)
-    return [compare("all weights", list(names.values()), bounds.update), *of_groups]
+    findings = [compare("all weights", list(names.values()), bounds.update)]
+    for group in groups:
+        members = [names[parameter] for parameter in group["params"]]
+        bound = SHORT_MUON_UPDATE if is_short and group["is_block"] else bounds.group_update
+        findings.append(compare(f"{members[0]} and its group", members, bound))
+    return findings
 
 
 def _total(tensors: Iterable[Tensor]) -> float:
