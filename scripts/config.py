@@ -306,16 +306,6 @@ FLOATS = [field.name for field in fields(TrainingConfig) if field.type is float]
 ABOVE_ZERO = tuple(name for name in FLOATS if name not in NOT_NEGATIVE + BELOW_ONE)
 
 
-def product_dtype(storage: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products of `storage` tensors: their own, but float32 on a CPU that lacks 16-bit products.
-
-    Such a CPU (no AVX-512, no AMX) takes 10 to 100 times longer in bfloat16 than in float32, which loses nothing.
-    """
-    if device.type == "cpu" and storage == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.float32
-    return storage
-
-
 def refuse_on_this_machine(config: TrainingConfig, world_size: int) -> None:
     """Checks what the fields alone cannot tell: the ranks and the paths of this machine.
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 
 from scripts import config as settings
-from scripts.config import PRECISIONS, TrainingConfig, product_dtype
+from scripts.config import PRECISIONS, TrainingConfig
 from scripts.model.huggingface import teacher_config
-from scripts.model.operations import flash_attends, padded_width
+from scripts.model.operations import flash_attends, padded_width, product_dtype
 from scripts.plan.machine import pinned_bytes
 
 PHASES = ("initialisation", "training step", "save and load")

@@ -14,9 +14,10 @@ import torch
 from torch.torch_version import TorchVersion
 
 from scripts import config as settings
-from scripts.config import TrainingConfig, product_dtype
+from scripts.config import TrainingConfig
 from scripts.model.activation_offload import host_buffer
 from scripts.model.huggingface import teacher_config
+from scripts.model.operations import product_dtype
 
 KERNEL_FILE = "/proc/sys/kernel/osrelease"
 PINNED_SIZES = ("pinned_max_cached_size_mb", "pinned_max_round_threshold_mb")
