@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SCHEDULES = ("cosine", "wsd")
+SCHEDULES = ("cosine", "linear", "wsd")
 ACTIVATION_CHECKPOINTING = ("none", "block", "block_offload")
 PLACES = ("cpu", "gpu")
 DIVERGENCES = ("forward", "reverse")

@@ -32,6 +32,7 @@ from scripts.run.state import (
     Step,
     advance,
     is_due,
+    learning_rate_at,
     order_record,
     progress_record,
     step_batches,
@@ -138,22 +139,6 @@ def set_learning_rate(engine, learning_rate: float) -> None:
     """The rate of the next update, for all parameters."""
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
-
-
-def learning_rate_at(step: int, config: TrainingConfig) -> float:
-    """The rate of the update after `step` steps are done: linear warm-up, then cosine, or stable and linear decay.
-
-    Cosine: Loshchilov & Hutter 2017. Warm-up/stable/decay ("wsd"): Hu et al. 2024, MiniCPM.
-    """
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    if config.schedule == "cosine":
-        progress = (step - config.warmup_steps) / max(1, config.num_steps - 1 - config.warmup_steps)
-        share = 0.5 * (1 + math.cos(math.pi * progress))
-    else:
-        decay_steps = config.decay_steps or 1
-        share = min(1.0, (config.num_steps - 1 - step) / decay_steps)
-    return config.min_learning_rate + share * (config.learning_rate - config.min_learning_rate)
 
 
 def initialize_engine(config: TrainingConfig, ranks: Ranks, model: Decoder) -> Any:

@@ -105,7 +105,7 @@ BAD = [
     ("beta2", {"beta2": NAN}),
     ("precision", {"precision": "float32"}),
     ("precision", {"precision": ""}),
-    ("schedule", {"schedule": "linear"}),
+    ("schedule", {"schedule": "step"}),
     ("activation_checkpointing", {"activation_checkpointing": "full"}),
     ("accumulate_on", {"accumulate_on": "disk"}),
     ("accumulate_on", {"offload_optimizer": False}),

@@ -113,6 +113,21 @@ def is_due(steps_done: int, every_steps: int | None, config: TrainingConfig) -> 
     return every_steps is not None and (steps_done % every_steps == 0 or steps_done == config.num_steps)
 
 
+def learning_rate_at(step: int, config: TrainingConfig) -> float:
+    """The rate of the update after `step` steps are done: linear warm-up, then cosine, linear, or stable and linear decay.
+
+    Cosine: Loshchilov & Hutter 2017. Warm-up/stable/decay ("wsd"): Hu et al. 2024, MiniCPM.
+    """
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule == "wsd":
+        share = min(1.0, (config.num_steps - 1 - step) / (config.decay_steps or 1))
+    else:
+        progress = (step - config.warmup_steps) / max(1, config.num_steps - 1 - config.warmup_steps)
+        share = 1.0 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_learning_rate + share * (config.learning_rate - config.min_learning_rate)
+
+
 def data_grid(config: TrainingConfig, data) -> Grid:
     """Where the training windows lie: on the whole stream, in a mixture on each source alone."""
     sources = [source.num_tokens for source in data.sources] if config.is_mixture else [data.train.num_tokens]
