@@ -94,9 +94,10 @@ def train(run: Run | None, objective: Objective) -> None:
 
 
 def run_step(run: Run, objective: Objective, step: int) -> Step:
-    """One optimizer update over `tokens_per_step` tokens. Every rank must call this."""
+    """One optimizer update over all of a step's tokens. Every rank must call this."""
     run.watch.step = step + 1
     set_learning_rate(run.engine, learning_rate_at(step, run.config))
+    offload.set_step_rows(run.engine, run.config.rows_of_step(step))
     num_skipped_before, losses, digests, crossing = run.engine.skipped_steps, [], np.zeros((2, 4), dtype=np.int64), 0
     for batch in step_batches(run, step):
         digests += (digest_rows(batch.rows, batch.ids), digest_rows(batch.rows, batch.windows[:, None]))
@@ -130,8 +131,8 @@ def reduce_over_ranks(run: Run, losses: Tensor, digests: np.ndarray, num_crossin
     tokens_digest, windows_digest = words.astype(np.int64).reshape(2, 4)
     return Step(
         loss=float(of_all.mean()), losses=of_all.reshape(ranks.world_size, -1), tokens_digest=tokens_digest,
-        windows_digest=windows_digest, crossing_share=float(crossing) / run.config.rows_per_step, is_skipped=is_skipped,
-        is_stop_requested=bool(stop),
+        windows_digest=windows_digest, is_skipped=is_skipped, is_stop_requested=bool(stop),
+        crossing_share=float(crossing) / (of_all.size * run.config.micro_batch_rows),
     )  # fmt: skip
 
 
@@ -206,7 +207,7 @@ def is_stop_requested(run: Run) -> bool:
 def save(run: Run, steps_done: int, progress: Progress, report: Report) -> checkpoint.Saved:
     """Saves. A failure is reported, and training goes on to the next save. Every rank must call this."""
     config = run.config
-    state = {"step": steps_done, "tokens": steps_done * config.tokens_per_step, "data_fingerprint": run.data.fingerprint}
+    state = {"step": steps_done, "tokens": config.tokens_before(steps_done), "data_fingerprint": run.data.fingerprint}
     state |= {"tokenizer_fingerprint": run.data.train.fingerprint, "progress": progress_record(progress)}
     state |= {} if run.teaching is None else {"teacher_fingerprint": run.teaching.fingerprint}
     saved = checkpoint.save(run.engine, config, run.data.tokenizer_json, run.data.end_of_text_id, state)

@@ -15,7 +15,7 @@ from scripts import config as config_module
 from scripts.config import ACTIVATION_CHECKPOINTING, DISTILL, PRETRAIN, TrainingConfig
 from scripts.memory import GPU, HOST, OUTSIDE_TORCH, allocated_bytes, needs
 from scripts.model.huggingface import teacher_config, transformers_config
-from scripts.plan.footprint import PHASES, TEACHER_ALONE, checkpoint_bytes, device_moments, phases, plan
+from scripts.plan.footprint import PHASES, TEACHER_ALONE, WINDOW_BYTES, checkpoint_bytes, device_moments, phases, plan
 
 GB, GIB, MIB, CLOSE = 10**9, 2**30, 2**20, 0.01
 STEP = "training step"
@@ -430,6 +430,15 @@ def test_plan_of_the_teacher_alone_is_what_a_tracker_counts(monkeypatch, tmp_pat
     planned = tracked_part(config, device_type, TEACHER_ALONE)
     assert planned.num_bytes == pytest.approx(tracker.fake_teacher_peak(config, device_type).num_bytes, rel=CLOSE)
     assert planned.moment == pair.moment or device_type == "cpu"
+
+
+def test_plan_counts_the_tokens_of_steps_that_grow():
+    config = replace(DISTILL, **LABELS, tokens_per_step=8192, first_tokens_per_step=1024, batch_warmup_steps=101)
+    num_rows = sum(config.rows_of_step(step) for step in range(config.num_steps))
+    planned = plan(config, 1)
+    assert planned.disk["shards of the tokens it reads"] == num_rows * config.context_length * 2
+    assert planned.disk["the teacher's labels"] == num_rows * config.context_length * (4 * 32 + 4)
+    assert planned.host[TEACHER_ALONE].parts["numbers of windows"] == WINDOW_BYTES * num_rows
 
 
 @pytest.mark.parametrize(("vocab_size", "record"), [(2**16, 4 * 32 + 4), (2**16 + 1, 6 * 32 + 4)])

@@ -190,6 +190,15 @@ def replace_offload_path(engine, config: TrainingConfig) -> None:
     optimizer.destroy = partial(_destroy, optimizer, ring)
 
 
+def set_step_rows(engine, num_rows: int) -> None:
+    """Tells DeepSpeed how many rows the coming step has, over all ranks: each loss is divided by its number of micro-batches,
+    and the update comes with the last of them. That one is found by counting on from the run's beginning, which steps of
+    several sizes upset, so the count begins anew; and the optimizer has a number of its own.
+    """
+    engine.set_train_batch_size(num_rows)
+    engine.micro_steps, engine.optimizer.gradient_accumulation_steps = 0, engine.gradient_accumulation_steps()
+
+
 def staging_of(engine) -> list[Tensor]:
     """The host memory (n,) of each group through which gradients and weights pass; none without `offload_optimizer`."""
     return list(getattr(engine.optimizer, "param_buffer_of_bit16_for_cpu_offload_groups", ()))

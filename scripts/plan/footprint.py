@@ -424,7 +424,7 @@ def _host_moment(config: TrainingConfig, world_size: int, device_type: str, phas
     if phase in (TEACHER_ALONE, "training step"):
         parts["labels being read"] = LABEL_COPIES * _label_bytes(config)
     if phase == TEACHER_ALONE:
-        parts["numbers of windows"] = WINDOW_BYTES * config.num_steps * config.rows_per_step
+        parts["numbers of windows"] = WINDOW_BYTES * (config.num_tokens // config.context_length)
     elif config.offload_optimizer:
         parts |= {"master weights": 4 * own, "gradients": 4 * own}
         first = {"DeepSpeed's staging, until it is replaced": size * (own + _largest_matrix(config)) + staging}
@@ -439,7 +439,7 @@ def _host_moment(config: TrainingConfig, world_size: int, device_type: str, phas
 
 def _disk(config: TrainingConfig) -> dict[str, int]:
     """Bytes on the disk that are known: the tokens that the run reads and the checkpoints. Metrics and pictures are small."""
-    token, num_tokens = 2 if config.vocab_size <= 2**16 else 4, config.num_steps * config.tokens_per_step
+    token, num_tokens = 2 if config.vocab_size <= 2**16 else 4, config.num_tokens
     record = 0 if config.teacher_top_k is None else (token + 2) * config.teacher_top_k + 4
     saved = checkpoint_bytes(config) * (config.save_every_steps is not None)
     return {

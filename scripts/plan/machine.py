@@ -194,19 +194,20 @@ def tokens_per_second(config: TrainingConfig, world_size: int, local_size: int, 
 
     Products reach PRODUCT_EFFICIENCY_SHARE of their measured rate. Gradients go down in the training dtype and are added in
     float32. Adam moves ADAM_BYTES a parameter: it reads masters, gradients and moments and writes masters, moments and weights.
-    Evaluation, sampling and saving are not counted.
+    Steps count as one of their mean size. Evaluation, sampling and saving are not counted.
     """
     own, size = config.num_parameters / world_size, config.dtype.itemsize
     on_gpu, host = device_type == "cuda", rates.host_bytes / local_size
-    micro_batches, flops = config.accumulation_steps(world_size), settings.PRODUCT_EFFICIENCY_SHARE * rates.flops
-    products = config.micro_batch_rows * config.context_length * flops_per_token(config) / flops
+    step_tokens, micro_batch_tokens = config.num_tokens / config.num_steps, config.micro_batch_rows * config.context_length
+    micro_batches, flops = step_tokens / (micro_batch_tokens * world_size), settings.PRODUCT_EFFICIENCY_SHARE * rates.flops
+    products = micro_batch_tokens * flops_per_token(config) / flops
     trips = micro_batches if config.accumulate_on == "cpu" else 1
     down = max(own * size / rates.link_bytes if on_gpu else 0.0, own * (size + 8) / host)
     reduction = 2 * config.num_parameters * size / rates.link_bytes if world_size > 1 else 0.0
     hidden = products * BACKWARD_SHARE if on_gpu and trips > 1 else 0.0
     up = config.num_parameters * size / rates.link_bytes if on_gpu else 0.0
     seconds = micro_batches * (products + reduction) + trips * max(0.0, down - hidden) + own * ADAM_BYTES / host + up
-    return config.tokens_per_step / seconds
+    return step_tokens / seconds
 
 
 def teacher_seconds(config: TrainingConfig, world_size: int, rates: Rates) -> float:
@@ -215,13 +216,13 @@ def teacher_seconds(config: TrainingConfig, world_size: int, rates: Rates) -> fl
     """
     if config.teacher_top_k is None:
         return 0.0
-    own_tokens = config.num_steps * config.tokens_per_step / world_size
+    own_tokens = config.num_tokens / world_size
     return own_tokens * _teacher_flops(config) / (settings.PRODUCT_EFFICIENCY_SHARE * rates.flops)
 
 
 def hours(config: TrainingConfig, tokens_per_second: float, teacher_seconds: float) -> float:
     """Hours for all steps at a speed, and for the teacher before them."""
-    return (config.num_steps * config.tokens_per_step / tokens_per_second + teacher_seconds) / 3600
+    return (config.num_tokens / tokens_per_second + teacher_seconds) / 3600
 
 
 def measure_rates(config: TrainingConfig, device: torch.device) -> Rates:

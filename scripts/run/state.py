@@ -135,17 +135,21 @@ def data_grid(config: TrainingConfig, data) -> Grid:
 
 
 def data_order(config: TrainingConfig, data) -> Order:
-    """Which training windows each step reads. In a mixture every WEIGHED_STEPS steps read each source in its share."""
+    """Which training windows each step reads. In a mixture the rows of WEIGHED_STEPS whole steps read each source in its
+    share, wherever they begin.
+    """
     rows, quotas = config.rows_per_step, (config.rows_per_step,)
     if config.is_mixture and config.corpus_weights is not None:
         quotas = quotas_of(config.corpus_weights, WEIGHED_STEPS * rows)
-    return Order(data_grid(config, data), quotas, rows, config.seed)
+    return Order(data_grid(config, data), quotas, rows, config.seed, config.batch_warmup)
 
 
 def order_record(config: TrainingConfig, data) -> dict:
     """What decides the windows of every step, as the event of a launch holds it."""
-    grid, quotas, rows_per_step, seed = data_order(config, data)
+    grid, quotas, rows_per_step, seed, warmup = data_order(config, data)
     record: dict = {"rows_per_step": rows_per_step, "num_windows": grid.num_windows, "seed": seed}
+    if warmup is not None:
+        record |= {"first_rows_per_step": warmup.first_rows, "batch_warmup_steps": warmup.num_steps}
     if not config.is_mixture:
         return record
     sources = zip(data.sources, grid.counts, quotas, strict=True)
