@@ -39,20 +39,30 @@ class Grid(NamedTuple):
         return sum(self.counts)
 
 
+class BatchWarmup(NamedTuple):
+    """Steps that grow: step s reads k * `first_rows` rows, where k rises along a line in whole numbers, from 1 at step 0 to
+    that of a whole step at step `num_steps`.
+    """
+
+    first_rows: int
+    num_steps: int
+
+
 class Order(NamedTuple):
-    """What decides which windows a step reads. Of each sum(quotas) rows, a multiple of `rows_per_step`, each source gives its
-    quota, spread evenly.
+    """What decides which windows a step reads. Of any sum(quotas) rows on end each source gives its quota, spread evenly. Steps
+    read `rows_per_step` rows each, in the `warmup` fewer.
     """
 
     grid: Grid
     quotas: tuple[int, ...]
     rows_per_step: int
     seed: int
+    warmup: BatchWarmup | None = None
 
 
 class MicroBatch(NamedTuple):
-    """What one rank reads at once: `rows` (B,) int64, the run's row numbers (step * rows_per_step + row of the step), `windows`
-    (B,) int64, the windows that were read for them, and `ids` (B, T + 1) int64, their tokens.
+    """What one rank reads at once: `rows` (B,) int64, the run's row numbers (rows before the step + row of the step),
+    `windows` (B,) int64, the windows that were read for them, and `ids` (B, T + 1) int64, their tokens.
     """
 
     rows: np.ndarray
@@ -99,6 +109,22 @@ def quotas_of(weights: tuple[float, ...], num_rows: int) -> tuple[int, ...]:
     return tuple(quotas)
 
 
+def rows_of_step(step: int, rows_per_step: int, warmup: BatchWarmup | None) -> int:
+    """How many rows a step reads, over all ranks: `rows_per_step`, in the `warmup` fewer."""
+    if warmup is None or step >= warmup.num_steps:
+        return rows_per_step
+    return warmup.first_rows * (1 + step * (rows_per_step // warmup.first_rows - 1) // warmup.num_steps)
+
+
+def rows_before(step: int, rows_per_step: int, warmup: BatchWarmup | None) -> int:
+    """How many rows the steps before `step` read together; as fast for the last step of a run as for the first."""
+    if warmup is None:
+        return step * rows_per_step
+    num_small = min(step, warmup.num_steps)
+    risen = _sum_of_quotients(num_small, rows_per_step // warmup.first_rows - 1, warmup.num_steps)
+    return warmup.first_rows * (num_small + risen) + (step - num_small) * rows_per_step
+
+
 def micro_batches(
     stream: TokenStream, order: Order, *, step: int, rank: int, world_size: int, micro_batch_rows: int
 ) -> Iterator[MicroBatch]:
@@ -117,7 +143,7 @@ def rank_windows(order: Order, *, step: int, rank: int, world_size: int, micro_b
     """What a rank reads in a step; any rank can compute it for any other. Row b of micro-batch m is row
     (m * world_size + rank) * micro_batch_rows + b of the step, so the ranks are disjoint and together read what one rank would.
     """
-    rows = step * order.rows_per_step + np.arange(order.rows_per_step, dtype=np.int64)
+    rows = np.arange(*_ends_of_step(step, order), dtype=np.int64)
     shape = (-1, world_size, micro_batch_rows)
     return RankWindows(rows.reshape(shape)[:, rank], step_windows(step, order).reshape(shape)[:, rank])
 
@@ -179,22 +205,18 @@ def read_labels(labels: LabelStream, windows: np.ndarray, context_length: int) -
 
 
 def step_windows(step: int, order: Order) -> np.ndarray:
-    """The windows of one step over all ranks, (rows_per_step,) int64. A source is read whole before it is read again, and each
-    epoch of it is another permutation of its windows.
+    """The windows of one step over all ranks, in the order of its rows: (N,) int64. A source is read whole before it is read
+    again, and each epoch of it is another permutation of its windows.
     """
-    period, row = divmod(step * order.rows_per_step, sum(order.quotas))
-    part = _pattern(row, row + order.rows_per_step, order.quotas)
-    own = slice(row - sum(part.num_before), row - sum(part.num_before) + order.rows_per_step)
-    sources, numbers, windows = part.sources[own], part.numbers[own], np.empty(order.rows_per_step, np.int64)
-    for source in np.unique(sources).tolist():
-        is_own = sources == source
-        windows[is_own] = _source_windows(period * order.quotas[source] + numbers[is_own], source, order)
-    return windows
+    start, stop = _ends_of_step(step, order)
+    period_rows = sum(order.quotas)
+    ends = [start, *range(start - start % period_rows + period_rows, stop, period_rows), stop]
+    return np.concatenate([_windows_between(*part, order) for part in pairwise(ends)])
 
 
 def rows_read(num_steps: int, order: Order) -> list[int]:
     """How many rows each source gives to the steps before `num_steps`. Over its number of windows, that is its epochs."""
-    period, row = divmod(num_steps * order.rows_per_step, sum(order.quotas))
+    period, row = divmod(rows_before(num_steps, order.rows_per_step, order.warmup), sum(order.quotas))
     part = _pattern(row, row, order.quotas)
     near = np.bincount(part.sources[: row - sum(part.num_before)], minlength=len(order.quotas)).tolist()
     return [period * quota + sum(counts) for quota, *counts in zip(order.quotas, part.num_before, near, strict=True)]
@@ -262,6 +284,30 @@ def permute(index: np.ndarray, num_items: int, seed: int, epoch: int, source: in
     return values.astype(np.int64)
 
 
+def _sum_of_quotients(count: int, numerator: int, denominator: int) -> int:
+    """The sum of i * numerator // denominator over i in range(count), by Euclid's algorithm (AtCoder Library, `floor_sum`)."""
+    total, rest = 0, 0
+    while True:
+        total += count * (count - 1) // 2 * (numerator // denominator) + count * (rest // denominator)
+        numerator, rest = numerator % denominator, rest % denominator
+        most = numerator * count + rest
+        if most < denominator:
+            return total
+        count, rest = divmod(most, denominator)
+        numerator, denominator = denominator, numerator
+
+
+class _Ends(NamedTuple):
+    """The run's rows [start, stop)."""
+
+    start: int
+    stop: int
+
+
+def _ends_of_step(step: int, order: Order) -> _Ends:
+    return _Ends(*(rows_before(each, order.rows_per_step, order.warmup) for each in (step, step + 1)))
+
+
 class _Pattern(NamedTuple):
     """Some rows of a period: their `sources` (N,), and how many rows of the same source come before each of them in the period,
     its `numbers` (N,), both int64; `num_before` rows of each source come before the first of them.
@@ -285,6 +331,18 @@ def _pattern(start: int, stop: int, quotas: tuple[int, ...]) -> _Pattern:
     numbers = np.concatenate([np.arange(*ends, dtype=np.int64) for ends in zip(firsts, stops, strict=True)])
     in_order = np.argsort((numbers + 0.5) / np.array(quotas)[sources], kind="stable")
     return _Pattern(sources[in_order], numbers[in_order], firsts)
+
+
+def _windows_between(start: int, stop: int, order: Order) -> np.ndarray:
+    """The windows of the run's rows [start, stop), all of one period: (stop - start,) int64."""
+    period, row = divmod(start, sum(order.quotas))
+    part = _pattern(row, row + stop - start, order.quotas)
+    own = slice(row - sum(part.num_before), row - sum(part.num_before) + stop - start)
+    sources, numbers, windows = part.sources[own], part.numbers[own], np.empty(stop - start, np.int64)
+    for source in np.unique(sources).tolist():
+        is_own = sources == source
+        windows[is_own] = _source_windows(period * order.quotas[source] + numbers[is_own], source, order)
+    return windows
 
 
 def _source_windows(rows: np.ndarray, source: int, order: Order) -> np.ndarray:

@@ -18,8 +18,10 @@ from pathlib import Path
 
 import torch
 
+from ds.loader import BatchWarmup, rows_before, rows_of_step
+
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SCHEDULES = ("cosine", "wsd")
+SCHEDULES = ("cosine", "linear", "wsd")
 OPTIMIZERS = ("adamw", "muon")
 ACTIVATION_CHECKPOINTING = ("none", "block", "block_offload")
 PLACES = ("cpu", "gpu")
@@ -28,9 +30,10 @@ STANDARD_LIBRARY = sysconfig.get_path("stdlib") + "/**/*.py"
 AT_LEAST = {
     "tokens_per_shard": 1, "tokenizer_sample_bytes": 1, "vocab_size": 257, "context_length": 1, "hidden_size": 1,
     "num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "head_size": 2, "mlp_size": 1, "tokens_per_step": 1,
-    "micro_batch_rows": 1, "num_steps": 1, "warmup_steps": 0, "decay_steps": 1, "loss_chunk_rows": 1, "log_every_steps": 1,
-    "eval_every_steps": 1, "eval_tokens": 1, "sample_every_steps": 1, "sample_tokens": 1, "sample_top_k": 1,
-    "save_every_steps": 1, "keep_checkpoints": 1, "max_skipped_steps": 1, "spike_window_steps": 2,
+    "first_tokens_per_step": 1, "batch_warmup_steps": 1, "micro_batch_rows": 1, "num_steps": 1, "warmup_steps": 0,
+    "decay_steps": 1, "loss_chunk_rows": 1, "log_every_steps": 1, "eval_every_steps": 1, "eval_tokens": 1,
+    "sample_every_steps": 1, "sample_tokens": 1, "sample_top_k": 1, "save_every_steps": 1, "keep_checkpoints": 1,
+    "max_skipped_steps": 1, "spike_window_steps": 2,
     "shortest_document_characters": 1, "longest_document_characters": 1, "rank_timeout_minutes": 1, "silent_rank_seconds": 2,
     "seed": 0, "teacher_top_k": 1,
 }  # fmt: skip
@@ -58,9 +61,7 @@ VERDICT_SECONDS = 1.0
 CONNECT_SECONDS = 60.0
 LABEL_PROGRESS_SECONDS = 300
 
-HASH_THREADS = 2
-VERIFY_THREADS = 8
-LOAD_THREADS = 2
+HASH_THREADS, VERIFY_THREADS, LOAD_THREADS = 2, 8, 2
 WRITE_BACK_BYTES = 32 * MIB
 LOAD_PIECE_ELEMENTS = 2**22
 OPTIMIZER_CHUNK_ELEMENTS = 2**24
@@ -142,6 +143,8 @@ class TrainingConfig:
     logits_init_std: float = 0.3
 
     tokens_per_step: int = 2048
+    first_tokens_per_step: int | None = None
+    batch_warmup_steps: int | None = None
     micro_batch_rows: int = 4
     num_steps: int = 500
     learning_rate: float = 3e-3
@@ -221,8 +224,19 @@ class TrainingConfig:
 
     @property
     def rows_per_step(self) -> int:
-        """Windows that one optimizer step reads, over all ranks."""
+        """Windows that one optimizer step reads, over all ranks, once the batch has warmed up."""
         return self.tokens_per_step // self.context_length
+
+    @property
+    def batch_warmup(self) -> BatchWarmup | None:
+        """How steps grow from `first_tokens_per_step` to `tokens_per_step`; None where all are of one size."""
+        first, num_steps = self.first_tokens_per_step, self.batch_warmup_steps
+        return None if first is None or num_steps is None else BatchWarmup(first // self.context_length, num_steps)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that all steps read, over all ranks."""
+        return self.tokens_before(self.num_steps)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -251,35 +265,22 @@ class TrainingConfig:
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
         return embeddings + self.num_layers * self.block_parameters + self.hidden_size
 
-    @property
-    def muon_parameters(self) -> int:
-        """Parameters that Muon updates: the matrices of all blocks, or none."""
-        return self.num_layers * self.block_matrix_parameters if self.optimizer == "muon" else 0
+    def rows_of_step(self, step: int) -> int:
+        """Windows that the update after `step` steps reads, over all ranks; that after 0 steps reads the fewest."""
+        return rows_of_step(step, self.rows_per_step, self.batch_warmup)
 
-    @property
-    def moments_bytes(self) -> int:
-        """Bytes that optimizers remember beside float32 masters, all ranks together: Muon one momentum, AdamW two moments."""
-        return PRECISIONS[self.optimizer_state_precision].itemsize * (2 * self.num_parameters - self.muon_parameters)
+    def tokens_before(self, step: int) -> int:
+        """Tokens that the first `step` steps read, over all ranks."""
+        return rows_before(step, self.rows_per_step, self.batch_warmup) * self.context_length
 
     def accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches that each of `world_size` ranks runs in one step.
+        """Micro-batches that each of `world_size` ranks runs in one step of `tokens_per_step`.
 
         Raises:
-            ValueError: `tokens_per_step` is not a whole number of micro-batches for every rank.
+            ValueError: that or `first_tokens_per_step` is not a whole number of micro-batches for every rank.
         """
         tokens = self.micro_batch_rows * self.context_length * world_size
-        if self.tokens_per_step % tokens:
-            lower = self.tokens_per_step // tokens * tokens
-            nearest = f"{lower} and {lower + tokens}" if lower else f"{tokens}"
-            smaller = [
-                n
-                for n in range(1, min(self.micro_batch_rows, self.rows_per_step + 1))
-                if self.rows_per_step % (n * world_size) == 0
-            ]
-            if smaller and self.tokens_per_step % self.context_length == 0:
-                nearest += f", or set micro_batch_rows={smaller[-1]}"
-            law = f"is not a multiple of micro_batch_rows * context_length * world size = {tokens}"
-            raise ValueError(f"tokens_per_step={self.tokens_per_step} {law}; nearest is {nearest}")
+        _check_division(self, tokens, world_size)
         return self.tokens_per_step // tokens
 
     @staticmethod
@@ -320,16 +321,6 @@ class TrainingConfig:
 TrainingConfig.__new__.__signature__ = signature(TrainingConfig.__init__)  # pyright: ignore[reportFunctionMemberAccess]
 FLOATS = [field.name for field in fields(TrainingConfig) if field.type is float]
 ABOVE_ZERO = ("muon_learning_rate", *(name for name in FLOATS if name not in NOT_NEGATIVE + BELOW_ONE))
-
-
-def product_dtype(storage: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products of `storage` tensors: their own, but float32 on a CPU that lacks 16-bit products.
-
-    Such a CPU (no AVX-512, no AMX) takes 10 to 100 times longer in bfloat16 than in float32, which loses nothing.
-    """
-    if device.type == "cpu" and storage == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.float32
-    return storage
 
 
 def refuse_on_this_machine(config: TrainingConfig, world_size: int) -> None:
@@ -477,8 +468,36 @@ def _nearest_divisor(number: int, wanted: int) -> int:
     return min((n for n in range(1, number + 1) if number % n == 0), key=lambda n: (abs(n - wanted), n))
 
 
+def _check_division(config: TrainingConfig, tokens: int, world_size: int) -> None:
+    law = f"is not a multiple of micro_batch_rows * context_length * world size = {tokens}"
+    first, whole = config.first_tokens_per_step, config.tokens_per_step
+    if whole % tokens:
+        lower = whole // tokens * tokens
+        nearest = f"nearest is {lower} and {lower + tokens}" if lower else f"nearest is {tokens}"
+        raise ValueError(f"tokens_per_step={whole} {law}; {nearest}{_fewer_rows(config, whole, world_size)}")
+    if first is not None and (first % tokens or whole % first or first == whole):
+        sizes = [size for size in range(tokens, whole, tokens) if whole % size == 0]
+        nearest = f"nearest is {min(sizes, key=lambda size: abs(size - first))}" if sizes else "set first_tokens_per_step=None"
+        remedy = "" if whole % first or first == whole else _fewer_rows(config, first, world_size)
+        law += f" that divides and is below tokens_per_step={whole}"
+        raise ValueError(f"first_tokens_per_step={first} {law}; {nearest}{remedy}")
+
+
+def _fewer_rows(config: TrainingConfig, step_tokens: int, world_size: int) -> str:
+    """The most rows below `micro_batch_rows` that suit a step of so many tokens, as the end of a refusal; or nothing."""
+    rows, rest = divmod(step_tokens, config.context_length)
+    smaller = [n for n in range(1, min(config.micro_batch_rows, rows + 1)) if rows % (n * world_size) == 0 == rest]
+    return f", or set micro_batch_rows={smaller[-1]}" if smaller else ""
+
+
 def _check_batch(config: TrainingConfig) -> None:
+    first_tokens_per_step, batch_warmup_steps = config.first_tokens_per_step, config.batch_warmup_steps
+    if (first_tokens_per_step is None) != (batch_warmup_steps is None):
+        name = "batch_warmup_steps" if first_tokens_per_step is None else "first_tokens_per_step"
+        raise ValueError(f"{first_tokens_per_step=} and {batch_warmup_steps=} go together; set {name}=None, or name both")
     config.accumulation_steps(1)
+    if batch_warmup_steps is not None and batch_warmup_steps > config.num_steps:
+        raise ValueError(f"{batch_warmup_steps=} outlasts num_steps={config.num_steps}; nearest is {config.num_steps}")
     eval_tokens, context_length = config.eval_tokens, config.context_length
     if eval_tokens < context_length:
         raise ValueError(f"{eval_tokens=} is less than one window of {context_length=}; nearest is {context_length}")
@@ -500,9 +519,9 @@ def _check_schedule(config: TrainingConfig) -> None:
 
 
 def _check_optimizer(config: TrainingConfig) -> None:
-    if config.muon_learning_rate is not None and config.optimizer != "muon":
-        nothing = f'muon_learning_rate={config.muon_learning_rate} has no effect with optimizer="{config.optimizer}"'
-        raise ValueError(f"{nothing}; set muon_learning_rate=None")
+    rate = config.muon_learning_rate
+    if rate is not None and config.optimizer != "muon":
+        raise ValueError(f'muon_learning_rate={rate} has no effect with optimizer="adamw"; set muon_learning_rate=None')
 
 
 def _check_data(config: TrainingConfig) -> None:
@@ -576,10 +595,10 @@ LAWS = (
 FOR_CARDS = {
     "validation_fraction": 0.005, "vocab_size": 32768, "tokenizer_path": None, "begin_of_text": None, "end_of_text": None,
     "tokenizer_sample_bytes": 2**28, "qk_norm": True, "tie_embeddings": True, "init_std": 0.02, "schedule": "cosine",
-    "decay_steps": None, "beta1": 0.9, "beta2": 0.95, "precision": "bf16", "offload_optimizer": True, "accumulate_on": "cpu",
-    "accumulation_precision": "fp32", "loss_chunk_rows": 1024, "log_every_steps": 1, "eval_every_steps": 500,
-    "eval_tokens": 2**20, "sample_every_steps": 500, "save_every_steps": 500, "keep_checkpoints": 2, "init_from": None,
-    "teacher_dir": None, "teacher_top_k": None,
+    "decay_steps": None, "first_tokens_per_step": None, "batch_warmup_steps": None, "beta1": 0.9, "beta2": 0.95,
+    "precision": "bf16", "offload_optimizer": True, "accumulate_on": "cpu", "accumulation_precision": "fp32",
+    "loss_chunk_rows": 1024, "log_every_steps": 1, "eval_every_steps": 500, "eval_tokens": 2**20, "sample_every_steps": 500,
+    "save_every_steps": 500, "keep_checkpoints": 2, "init_from": None, "teacher_dir": None, "teacher_top_k": None,
 }  # fmt: skip
 
 PRETRAIN = TrainingConfig()

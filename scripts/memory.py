@@ -196,7 +196,8 @@ def table(name: str, config: TrainingConfig, num_ranks: int, device: torch.devic
     millions = config.num_parameters / 1e6
     size = f"{millions:,.1f} million" if config.num_parameters < 1e9 else f"{config.num_parameters / 1e9:,.2f} billion"
     ranks = "1 rank" if num_ranks == 1 else f"{num_ranks} ranks, each"
-    lines = [f"{name}: {size} parameters, {config.tokens_per_step:,} tokens a step, {ranks}", ""]
+    rising = "" if config.first_tokens_per_step is None else f"{config.first_tokens_per_step:,} to "
+    lines = [f"{name}: {size} parameters, {rising}{config.tokens_per_step:,} tokens a step, {ranks}", ""]
     lines += [" " * NAME_COLUMNS + "".join(f"{phase:>{NUMBER_COLUMNS}}" for phase in phases(config))]
     lines += _kinds(GPU if device.type == "cuda" else "what a GPU would hold, in host memory", planned.device)
     lines += _kinds(HOST, planned.host)
@@ -225,7 +226,7 @@ def main() -> None:
         usable_card(device)
         for name, config in {"PRETRAIN": settings.PRETRAIN, "DISTILL": settings.DISTILL}.items():
             ranks = max(1, torch.cuda.device_count())
-            while config.rows_per_step % (config.micro_batch_rows * ranks):
+            while config.rows_of_step(0) % (config.micro_batch_rows * ranks):
                 ranks -= 1
             try:
                 print(table(name, config, ranks, device))
@@ -274,7 +275,7 @@ def _savings(config: TrainingConfig, launch: _Launch) -> list[list[Changes]]:
     """For each field the changes that save memory, the smallest first, with the changes of other fields that they need."""
     halves = [config.context_length // 2**n for n in range(1, 16) if config.context_length % 2**n == 0]
     chunk = min(config.loss_chunk_rows, config.micro_batch_rows * config.context_length)
-    rows = [n for n in range(config.micro_batch_rows - 1, 0, -1) if config.rows_per_step % (n * launch.world_size) == 0]
+    rows = [n for n in range(config.micro_batch_rows - 1, 0, -1) if config.rows_of_step(0) % (n * launch.world_size) == 0]
     later = ACTIVATION_CHECKPOINTING[ACTIVATION_CHECKPOINTING.index(config.activation_checkpointing) + 1 :]
     top_k = settings.OFFERED_TEACHER_TOP_K
     is_beside = config.teacher_dir is not None and config.teacher_top_k is None

@@ -32,6 +32,7 @@ from scripts.run.state import (
     Step,
     advance,
     is_due,
+    learning_rate_at,
     order_record,
     progress_record,
     step_batches,
@@ -93,9 +94,10 @@ def train(run: Run | None, objective: Objective) -> None:
 
 
 def run_step(run: Run, objective: Objective, step: int) -> Step:
-    """One optimizer update over `tokens_per_step` tokens. Every rank must call this."""
+    """One optimizer update over all of a step's tokens. Every rank must call this."""
     run.watch.step = step + 1
     set_learning_rate(run.engine, learning_rate_at(step, run.config))
+    offload.set_step_rows(run.engine, run.config.rows_of_step(step))
     num_skipped_before, losses, digests, crossing = run.engine.skipped_steps, [], np.zeros((2, 4), dtype=np.int64), 0
     for batch in step_batches(run, step):
         digests += (digest_rows(batch.rows, batch.ids), digest_rows(batch.rows, batch.windows[:, None]))
@@ -129,8 +131,8 @@ def reduce_over_ranks(run: Run, losses: Tensor, digests: np.ndarray, num_crossin
     tokens_digest, windows_digest = words.astype(np.int64).reshape(2, 4)
     return Step(
         loss=float(of_all.mean()), losses=of_all.reshape(ranks.world_size, -1), tokens_digest=tokens_digest,
-        windows_digest=windows_digest, crossing_share=float(crossing) / run.config.rows_per_step, is_skipped=is_skipped,
-        is_stop_requested=bool(stop),
+        windows_digest=windows_digest, is_skipped=is_skipped, is_stop_requested=bool(stop),
+        crossing_share=float(crossing) / (of_all.size * run.config.micro_batch_rows),
     )  # fmt: skip
 
 
@@ -138,22 +140,6 @@ def set_learning_rate(engine, learning_rate: float) -> None:
     """The rate of the next update, for all parameters."""
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
-
-
-def learning_rate_at(step: int, config: TrainingConfig) -> float:
-    """The rate of the update after `step` steps are done: linear warm-up, then cosine, or stable and linear decay.
-
-    Cosine: Loshchilov & Hutter 2017. Warm-up/stable/decay ("wsd"): Hu et al. 2024, MiniCPM.
-    """
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    if config.schedule == "cosine":
-        progress = (step - config.warmup_steps) / max(1, config.num_steps - 1 - config.warmup_steps)
-        share = 0.5 * (1 + math.cos(math.pi * progress))
-    else:
-        decay_steps = config.decay_steps or 1
-        share = min(1.0, (config.num_steps - 1 - step) / decay_steps)
-    return config.min_learning_rate + share * (config.learning_rate - config.min_learning_rate)
 
 
 def initialize_engine(config: TrainingConfig, ranks: Ranks, model: Decoder) -> Any:
@@ -221,7 +207,7 @@ def is_stop_requested(run: Run) -> bool:
 def save(run: Run, steps_done: int, progress: Progress, report: Report) -> checkpoint.Saved:
     """Saves. A failure is reported, and training goes on to the next save. Every rank must call this."""
     config = run.config
-    state = {"step": steps_done, "tokens": steps_done * config.tokens_per_step, "data_fingerprint": run.data.fingerprint}
+    state = {"step": steps_done, "tokens": config.tokens_before(steps_done), "data_fingerprint": run.data.fingerprint}
     state |= {"tokenizer_fingerprint": run.data.train.fingerprint, "progress": progress_record(progress)}
     state |= {} if run.teaching is None else {"teacher_fingerprint": run.teaching.fingerprint}
     saved = checkpoint.save(run.engine, config, run.data.tokenizer_json, run.data.end_of_text_id, state)

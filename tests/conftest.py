@@ -25,6 +25,9 @@ REPOSITORY = Path(__file__).parent.parent
 STEPS, SAVE_EVERY = 8, 4
 PRECISIONS = ("fp32", "bf16")
 RUNS = (*PRECISIONS, "distill", "labels", "mixture")
+# Steps of 4 rows that grow to 16: the smallest that two ranks share. A stop after SAVE_EVERY steps is amid them.
+GROWING = {"first_tokens_per_step": 128, "batch_warmup_steps": 6}
+STEADY = dict.fromkeys(GROWING)
 LAUNCHING = (
     "test_main_job", "test_trainer", "test_offload", "test_truth_check", "test_gpu_benchmark", "test_scheduler",
     "test_footprint", "test_plan", "test_watch", "test_setup", "test_checkpoint", "test_train_distill",
@@ -297,11 +300,12 @@ def finished_runs(tmp_path_factory) -> dict[tuple[int, str], TrainingConfig]:
 def _configs(folder: Path) -> dict[str, TrainingConfig]:
     short = {"mask_across_documents": True, "optimizer": "muon", "optimizer_state_precision": "bf16"}
     configs = {
-        name: tiny_config(folder, run_dir=str(folder / name), precision=name, **(short if name == "bf16" else {}))
-        for name in PRECISIONS
+        name: tiny_config(folder, run_dir=str(folder / name), precision=name, **changes)
+        for name, changes in {"fp32": GROWING, "bf16": short}.items()
     }
-    students = {name: tiny_student(configs["fp32"], name, folder / name) for name in ("distill", "labels", "mixture")}
-    return configs | students | {"mixture": tiny_mixture(students["mixture"])}
+    students = {name: tiny_student(configs["fp32"], name, folder / name, **STEADY) for name in ("distill", "labels")}
+    mixture = tiny_mixture(tiny_student(configs["fp32"], "mixture", folder / "mixture"))
+    return configs | students | {"mixture": mixture}
 
 
 def _finish(configs: list[TrainingConfig], folder: Path, ranks: int) -> None:

@@ -35,12 +35,23 @@ class Order(NamedTuple):
     rows_per_step: int
     seed: int
     sources: tuple[Source, ...]
+    first_rows_per_step: int | None
+    batch_warmup_steps: int | None
 
     @property
     def of_steps(self) -> loader.Order:
         """The same for ds/loader.py. Where in a stream windows lie does not matter here."""
         _, counts, quotas = zip(*self.sources, strict=True)
-        return loader.Order(loader.Grid(1, (0,) * len(counts), counts), quotas, self.rows_per_step, self.seed)
+        first, steps = self.first_rows_per_step, self.batch_warmup_steps
+        warmup = None if first is None or steps is None else loader.BatchWarmup(first, steps)
+        return loader.Order(loader.Grid(1, (0,) * len(counts), counts), quotas, self.rows_per_step, self.seed, warmup)
+
+    def rows_of(self, step: int) -> int:
+        """How many rows a step reads: as many times those of step 0 as lie below a line up to the whole step."""
+        first, steps = self.first_rows_per_step, self.batch_warmup_steps
+        if first is None or steps is None or step >= steps:
+            return self.rows_per_step
+        return first + (self.rows_per_step - first) * step // (steps * first) * first
 
 
 @dataclass
@@ -169,7 +180,13 @@ def _started(record: dict, place: str) -> Order:
     num_windows, rows, seed = (_whole_number(record, name, place) for name in ("num_windows", "rows_per_step", "seed"))
     if num_windows < 1 or rows < 1:
         raise ValueError(f"{place}: a launch with num_windows={num_windows}, rows_per_step={rows}")
-    return Order(num_windows, rows, seed, _sources(record, num_windows, rows, place))
+    sources = _sources(record, num_windows, rows, place)
+    if "first_rows_per_step" not in record and "batch_warmup_steps" not in record:
+        return Order(num_windows, rows, seed, sources, None, None)
+    first, steps = (_whole_number(record, name, place) for name in ("first_rows_per_step", "batch_warmup_steps"))
+    if min(first, steps) < 1 or rows % first:
+        raise ValueError(f"{place}: a launch whose steps grow from {first} to {rows} rows over {steps} steps")
+    return Order(num_windows, rows, seed, sources, first, steps)
 
 
 def _sources(record: dict, num_windows: int, rows_per_step: int, place: str) -> tuple[Source, ...]:
@@ -188,6 +205,8 @@ def _sources(record: dict, num_windows: int, rows_per_step: int, place: str) -> 
 
 def _check_launch(here: Order, before: Order | None, config: dict, place: str) -> None:
     named = {"rows_per_step": config["tokens_per_step"] // config["context_length"], "seed": config["seed"]}
+    first, steps = (config.get(name) for name in ("first_tokens_per_step", "batch_warmup_steps"))
+    named |= {"first_rows_per_step": first and first // config["context_length"], "batch_warmup_steps": steps}
     for name, value in here._asdict().items():
         if before is not None and value != getattr(before, name):
             raise ValueError(f"{place}: a launch with {name}={value}, and the launch before it had {getattr(before, name)}")
@@ -251,13 +270,14 @@ def _epoch_lines(log: Log) -> Iterator[str]:
 
 def _proved_windows(log: Log) -> Iterator[np.ndarray]:
     """The windows of each step, in order, once the hashes of their line are those of the log."""
-    last, rows_per_step, order = 0, log.order.rows_per_step, log.order.of_steps
+    last, num_read, order = 0, 0, log.order.of_steps
     for step, logged in log.logged:
         digest, due = np.zeros(4, dtype=np.int64), []
         for each in range(last, step):
             due.append(step_windows(each, order))
-            rows = each * rows_per_step + np.arange(rows_per_step, dtype=np.int64)
+            rows = np.arange(num_read, num_read + log.order.rows_of(each), dtype=np.int64)
             digest += digest_rows(rows, due[-1][:, None])
+            num_read += len(rows)
         if digest_hex(digest) != logged:
             raise ValueError(
                 f"step {step}: windows_hash is {logged}, and of the windows due in steps {last + 1} to {step} it is"

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import REPOSITORY, clean_environment
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from scripts import config as config_module
@@ -63,6 +63,14 @@ BAD = [
     ("tokens_per_step", {"tokens_per_step": 1024}),
     ("tokens_per_step", {"context_length": 100}),
     ("tokens_per_step", {"micro_batch_rows": 3}),
+    ("first_tokens_per_step", {"first_tokens_per_step": 4096}),
+    ("first_tokens_per_step", {"first_tokens_per_step": 3000, "batch_warmup_steps": 9}),
+    ("first_tokens_per_step", {"first_tokens_per_step": 1024, "batch_warmup_steps": 9}),
+    ("first_tokens_per_step", {"first_tokens_per_step": 6144, "batch_warmup_steps": 9}),
+    ("first_tokens_per_step", {"first_tokens_per_step": 8192, "batch_warmup_steps": 9}),
+    ("first_tokens_per_step", {"first_tokens_per_step": 2048, "batch_warmup_steps": 9, "tokens_per_step": 2048}),
+    ("batch_warmup_steps", {"batch_warmup_steps": 9}),
+    ("batch_warmup_steps", {"first_tokens_per_step": 2048, "batch_warmup_steps": 301}),
     ("eval_tokens", {"eval_tokens": 255}),
     ("teacher_top_k", {"teacher_top_k": 32}),
     ("teacher_top_k", {"teacher_top_k": 4096, "teacher_dir": "teacher"}),
@@ -105,7 +113,7 @@ BAD = [
     ("beta2", {"beta2": NAN}),
     ("precision", {"precision": "float32"}),
     ("precision", {"precision": ""}),
-    ("schedule", {"schedule": "linear"}),
+    ("schedule", {"schedule": "step"}),
     ("optimizer", {"optimizer": "sgd"}),
     ("muon_learning_rate", {"optimizer": "muon", "muon_learning_rate": 0.0}),
     ("muon_learning_rate", {"optimizer": "muon", "muon_learning_rate": INF}),
@@ -229,8 +237,8 @@ def test_share_of_a_source_that_a_refusal_names_is_valid(rows):
             name: st.integers(-2, 40)
             for name in (
                 "hidden_size", "num_heads", "num_kv_heads", "head_size", "micro_batch_rows", "context_length", "eval_tokens",
-                "tokens_per_step", "num_steps", "warmup_steps", "decay_steps", "validation_fraction", "vocab_size",
-                "num_layers",
+                "tokens_per_step", "first_tokens_per_step", "batch_warmup_steps", "num_steps", "warmup_steps", "decay_steps",
+                "validation_fraction", "vocab_size", "num_layers",
             )
         },
     )
@@ -285,6 +293,26 @@ def test_remainder_of_a_step_names_the_nearest_sizes_on_both_sides(tokens, rows,
     for size in named:
         fitting = made(**batch, tokens_per_step=size)
         assert fitting.accumulation_steps(world_size if fits_one_rank else 1) >= 1
+
+
+@given(rows=st.integers(1, 4), whole=st.integers(2, 60), first=st.integers(1, 500), world_size=st.sampled_from([1, 2, 3]))
+@example(rows=4, whole=6, first=8, world_size=2)
+def test_first_step_that_does_not_divide_names_the_nearest_size_that_works(rows, whole, first, world_size):
+    """And, where it only needs smaller micro-batches, the largest of those."""
+    unit = rows * world_size
+    sizes = [size for size in range(unit, whole * unit, unit) if whole * unit % size == 0]
+    assume(first not in sizes)
+    batch = {"context_length": 1, "micro_batch_rows": rows, "tokens_per_step": whole * unit, "batch_warmup_steps": 9}
+    with pytest.raises(ValueError, match=f"^first_tokens_per_step={first} ") as caught:
+        made(**batch, first_tokens_per_step=first).accumulation_steps(world_size)
+    if f"world size = {unit} " not in str(caught.value):
+        return
+    (nearest,) = advice(str(caught.value), "first_tokens_per_step").values()
+    assert abs(nearest - first) == min(abs(size - first) for size in sizes)
+    assert made(**batch, first_tokens_per_step=nearest).accumulation_steps(world_size) == whole
+    fewer = [n for n in range(1, rows) if first % (n * world_size) == 0 == whole * unit % first and first < whole * unit]
+    found = re.search(r"set micro_batch_rows=(\d+)", str(caught.value))
+    assert (found and int(found[1])) == max(fewer, default=None)
 
 
 def neighbours(number: int, unit: int) -> tuple[int, int]:

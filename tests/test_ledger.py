@@ -10,12 +10,12 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from conftest import REPOSITORY, clean_environment
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ledger import prove
 
 from ds import loader
-from ds.loader import MicroBatch, Order, digest_hex, digest_rows, grid_of, micro_batches, quotas_of
+from ds.loader import BatchWarmup, MicroBatch, Order, digest_hex, digest_rows, grid_of, micro_batches, quotas_of
 from ds.shards import TokenStream, open_shard, write_shard
 
 CONTEXT, ROWS, STEPS, NUM_TOKENS = 4, 8, 12, 95
@@ -23,6 +23,7 @@ ALONE = grid_of([NUM_TOKENS], CONTEXT)
 NUM_WINDOWS = ALONE.num_windows
 WEIGHTS, MIXED = (0.5, 0.125, 0.375), grid_of([40, 6, NUM_TOKENS - 46], CONTEXT)
 STOPPED = ((0, 5, 2), (4, 7, 1), (7, 8, 4), (5, STEPS, 2))
+GROWING = BatchWarmup(ROWS, 7)
 PRINT = "ab" * 32
 
 
@@ -51,15 +52,19 @@ class Run(NamedTuple):
         return [place for place, record in enumerate(self.records) if record["kind"] == "train"]
 
 
-def order_of(seed: int, weights: tuple[float, ...] | None) -> Order:
-    return Order(ALONE, (ROWS,), ROWS, seed) if weights is None else Order(MIXED, quotas_of(weights, 1000 * ROWS), ROWS, seed)
+def order_of(seed: int, weights: tuple[float, ...] | None, warmup: BatchWarmup | None) -> Order:
+    rows = ROWS if warmup is None else 3 * ROWS
+    if weights is None:
+        return Order(ALONE, (rows,), rows, seed, warmup)
+    return Order(MIXED, quotas_of(weights, 1000 * rows), rows, seed, warmup)
 
 
 def run_in(
-    folder: Path, stream: TokenStream, launches, *, log_every_steps=1, seed=0, read=micro_batches, forget=False, weights=None
-) -> Run:
+    folder: Path, stream: TokenStream, launches, *, log_every_steps=1, seed=0, read=micro_batches, forget=False, weights=None,
+    warmup=None,
+) -> Run:  # fmt: skip
     """Reads and logs as a trainer does; each launch is (continues after, stops after, ranks), and `forget` drops its sums."""
-    order = order_of(seed, weights)
+    order = order_of(seed, weights, warmup)
     run, sums_at = Run(folder, []), {0: np.zeros((2, 4), dtype=np.int64)}
     for first, stop, ranks in launches:
         run.records[:] = [record for record in run.records if record["step"] <= first]
@@ -75,13 +80,18 @@ def run_in(
             sums_at[step + 1] = sums.copy()
     folder.mkdir(parents=True, exist_ok=True)
     config = {"num_steps": STEPS, "log_every_steps": log_every_steps, "context_length": CONTEXT, "seed": seed}
-    (folder / "config.json").write_text(json.dumps(config | {"tokens_per_step": ROWS * CONTEXT, "corpus_weights": weights}))
+    config |= {"tokens_per_step": order.rows_per_step * CONTEXT, "corpus_weights": weights}
+    if warmup is not None:
+        config |= {"first_tokens_per_step": warmup.first_rows * CONTEXT, "batch_warmup_steps": warmup.num_steps}
+    (folder / "config.json").write_text(json.dumps(config))
     return written(run)
 
 
 def started(step: int, ranks: int, order: Order) -> dict:
     record: dict = {"kind": "event", "event": "started", "step": step, "ranks": ranks}
-    record |= {"rows_per_step": ROWS, "num_windows": order.grid.num_windows, "seed": order.seed}
+    record |= {"rows_per_step": order.rows_per_step, "num_windows": order.grid.num_windows, "seed": order.seed}
+    if order.warmup is not None:
+        record |= {"first_rows_per_step": order.warmup.first_rows, "batch_warmup_steps": order.warmup.num_steps}
     named = zip("abc", order.grid.counts, order.quotas, strict=False)
     sources = [{"name": name, "num_windows": count, "quota": quota} for name, count, quota in named]
     return record | ({"sources": sources} if len(sources) > 1 else {})
@@ -147,6 +157,38 @@ def test_honest_log_of_a_mixture_is_proved_source_by_source(tmp_path_factory, st
         expected += [f"{name}, epoch {full}, not over: {rest} of {count} windows, none read twice"] * (rest > 0)
         assert [line for line in lines if line.startswith(name)] == expected
     assert lines[-1].startswith(f"proved: steps 1 to {STEPS}")
+
+
+@settings(max_examples=6)
+@given(made=launches(), log_every_steps=st.sampled_from([1, 3, 100]), weights=st.sampled_from([None, WEIGHTS]))
+@example(made=STOPPED, log_every_steps=1, weights=None)
+def test_honest_log_of_growing_steps_is_proved(tmp_path_factory, stream, made, log_every_steps, weights):
+    folder, how = tmp_path_factory.getbasetemp() / "growing", {"weights": weights, "warmup": GROWING}
+    lines = prove(run_in(folder, stream, made, log_every_steps=log_every_steps, **how).folder)
+    if weights is None:
+        num_rows = ROWS * (1 + 1 + 1 + 1 + 2 + 2 + 2 + 3 * 5)
+        assert f": {num_rows % NUM_WINDOWS} of {NUM_WINDOWS} windows" in lines[-2] and len(lines) == num_rows // NUM_WINDOWS + 2
+    assert lines[-1].startswith(f"proved: steps 1 to {STEPS}")
+
+
+def test_steps_that_grow_otherwise_than_the_log_says_are_found(tmp_path, stream):
+    def whole(tokens, order, **place):
+        return micro_batches(tokens, order._replace(warmup=BatchWarmup(ROWS, 6)), **place)
+
+    assert "others were read" in violation(run_in(tmp_path, stream, STOPPED, warmup=GROWING, read=whole).folder)
+    for name, other in (("first_rows_per_step", 4), ("batch_warmup_steps", 6)):
+        run = run_in(tmp_path, stream, STOPPED, warmup=GROWING)
+        for start in run.starts:
+            start[name] = other
+        assert f"a launch with {name}={other}, and config.json says" in violation(written(run).folder)
+        run.starts[0][name] = 0
+        assert "a launch whose steps grow from" in violation(written(run).folder)
+        for start in run.starts:
+            del start[name]
+        assert f"{name}=None is not a whole number" in violation(written(run).folder)
+    for start in run.starts:
+        start.pop("first_rows_per_step")
+    assert "a launch with first_rows_per_step=None, and config.json says 8" in violation(written(run).folder)
 
 
 def test_mixture_that_reads_other_sources_or_shares_than_it_says_is_found(tmp_path, stream):

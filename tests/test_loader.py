@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from ds import loader
 from ds.loader import (
+    BatchWarmup,
     Document,
     Grid,
     Order,
@@ -37,6 +38,8 @@ from ds.loader import (
     rank_windows,
     read_labels,
     read_windows,
+    rows_before,
+    rows_of_step,
     rows_read,
     spread_windows,
     step_windows,
@@ -338,6 +341,60 @@ def test_order_of_a_mixture_is_the_one_that_runs_were_started_with():
     assert order.quotas == (2000, 1200, 800) and order.grid.counts == (13, 2, 99)
     read = [step_windows(step, order).tolist() for step in (0, 1, 999, 1234)]
     assert read == [[3, 14, 60, 9], [11, 13, 7, 85], [1, 87, 13, 7], [0, 97, 14, 7]]
+
+
+@given(first=st.integers(1, 9), whole=st.integers(2, 40), num_steps=st.integers(1, 50))
+def test_steps_grow_by_whole_first_steps_along_a_line_up_to_the_whole_step(first, whole, num_steps):
+    warmup = BatchWarmup(first, num_steps)
+    rows = [rows_of_step(step, first * whole, warmup) for step in range(num_steps + 3)]
+    assert rows[0] == first and set(rows[num_steps:]) == {first * whole}
+    for step, own in enumerate(rows[:num_steps]):
+        line = first * (1 + Fraction((whole - 1) * step, num_steps))
+        assert own % first == 0 and line - first < own <= line
+    assert [rows_before(step, first * whole, warmup) for step in range(len(rows) + 1)] == np.cumsum([0, *rows]).tolist()
+
+
+@given(first=st.integers(1, 9), whole=st.integers(2, 10**6), num_steps=st.integers(1, 10**9), step=st.integers(0, 2 * 10**9))
+def test_rows_before_any_step_are_those_before_the_next_but_for_its_own(first, whole, num_steps, step):
+    rows_per_step, warmup = first * whole, BatchWarmup(first, num_steps)
+    own = rows_of_step(step, rows_per_step, warmup)
+    assert rows_before(step + 1, rows_per_step, warmup) - rows_before(step, rows_per_step, warmup) == own
+    assert rows_of_step(step, rows_per_step, None) == rows_per_step
+    assert rows_before(step, rows_per_step, None) == step * rows_per_step
+
+
+@st.composite
+def growing(draw) -> Order:
+    """One to four sources, and steps whose rows begin and end anywhere in the period of the quotas."""
+    quotas = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+    tokens = [draw(st.integers(4, 90)) for _ in quotas]
+    first, whole = 4 * draw(st.integers(1, 2)), draw(st.integers(2, 5))
+    return Order(grid_of(tokens, 3), tuple(quotas), first * whole, draw(SEEDS), BatchWarmup(first, draw(st.integers(1, 12))))
+
+
+@given(order=growing(), start=st.integers(0, 40), num_steps=st.integers(1, 16))
+def test_growing_steps_read_what_steps_of_one_row_do(order, start, num_steps):
+    """So each source gives its quota to any sum(quotas) rows on end, wherever they begin."""
+    one_by_one = order._replace(rows_per_step=1, warmup=None)
+    windows = np.concatenate([step_windows(step, order) for step in range(num_steps)])
+    assert windows.tolist() == [int(step_windows(row, one_by_one)[0]) for row in range(len(windows))]
+    assert rows_read(num_steps, order) == rows_read(len(windows), one_by_one)
+    assert windows_of_run(num_steps, order).tolist() == sorted(set(windows.tolist()))
+    some = windows[start : start + sum(order.quotas)]
+    if len(some) == sum(order.quotas):
+        assert np.bincount(sources_of(some, order.grid), minlength=len(order.quotas)).tolist() == list(order.quotas)
+
+
+@given(order=growing(), step=st.integers(0, 20))
+def test_growing_steps_are_the_same_for_1_2_and_4_ranks(order, step):
+    read = []
+    for world_size in (1, 2, 4):
+        share = {"step": step, "world_size": world_size, "micro_batch_rows": 1}
+        by_rank = [rank_windows(order, rank=rank, **share) for rank in range(world_size)]
+        read.append([np.stack(field, 1).flatten().tolist() for field in zip(*by_rank, strict=True)])
+    rows, windows = read[0]
+    assert rows[0] == rows_before(step, order.rows_per_step, order.warmup) and windows == step_windows(step, order).tolist()
+    assert rows == list(range(rows[0], rows[0] + len(rows))) and read[0] == read[1] == read[2]
 
 
 def sources_of(windows: np.ndarray, grid: Grid) -> np.ndarray:

@@ -139,6 +139,16 @@ def test_hours_follow_the_rates():
     assert all(rate > 0 for rate in measure_rates(PRETRAIN, CPU))
 
 
+def test_hours_of_steps_that_grow_are_those_of_each_step():
+    config = shaped("124M", 8192, accumulate_on="gpu", num_steps=40, warmup_steps=1)
+    whole = replace(config, tokens_per_step=8 * 8192, first_tokens_per_step=8192, batch_warmup_steps=30)
+    rates, seconds = Rates(1e12, 1e10, 1e9), 0.0
+    for step in range(whole.num_steps):
+        tokens = whole.rows_of_step(step) * whole.context_length
+        seconds += tokens / tokens_per_second(replace(config, tokens_per_step=tokens), 1, 1, "cuda", rates)
+    assert hours(whole, tokens_per_second(whole, 1, 1, "cuda", rates), 0.0) * 3600 == pytest.approx(seconds)
+
+
 def test_a_teacher_beside_costs_its_forward_in_each_step_and_one_alone_before_the_first(tmp_path):
     config = taught(shaped("124M", 8192), tmp_path, **SHAPES["350M"])
     labelled, without, rates = replace(config, **LABELS), replace(config, teacher_dir=None), Rates(1e12, 1e10, 1e10)

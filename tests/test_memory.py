@@ -94,6 +94,14 @@ def test_time_is_told_with_the_teachers_own(tmp_path):
     assert re.fullmatch(r"about \S+ hours for \S+ steps at \S+ tokens/s", memory.time_words(config, 1, 1, "cuda", rates))
 
 
+def test_table_and_offers_know_that_a_batch_that_warms_up_has_smaller_steps():
+    """Three rows would share the whole step of 12 rows and not the first, of 4."""
+    config = replace(PRETRAIN, tokens_per_step=3072, first_tokens_per_step=1024, batch_warmup_steps=9)
+    assert "1,024 to 3,072 tokens a step" in memory.table("A preset", config, 1, CPU)
+    total = needs(plan(config, 1, "cuda"), 1)[GPU].moment.total
+    assert {"micro_batch_rows": 2} in memory.offers(config, 1, 1, Room(total - 1, 10**12, 0, "free"), "cuda")
+
+
 @pytest.mark.parametrize("config", [PRETRAIN, DISTILL, replace(DISTILL, **LABELS)], ids=["PRETRAIN", "DISTILL", "labels"])
 def test_table_has_every_kind_adds_up_and_keeps_to_its_columns(config):
     text = memory.table("A preset", config, 1, CPU)

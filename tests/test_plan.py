@@ -15,7 +15,8 @@ from scripts import config as config_module
 from scripts.config import ACTIVATION_CHECKPOINTING, DISTILL, PRETRAIN, TrainingConfig
 from scripts.memory import GPU, HOST, OUTSIDE_TORCH, allocated_bytes, needs
 from scripts.model.huggingface import teacher_config, transformers_config
-from scripts.plan.footprint import PHASES, TEACHER_ALONE, checkpoint_bytes, device_moments, phases, plan
+from scripts.plan.footprint import PHASES, TEACHER_ALONE, WINDOW_BYTES, checkpoint_bytes, device_moments, phases, plan
+from scripts.plan.machine import moments_bytes
 
 GB, GIB, MIB, CLOSE = 10**9, 2**30, 2**20, 0.01
 STEP = "training step"
@@ -257,7 +258,7 @@ def test_with_the_optimizer_on_the_gpu_its_state_and_sums_are_there_and_no_gradi
     on_gpu = replace(config, offload_optimizer=False, accumulate_on="gpu", tokens_per_step=tokens)
     size = {"bf16": 2, "fp32": 4}[config.accumulation_precision]
     for at in device_moments(on_gpu, 1, "cuda", STEP):
-        assert at.parts["optimizer state"] == 4 * config.num_parameters + config.moments_bytes
+        assert at.parts["optimizer state"] == 4 * config.num_parameters + moments_bytes(config)
         assert at.parts["sums of gradients"] == size * config.num_parameters
         assert "gradients being copied to the host" not in at.parts
     assert not {"master weights", "gradients", "page-locked staging"} & set(plan(on_gpu, 1).host[STEP].parts)
@@ -292,7 +293,7 @@ def test_page_locked_memory_is_two_groups_of_weights_and_the_block_inputs_and_is
 
 @given(configs())
 def test_a_checkpoint_is_weights_masters_and_moments_and_the_disk_holds_one_more_than_it_keeps(config):
-    tensors = config.num_parameters * (8 if config.precision == "fp32" else 6) + config.moments_bytes
+    tensors = config.num_parameters * (8 if config.precision == "fp32" else 6) + moments_bytes(config)
     assert checkpoint_bytes(config) == tensors
     disk, never = plan(config, 1).disk, plan(replace(config, save_every_steps=None), 1).disk
     saved = disk["checkpoints"] + disk["the checkpoint being written"]
@@ -450,6 +451,15 @@ def test_plan_of_the_teacher_alone_is_what_a_tracker_counts(monkeypatch, tmp_pat
     planned = tracked_part(config, device_type, TEACHER_ALONE)
     assert planned.num_bytes == pytest.approx(tracker.fake_teacher_peak(config, device_type).num_bytes, rel=CLOSE)
     assert planned.moment == pair.moment or device_type == "cpu"
+
+
+def test_plan_counts_the_tokens_of_steps_that_grow():
+    config = replace(DISTILL, **LABELS, tokens_per_step=8192, first_tokens_per_step=1024, batch_warmup_steps=101)
+    num_rows = sum(config.rows_of_step(step) for step in range(config.num_steps))
+    planned = plan(config, 1)
+    assert planned.disk["shards of the tokens it reads"] == num_rows * config.context_length * 2
+    assert planned.disk["the teacher's labels"] == num_rows * config.context_length * (4 * 32 + 4)
+    assert planned.host[TEACHER_ALONE].parts["numbers of windows"] == WINDOW_BYTES * num_rows
 
 
 @pytest.mark.parametrize(("vocab_size", "record"), [(2**16, 4 * 32 + 4), (2**16 + 1, 6 * 32 + 4)])

@@ -1,6 +1,7 @@
 """Laws of trainer.learning_rate_at: a pure function of the step that warms up, peaks, falls and ends at the minimum."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import example, given
@@ -15,7 +16,7 @@ def configs(draw, schedule: str | None = None) -> TrainingConfig:
     """Schedules with at least two steps after the warm-up, so that there is a way from the peak to the end."""
     num_steps = draw(st.integers(2, 400))
     warmup_steps = draw(st.integers(0, num_steps - 2))
-    schedule = schedule or draw(st.sampled_from(["cosine", "wsd"]))
+    schedule = schedule or draw(st.sampled_from(["cosine", "linear", "wsd"]))
     decay_steps = draw(st.integers(1, num_steps - warmup_steps)) if schedule == "wsd" else None
     learning_rate = draw(st.floats(1e-8, 10.0))
     min_learning_rate = learning_rate * draw(st.sampled_from([0.0, 0.1, 1.0]) | st.floats(0.0, 1.0))
@@ -67,6 +68,21 @@ def test_wsd_is_flat_until_the_decay_begins_and_then_falls_by_equal_amounts(conf
     fall = (config.learning_rate - config.min_learning_rate) / (config.decay_steps or 1)
     for number, rate in enumerate(series[decay_starts:], 1):
         assert math.isclose(rate, config.learning_rate - number * fall, rel_tol=1e-9, abs_tol=1e-9 * config.learning_rate)
+
+
+@given(config=configs("linear"))
+@example(config=TrainingConfig(schedule="linear", num_steps=2, warmup_steps=0))
+def test_linear_falls_by_equal_amounts_from_the_peak_to_the_least_at_the_last_step(config):
+    after = rates(config)[config.warmup_steps :]
+    fall = (config.learning_rate - config.min_learning_rate) / (len(after) - 1)
+    for number, rate in enumerate(after):
+        assert math.isclose(rate, config.learning_rate - number * fall, rel_tol=1e-9, abs_tol=1e-9 * config.learning_rate)
+
+
+@given(config=configs())
+def test_every_schedule_reaches_a_floor_of_exactly_zero(config):
+    series = rates(replace(config, min_learning_rate=0.0))
+    assert series[-1] == 0.0 and all(rate > 0.0 for rate in series[:-1])
 
 
 @given(config=configs("cosine"))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import signal
+import sys
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    GROWING,
     PRECISIONS,
     RUNS,
     SAVE_EVERY,
@@ -35,12 +37,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from ds.loader import micro_batches
-from scripts.config import TrainingConfig
+from scripts.config import PLACES, TrainingConfig
+from scripts.engine.distributed import Ranks
+from scripts.engine.watch import Watch
 from scripts.model.decoder import empty_model, initialise, parameter_groups
 from scripts.prepare_data import prepare
 from scripts.run.checkpoint import find_fault
+from scripts.run.metrics import reporting
 from scripts.run.run_dir import newest_folder
-from scripts.run.state import data_order
+from scripts.run.state import Progress, Run, data_order
 from scripts.trainer import learning_rate_at
 
 EXACT_STEPS = 6
@@ -80,8 +85,9 @@ POISON, POISONED_STEPS, GARBAGE_STEPS = 1, 40, 160
 
 
 def exact_configs(folder: Path, ranks: int, teacher: TrainingConfig) -> list:
-    """Accumulation over 1, 4 and 8 micro-batches of 2 rows of 32 tokens on each rank, with tied and untied heads in turn. On
-    one rank also from a teacher, beside the student and as labels of all ids but one.
+    """Accumulation over 1, 4 and 8 micro-batches of 2 rows of 32 tokens on each rank, with tied and untied heads in turn, and
+    over 1, 1, 2, 3, 4 and 4 with sums of gradients in each place. On one rank also from a teacher, beside the student and as
+    labels of all ids but one.
     """
     alone = [
         tiny_config(
@@ -94,7 +100,9 @@ def exact_configs(folder: Path, ranks: int, teacher: TrainingConfig) -> list:
     students = [
         replace(alone[-1], run_dir=str(folder / f"top-{top_k}"), teacher_top_k=top_k, **taught) for top_k in (None, 256)
     ]
-    return alone + (students if ranks == 1 else [])
+    steps: dict = {"first_tokens_per_step": 64 * ranks, "batch_warmup_steps": 4}
+    growing = [replace(alone[1], run_dir=str(folder / f"growing-{place}"), accumulate_on=place, **steps) for place in PLACES]
+    return alone + growing + (students if ranks == 1 else [])
 
 
 def plain_adamw(config) -> tuple[dict[str, torch.Tensor], list[float]]:
@@ -106,7 +114,7 @@ def plain_adamw(config) -> tuple[dict[str, torch.Tensor], list[float]]:
     for step in range(EXACT_STEPS):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, config)
-        share = {"rank": 0, "world_size": 1, "micro_batch_rows": config.rows_per_step}
+        share = {"rank": 0, "world_size": 1, "micro_batch_rows": config.rows_of_step(step)}
         batch = next(micro_batches(data.train, data_order(config, data), step=step, **share))
         windows = torch.from_numpy(batch.ids)
         logits = torch.nn.functional.linear(model(windows[:, :-1]), model.head)
@@ -174,6 +182,15 @@ def exact_runs(finished_runs, tmp_path_factory) -> ExactRuns:
     trained = [poisoned_config(poison), garbage_config(garbage)]
     output = expect_success(launch(two, step_script(exact[2], trained), command, num_processes=2))
     return ExactRuns(exact, trained[0], trained[1], output)
+
+
+def test_updates_of_growing_steps_take_all_numbers_of_micro_batches(exact_runs, num_ranks):
+    """Else the law below would not be about them."""
+    growing = [config for config in exact_runs.exact[num_ranks] if config.batch_warmup is not None]
+    for config in growing:
+        rows = [config.rows_of_step(step) for step in range(EXACT_STEPS)]
+        assert [each / (num_ranks * config.micro_batch_rows) for each in rows] == [1, 1, 2, 3, 4, 4]
+    assert [config.accumulate_on for config in growing] == list(PLACES)
 
 
 def test_zero_offload_with_accumulation_equals_plain_adamw(exact_runs, num_ranks):
@@ -252,7 +269,7 @@ def test_the_log_of_a_mixture_says_how_often_each_source_is_read_and_its_held_ou
         sources, lines = events(config, "started")[0]["sources"], metrics(config)
         assert [each["name"] for each in sources] == list(config.corpus)
         assert [each["quota"] for each in sources] == [8000, 4800, 3200]
-        counts, rows = np.array([each["num_windows"] for each in sources]), config.rows_per_step * STEPS
+        counts, rows = np.array([each["num_windows"] for each in sources]), config.num_tokens / config.context_length
         (train,) = (line for line in lines if line["kind"] == "train" and line["step"] == STEPS)
         assert np.abs(train["source_epochs"] * counts - rows * np.array(config.corpus_weights)).max() <= 1
         begun = [each for event in events(config, "repeats") for each in event["sources"]]
@@ -295,13 +312,43 @@ def test_the_train_line_says_which_share_of_the_steps_windows_crosses_documents(
     """Whether they are masked or not; over all ranks."""
     for ranks, name in product((1, 2), PRECISIONS):
         config = finished_runs[ranks, name]
-        data, rows, length = prepare(config), config.rows_per_step, config.context_length
+        data, length = prepare(config), config.context_length
         for line in (line for line in metrics(config) if line["kind"] == "train"):
-            share = {"step": line["step"] - 1, "rank": 0, "world_size": 1, "micro_batch_rows": rows}
+            step, rows = line["step"] - 1, config.rows_of_step(line["step"] - 1)
+            share = {"step": step, "rank": 0, "world_size": 1, "micro_batch_rows": rows}
             (batch,) = micro_batches(data.train, data_order(config, data), **share)
             crossing = [256 in row[: length - 1] for row in batch.ids.tolist()]
             assert line["crossing_share"] == sum(crossing) / rows
         assert any(line.get("crossing_share") for line in metrics(config))
+
+
+@pytest.mark.parametrize("name", ["fp32", "mixture"])
+def test_logs_and_checkpoints_count_the_tokens_of_steps_that_grow(finished_runs, resumed_runs, name):
+    due = np.cumsum([0, 128, 128, 256, 256, 384, 384, 512, 512]).tolist()
+    for config in (finished_runs[1, name], finished_runs[2, name], resumed_runs[name]):
+        lines = [line for line in metrics(config) if line["kind"] in ("train", "eval")]
+        assert [line["tokens"] for line in lines] == [due[line["step"]] for line in lines]
+        for line in (line for line in lines if line["kind"] == "train"):
+            step = line["step"]
+            assert line["tokens_per_second"] * line["seconds"] == pytest.approx(due[step] - due[step - 1])
+            assert line["learning_rate"] == learning_rate_at(step - 1, config)
+        for folder in (Path(config.run_dir) / "checkpoints").iterdir():
+            state = json.loads((folder / "training" / "state.json").read_text())
+            assert state["tokens"] == due[state["step"]]
+
+
+def test_the_bar_on_a_terminal_counts_tokens_so_that_the_time_left_is_that_of_growing_steps(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    config = tiny_config(tmp_path, run_dir=str(tmp_path), **GROWING)
+    ranks = Ranks(rank=0, local_rank=0, world_size=1, local_size=1, num_launchers=1)
+    run = Run(config, ranks, torch.device("cpu"), None, None, 2, Progress(), Watch(0, 0, 1, 60), None, None)
+    line = {"kind": "train", "step": STEPS, "tokens": config.num_tokens, "loss": 2.0, "tokens_per_second": 9.0}
+    with reporting(run) as report:
+        report(line | {"grad_norm": 1.0, "learning_rate": 0.1})
+    assert config.num_tokens < STEPS * config.tokens_per_step
+    shown = capsys.readouterr().err
+    assert f"step {STEPS}/{STEPS}, loss" in shown and f"{config.tokens_before(2) / config.num_tokens:.0%}|" in shown
+    assert "100%|" in shown
 
 
 @pytest.mark.slow
@@ -418,12 +465,10 @@ if __name__ == "__main__":
 
 
 def elastic_configs(folder: Path, name: str, teacher: TrainingConfig) -> list:
-    changes = dict(num_steps=ELASTIC_STEPS, save_every_steps=100, eval_every_steps=12)
+    changes: dict = dict(num_steps=ELASTIC_STEPS, save_every_steps=100, eval_every_steps=12)
     places = {kind: str(folder / f"{name}-{kind}") for kind in PRECISIONS}
-    alone = [
-        tiny_config(folder, run_dir=place, precision=kind, mask_across_documents=kind == "bf16", **changes)
-        for kind, place in places.items()
-    ]
+    ways = {"fp32": GROWING | {"batch_warmup_steps": 20}, "bf16": {"mask_across_documents": True}}
+    alone = [tiny_config(folder, run_dir=place, precision=kind, **changes, **ways[kind]) for kind, place in places.items()]
     teacher = replace(alone[0], run_dir=teacher.run_dir)
     student, mixed = (tiny_student(teacher, "labels", folder / f"{name}-{kind}") for kind in ("labels", "mixture"))
     return [*alone, student, tiny_mixture(mixed)]
@@ -436,7 +481,9 @@ def launch_elastic(folder: Path, configs: list, ranks: int, stop_after: int | No
 
 @pytest.fixture(scope="module")
 def elastic_runs(finished_runs, tmp_path_factory) -> tuple[list, list]:
-    """Some steps on one rank, and the same on one, two and again one rank; in each precision, from labels, and of a mixture."""
+    """Some steps on one rank, and the same on one, two and again one rank; in each precision, from labels, and of a mixture.
+    In all but bf16 steps grow, and both changes come amid that.
+    """
     folder = tmp_path_factory.mktemp("elastic")
     whole, moved = (elastic_configs(folder, name, finished_runs[1, "fp32"]) for name in ("whole", "moved"))
     launch_elastic(folder, whole, 1, None)

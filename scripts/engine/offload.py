@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from scripts import config as settings
-from scripts.config import PRECISIONS, TrainingConfig, product_dtype
+from scripts.config import PRECISIONS, TrainingConfig
 from scripts.engine import updates
 from scripts.engine.updates import Landed, Matrix, StagingRing
 from scripts.model.activation_offload import host_buffer
+from scripts.model.operations import product_dtype
 
 DEEPSPEED_VERSION = "0.19.8"
 MOMENTS, MOMENTUM = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
@@ -130,6 +131,15 @@ def replace_offload_path(engine, config: TrainingConfig) -> None:
     optimizer.destroy = partial(_destroy, optimizer, ring)
 
 
+def set_step_rows(engine, num_rows: int) -> None:
+    """Tells DeepSpeed how many rows the coming step has, over all ranks: each loss is divided by its number of micro-batches,
+    and the update comes with the last of them. That one is found by counting on from the run's beginning, which steps of
+    several sizes upset, so the count begins anew; and the optimizer has a number of its own.
+    """
+    engine.set_train_batch_size(num_rows)
+    engine.micro_steps, engine.optimizer.gradient_accumulation_steps = 0, engine.gradient_accumulation_steps()
+
+
 def staging_of(engine) -> list[Tensor]:
     """The host memory (n,) of each group through which gradients and weights pass; none without `offload_optimizer`."""
     return list(getattr(engine.optimizer, "param_buffer_of_bit16_for_cpu_offload_groups", ()))
@@ -188,20 +198,17 @@ class GroupUpdates:
             self._landed = updates.bring_down(self._sums, self._slots, self._stream)
         if self._device.type == "cuda":
             self._copies.append(torch.cuda.current_stream().record_event(torch.cuda.Event(blocking=True)))
-        if not self._is_muon(group):
+        if not is_muon(self._optimizer, self._config, group):
             self._adam(group)
         else:
             begun = self._begun.pop(group, None) or self._begin(group)
-            if self._is_muon(group + 1) and self._config.offload_optimizer:
+            if self._config.offload_optimizer and is_muon(self._optimizer, self._config, group + 1):
                 self._begun[group + 1] = self._begin(group + 1)
             self._finish(group, begun)
         while len(self._copies) > 1:
             self._copies.popleft().synchronize()
         if group + 1 == len(self._optimizer.partition_size):
             self._landed = iter(())
-
-    def _is_muon(self, group: int) -> bool:
-        return is_muon(self._optimizer, self._config, group)
 
     def _gradients(self, group: int) -> Iterator[Landed]:
         """This rank's slice of a group's gradient, unscaled and clipped, in pieces that are good until the next."""

@@ -103,6 +103,7 @@ def tiny_clone(config: TrainingConfig, world_size: int) -> TrainingConfig:
         config, corpus_weights=None, vocab_size=257, tokenizer_path=None, begin_of_text=None, end_of_text=None,
         context_length=length, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_size=None, mlp_size=48,
         tie_embeddings=True, micro_batch_rows=rows, tokens_per_step=rows * length * steps * world_size,
+        first_tokens_per_step=None, batch_warmup_steps=None,
         loss_chunk_rows=rows * length, eval_tokens=length, teacher_dir=None, teacher_top_k=None, rope_scaling=None,
         muon_learning_rate=None,
     )  # fmt: skip

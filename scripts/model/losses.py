@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ds.shards import Labels
-from scripts.config import TrainingConfig, product_dtype
+from scripts.config import TrainingConfig
 from scripts.model.documents import Windows
-from scripts.model.operations import row_slices
+from scripts.model.operations import product_dtype, row_slices
 
 IGNORED = -100
 HALF_GRADIENT_SCALE = 2.0**8

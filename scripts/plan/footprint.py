@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 
 from scripts import config as settings
-from scripts.config import PRECISIONS, TrainingConfig, product_dtype
+from scripts.config import PRECISIONS, TrainingConfig
 from scripts.model.huggingface import teacher_config
-from scripts.model.operations import flash_attends, padded_width
-from scripts.plan.machine import pinned_bytes
+from scripts.model.operations import flash_attends, padded_width, product_dtype
+from scripts.plan.machine import moments_bytes, pinned_bytes
 
 PHASES = ("initialisation", "training step", "save and load")
 TEACHER_ALONE = "teacher alone"
@@ -84,7 +84,7 @@ def device_moments(config: TrainingConfig, world_size: int, device_type: str, ph
 
 def checkpoint_bytes(config: TrainingConfig) -> int:
     """Bytes of a checkpoint's tensors, all ranks together: N weights, float32 masters and moments."""
-    return config.num_parameters * (config.dtype.itemsize + 4) + config.moments_bytes
+    return config.num_parameters * (config.dtype.itemsize + 4) + moments_bytes(config)
 
 
 class _Model:
@@ -158,7 +158,7 @@ def _held(student: _Model, world_size: int) -> dict[str, int]:
     return {
         "weights": config.num_parameters * student.storage,
         "sums of gradients": own * sums * (config.accumulate_on == "gpu"),
-        "optimizer state": 0 if config.offload_optimizer else own * 4 + -(-config.moments_bytes // world_size),
+        "optimizer state": 0 if config.offload_optimizer else own * 4 + -(-moments_bytes(config) // world_size),
         "teacher": 0 if teacher is None else teacher.config.num_parameters * teacher.storage,
         "DeepSpeed's bucket": config.bucket_elements * student.storage if world_size > 1 else 0,
     }
@@ -423,11 +423,11 @@ def _host_moment(config: TrainingConfig, world_size: int, device_type: str, phas
     if phase in (TEACHER_ALONE, "training step"):
         parts["labels being read"] = LABEL_COPIES * _label_bytes(config)
     if phase == TEACHER_ALONE:
-        parts["numbers of windows"] = WINDOW_BYTES * config.num_steps * config.rows_per_step
+        parts["numbers of windows"] = WINDOW_BYTES * (config.num_tokens // config.context_length)
     elif config.offload_optimizer:
         parts |= {"master weights": 4 * own, "gradients": 4 * own * (config.accumulate_on == "cpu")}
         first = {"DeepSpeed's staging, until it is replaced": size * (own + _largest_matrix(config)) + staging}
-        moments = {"the optimizer's moments": -(-config.moments_bytes // world_size), locked["staging"]: staging}
+        moments = {"the optimizer's moments": -(-moments_bytes(config) // world_size), locked["staging"]: staging}
         parts |= first if phase == "initialisation" else moments
     if phase in (TEACHER_ALONE, "save and load"):
         parts["pieces of files"] = settings.FILE_PIECES_BYTES
@@ -439,7 +439,7 @@ def _host_moment(config: TrainingConfig, world_size: int, device_type: str, phas
 
 def _disk(config: TrainingConfig) -> dict[str, int]:
     """Bytes on the disk that are known: the tokens that the run reads and the checkpoints. Metrics and pictures are small."""
-    token, num_tokens = 2 if config.vocab_size <= 2**16 else 4, config.num_steps * config.tokens_per_step
+    token, num_tokens = 2 if config.vocab_size <= 2**16 else 4, config.num_tokens
     record = 0 if config.teacher_top_k is None else (token + 2) * config.teacher_top_k + 4
     saved = checkpoint_bytes(config) * (config.save_every_steps is not None)
     return {

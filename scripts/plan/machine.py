@@ -14,9 +14,10 @@ import torch
 from torch.torch_version import TorchVersion
 
 from scripts import config as settings
-from scripts.config import TrainingConfig, product_dtype
+from scripts.config import TrainingConfig
 from scripts.model.activation_offload import host_buffer
 from scripts.model.huggingface import teacher_config
+from scripts.model.operations import product_dtype
 
 KERNEL_FILE = "/proc/sys/kernel/osrelease"
 PINNED_SIZES = ("pinned_max_cached_size_mb", "pinned_max_round_threshold_mb")
@@ -191,21 +192,22 @@ def tokens_per_second(config: TrainingConfig, world_size: int, local_size: int, 
     """What to expect of training steps on all ranks: products, gradients that go down beside the backward, then the update.
 
     Products reach PRODUCT_EFFICIENCY_SHARE of their measured rate, Muon's too. Gradients go down in the training dtype and are
-    added in float32. Evaluation, sampling and saving are not counted.
+    added in float32. Steps count as one of their mean size. Evaluation, sampling and saving are not counted.
     """
     own, size = config.num_parameters / world_size, config.dtype.itemsize
     on_gpu, host = device_type == "cuda", rates.host_bytes / local_size
-    micro_batches, flops = config.accumulation_steps(world_size), settings.PRODUCT_EFFICIENCY_SHARE * rates.flops
-    products = config.micro_batch_rows * config.context_length * flops_per_token(config) / flops
+    step_tokens, micro_batch_tokens = config.num_tokens / config.num_steps, config.micro_batch_rows * config.context_length
+    micro_batches, flops = step_tokens / (micro_batch_tokens * world_size), settings.PRODUCT_EFFICIENCY_SHARE * rates.flops
+    products = micro_batch_tokens * flops_per_token(config) / flops
     trips = micro_batches if config.accumulate_on == "cpu" else 1
     down = max(own * size / rates.link_bytes if on_gpu else 0.0, own * (size + 8) / host)
     reduction = 2 * config.num_parameters * size / rates.link_bytes if world_size > 1 else 0.0
     hidden = products * BACKWARD_SHARE if on_gpu and trips > 1 else 0.0
     up = config.num_parameters * size / rates.link_bytes if on_gpu else 0.0
     update = update_bytes(config) / world_size / host + newton_schulz_flops(config) / world_size / flops
-    up += 2 * config.muon_parameters / world_size * size / rates.link_bytes if on_gpu else 0.0
+    up += 2 * muon_parameters(config) / world_size * size / rates.link_bytes if on_gpu else 0.0
     seconds = micro_batches * (products + reduction) + trips * max(0.0, down - hidden) + update + up
-    return config.tokens_per_step / seconds
+    return step_tokens / seconds
 
 
 def update_bytes(config: TrainingConfig) -> int:
@@ -214,8 +216,19 @@ def update_bytes(config: TrainingConfig) -> int:
     comes down.
     """
     size, moment = config.dtype.itemsize, settings.PRECISIONS[config.optimizer_state_precision].itemsize
-    muon, both = config.muon_parameters, 4 + 4 + 4 + 4 + size
+    muon, both = muon_parameters(config), 4 + 4 + 4 + 4 + size
     return config.num_parameters * (both + 4 * moment) + muon * (2 * size - 2 * moment)
+
+
+def muon_parameters(config: TrainingConfig) -> int:
+    """Parameters that Muon updates: the matrices of all blocks, or none."""
+    return config.num_layers * config.block_matrix_parameters if config.optimizer == "muon" else 0
+
+
+def moments_bytes(config: TrainingConfig) -> int:
+    """Bytes that optimizers remember beside float32 masters, all ranks together: Muon one momentum, AdamW two moments."""
+    size = settings.PRECISIONS[config.optimizer_state_precision].itemsize
+    return size * (2 * config.num_parameters - muon_parameters(config))
 
 
 def newton_schulz_flops(config: TrainingConfig) -> int:
@@ -235,13 +248,13 @@ def teacher_seconds(config: TrainingConfig, world_size: int, rates: Rates) -> fl
     """
     if config.teacher_top_k is None:
         return 0.0
-    own_tokens = config.num_steps * config.tokens_per_step / world_size
+    own_tokens = config.num_tokens / world_size
     return own_tokens * _teacher_flops(config) / (settings.PRODUCT_EFFICIENCY_SHARE * rates.flops)
 
 
 def hours(config: TrainingConfig, tokens_per_second: float, teacher_seconds: float) -> float:
     """Hours for all steps at a speed, and for the teacher before them."""
-    return (config.num_steps * config.tokens_per_step / tokens_per_second + teacher_seconds) / 3600
+    return (config.num_tokens / tokens_per_second + teacher_seconds) / 3600
 
 
 def measure_rates(config: TrainingConfig, device: torch.device) -> Rates:

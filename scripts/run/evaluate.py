@@ -108,7 +108,7 @@ def held_out_fields(found: HeldOutBySource) -> dict:
 def evaluation_record(run: Run, steps_done: int) -> dict:
     """The line of metrics.jsonl of an evaluation. Every rank must call this."""
     found = held_out_loss(run.config, run.ranks, run.data, run.engine.module)
-    return {"kind": "eval", "step": steps_done, "tokens": steps_done * run.config.tokens_per_step, **held_out_fields(found)}
+    return {"kind": "eval", "step": steps_done, "tokens": run.config.tokens_before(steps_done), **held_out_fields(found)}
 
 
 def sample_record(run: Run, steps_done: int) -> dict:

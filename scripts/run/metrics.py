@@ -81,11 +81,11 @@ def train_record(run: Run, steps_done: int, taken: Step, progress: Progress, *, 
     record = {
         "kind": "train",
         "step": steps_done,
-        "tokens": steps_done * config.tokens_per_step,
+        "tokens": config.tokens_before(steps_done),
         "loss": finite(taken.loss),
         "grad_norm": finite(gradient_norm(run.engine)),
         "learning_rate": learning_rate,
-        "tokens_per_second": config.tokens_per_step / seconds,
+        "tokens_per_second": config.rows_of_step(steps_done - 1) * config.context_length / seconds,
         "seconds": seconds,
         "gpu_peak_gib": peaks.gpu_bytes / GIB,
         "host_peak_gib": peaks.host_bytes / GIB,
@@ -161,7 +161,10 @@ def reporting(run: Run) -> Iterator[Report]:
         yield lambda record: None
         return
     config, unwritten = run.config, []
-    bar = tqdm(total=config.num_steps, initial=run.first_step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
+    bar = tqdm(
+        total=config.num_tokens, initial=config.tokens_before(run.first_step), unit="token", unit_scale=True,
+        dynamic_ncols=True, disable=not sys.stderr.isatty(),
+    )  # fmt: skip
     with bar, _tensorboard(run) as plot:
 
         def take(record: dict) -> None:
@@ -193,8 +196,9 @@ def _parse_record(line: str, source: str) -> dict:
 
 def _show(record: dict, config: TrainingConfig, bar: tqdm) -> None:
     if record["kind"] == "train" and not bar.disable:
-        bar.set_postfix_str(report.train_words(record), refresh=False)
-        bar.update(record["step"] - bar.n)
+        words = f"step {record['step']}/{config.num_steps}, {report.train_words(record)}"
+        bar.set_postfix_str(words, refresh=False)
+        bar.update(record["tokens"] - bar.n)
     elif report.is_told(record):
         bar.write(report.line_of(record, config.num_steps, config.teacher_top_k), file=sys.stdout)
         sys.stdout.flush()

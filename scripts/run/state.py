@@ -113,6 +113,21 @@ def is_due(steps_done: int, every_steps: int | None, config: TrainingConfig) -> 
     return every_steps is not None and (steps_done % every_steps == 0 or steps_done == config.num_steps)
 
 
+def learning_rate_at(step: int, config: TrainingConfig) -> float:
+    """The rate of the update after `step` steps are done: linear warm-up, then cosine, linear, or stable and linear decay.
+
+    Cosine: Loshchilov & Hutter 2017. Warm-up/stable/decay ("wsd"): Hu et al. 2024, MiniCPM.
+    """
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule == "wsd":
+        share = min(1.0, (config.num_steps - 1 - step) / (config.decay_steps or 1))
+    else:
+        progress = (step - config.warmup_steps) / max(1, config.num_steps - 1 - config.warmup_steps)
+        share = 1.0 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_learning_rate + share * (config.learning_rate - config.min_learning_rate)
+
+
 def data_grid(config: TrainingConfig, data) -> Grid:
     """Where the training windows lie: on the whole stream, in a mixture on each source alone."""
     sources = [source.num_tokens for source in data.sources] if config.is_mixture else [data.train.num_tokens]
@@ -120,17 +135,21 @@ def data_grid(config: TrainingConfig, data) -> Grid:
 
 
 def data_order(config: TrainingConfig, data) -> Order:
-    """Which training windows each step reads. In a mixture every WEIGHED_STEPS steps read each source in its share."""
+    """Which training windows each step reads. In a mixture the rows of WEIGHED_STEPS whole steps read each source in its
+    share, wherever they begin.
+    """
     rows, quotas = config.rows_per_step, (config.rows_per_step,)
     if config.is_mixture and config.corpus_weights is not None:
         quotas = quotas_of(config.corpus_weights, WEIGHED_STEPS * rows)
-    return Order(data_grid(config, data), quotas, rows, config.seed)
+    return Order(data_grid(config, data), quotas, rows, config.seed, config.batch_warmup)
 
 
 def order_record(config: TrainingConfig, data) -> dict:
     """What decides the windows of every step, as the event of a launch holds it."""
-    grid, quotas, rows_per_step, seed = data_order(config, data)
+    grid, quotas, rows_per_step, seed, warmup = data_order(config, data)
     record: dict = {"rows_per_step": rows_per_step, "num_windows": grid.num_windows, "seed": seed}
+    if warmup is not None:
+        record |= {"first_rows_per_step": warmup.first_rows, "batch_warmup_steps": warmup.num_steps}
     if not config.is_mixture:
         return record
     sources = zip(data.sources, grid.counts, quotas, strict=True)
