@@ -595,7 +595,8 @@ LAWS = (
 FOR_CARDS = {
     "validation_fraction": 0.005, "vocab_size": 32768, "tokenizer_path": None, "begin_of_text": None, "end_of_text": None,
     "tokenizer_sample_bytes": 2**28, "qk_norm": True, "tie_embeddings": True, "init_std": 0.02, "schedule": "cosine",
-    "decay_steps": None, "first_tokens_per_step": None, "batch_warmup_steps": None, "beta1": 0.9, "beta2": 0.95,
+    "warmup_steps": 1000, "decay_steps": None, "first_tokens_per_step": None, "batch_warmup_steps": None, "optimizer": "muon",
+    "muon_learning_rate": None, "muon_momentum": 0.95, "optimizer_state_precision": "bf16", "beta1": 0.9, "beta2": 0.95,
     "precision": "bf16", "offload_optimizer": True, "accumulate_on": "cpu", "accumulation_precision": "fp32",
     "loss_chunk_rows": 1024, "log_every_steps": 1, "eval_every_steps": 500, "eval_tokens": 2**20, "sample_every_steps": 500,
     "save_every_steps": 500, "keep_checkpoints": 2, "init_from": None, "teacher_dir": None, "teacher_top_k": None,
@@ -607,44 +608,37 @@ DISTILL = replace(
     num_heads=2, num_kv_heads=1, head_size=None, mlp_size=352,
 )  # fmt: skip
 GPU_4GB = replace(
-    PRETRAIN, **FOR_CARDS, run_dir="runs/gpu-4gb", data_dir="data/gpu-4gb", context_length=2048, hidden_size=1280,
-    num_layers=36, num_heads=20, num_kv_heads=5, head_size=64, mlp_size=3584, rope_theta=10000.0, tokens_per_step=2**18,
-    micro_batch_rows=4, activation_checkpointing="block", num_steps=52_000, learning_rate=8e-4, min_learning_rate=8e-5,
-    warmup_steps=1000,
+    PRETRAIN, **FOR_CARDS, run_dir="runs/gpu-4gb", data_dir="data/gpu-4gb", context_length=2048, hidden_size=1536,
+    num_layers=30, num_heads=24, num_kv_heads=6, head_size=64, mlp_size=4096, rope_theta=10000.0, tokens_per_step=2**18,
+    micro_batch_rows=4, activation_checkpointing="block", num_steps=61_000, learning_rate=7e-4, min_learning_rate=7e-5,
 )  # fmt: skip
 GPU_6GB = replace(
     PRETRAIN, **FOR_CARDS, run_dir="runs/gpu-6gb", data_dir="data/gpu-6gb", context_length=2048, hidden_size=2048,
-    num_layers=28, num_heads=16, num_kv_heads=4, head_size=128, mlp_size=5632, rope_theta=10000.0, tokens_per_step=2**19,
-    micro_batch_rows=4, activation_checkpointing="block", num_steps=51_000, learning_rate=5e-4, min_learning_rate=5e-5,
-    warmup_steps=1000,
+    num_layers=27, num_heads=16, num_kv_heads=8, head_size=128, mlp_size=6144, rope_theta=10000.0, tokens_per_step=2**19,
+    micro_batch_rows=4, activation_checkpointing="block", num_steps=54_000, learning_rate=5e-4, min_learning_rate=5e-5,
 )  # fmt: skip
 GPU_8GB = replace(
-    PRETRAIN, **FOR_CARDS, run_dir="runs/gpu-8gb", data_dir="data/gpu-8gb", context_length=2048, hidden_size=2048,
-    num_layers=32, num_heads=16, num_kv_heads=8, head_size=128, mlp_size=6144, rope_theta=10000.0, tokens_per_step=2**19,
-    micro_batch_rows=4, activation_checkpointing="block", num_steps=64_000, learning_rate=4e-4, min_learning_rate=4e-5,
-    warmup_steps=1000,
+    PRETRAIN, **FOR_CARDS, run_dir="runs/gpu-8gb", data_dir="data/gpu-8gb", context_length=2048, hidden_size=2560,
+    num_layers=27, num_heads=20, num_kv_heads=4, head_size=128, mlp_size=7680, rope_theta=10000.0, tokens_per_step=2**19,
+    micro_batch_rows=4, activation_checkpointing="block", num_steps=80_000, learning_rate=4e-4, min_learning_rate=4e-5,
 )  # fmt: skip
 GPU_12GB = replace(
     PRETRAIN, **FOR_CARDS, run_dir="runs/gpu-12gb", data_dir="data/gpu-12gb", context_length=4096, hidden_size=3072,
-    num_layers=32, num_heads=24, num_kv_heads=8, head_size=128, mlp_size=8192, rope_theta=500_000.0, tokens_per_step=2**20,
-    micro_batch_rows=4, activation_checkpointing="block_offload", num_steps=63_000, learning_rate=3e-4,
-    min_learning_rate=3e-5, warmup_steps=1000,
+    num_layers=36, num_heads=24, num_kv_heads=8, head_size=128, mlp_size=8192, rope_theta=500_000.0, tokens_per_step=2**20,
+    micro_batch_rows=4, activation_checkpointing="block_offload", num_steps=71_000, learning_rate=3e-4, min_learning_rate=3e-5,
 )  # fmt: skip
 GPU_16GB = replace(
-    PRETRAIN, **FOR_CARDS, run_dir="runs/gpu-16gb", data_dir="data/gpu-16gb", context_length=4096, hidden_size=2560,
-    num_layers=34, num_heads=32, num_kv_heads=8, head_size=128, mlp_size=9728, rope_theta=500_000.0, tokens_per_step=2**20,
-    micro_batch_rows=4, activation_checkpointing="block_offload", num_steps=67_000, learning_rate=3e-4,
-    min_learning_rate=3e-5, warmup_steps=1000,
+    PRETRAIN, **FOR_CARDS, run_dir="runs/gpu-16gb", data_dir="data/gpu-16gb", context_length=4096, hidden_size=3584,
+    num_layers=36, num_heads=28, num_kv_heads=4, head_size=128, mlp_size=9728, rope_theta=500_000.0, tokens_per_step=2**20,
+    micro_batch_rows=4, activation_checkpointing="block_offload", num_steps=94_000, learning_rate=3e-4, min_learning_rate=3e-5,
 )  # fmt: skip
 GPU_24GB = replace(
     PRETRAIN, **FOR_CARDS, run_dir="runs/gpu-24gb", data_dir="data/gpu-24gb", context_length=4096, hidden_size=4096,
     num_layers=36, num_heads=32, num_kv_heads=8, head_size=128, mlp_size=12288, rope_theta=500_000.0, tokens_per_step=2**21,
-    micro_batch_rows=4, activation_checkpointing="block_offload", num_steps=68_000, learning_rate=2e-4,
-    min_learning_rate=2e-5, warmup_steps=2000,
+    micro_batch_rows=4, activation_checkpointing="block_offload", num_steps=68_000, learning_rate=2e-4, min_learning_rate=2e-5,
 )  # fmt: skip
 GPUS_8X80GB = replace(
     PRETRAIN, **FOR_CARDS, run_dir="runs/gpus-8x80gb", data_dir="data/gpus-8x80gb", context_length=4096, hidden_size=5120,
     num_layers=48, num_heads=40, num_kv_heads=8, head_size=128, mlp_size=17408, rope_theta=500_000.0, tokens_per_step=2**22,
     micro_batch_rows=8, activation_checkpointing="block", num_steps=76_000, learning_rate=2e-4, min_learning_rate=2e-5,
-    warmup_steps=2000,
 )  # fmt: skip

@@ -336,6 +336,24 @@ def test_a_damaged_line_of_the_log_is_named(copied_run, line):
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"optimizer": "muon"}, r"optimizer \('adamw' there, 'muon' here\)"),
+        ({"optimizer_state_precision": "bf16"}, r"optimizer_state_precision \('fp32' there, 'bf16' here\)"),
+    ],
+)
+def test_a_run_from_before_muon_goes_on_with_adamw_in_float32_alone(tmp_path, changes, named):
+    config = tiny_config(tmp_path, run_dir=str(tmp_path))
+    stored = run_dir.config_record(config)
+    for name in run_dir.AS_BEFORE:
+        del stored[name]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    run_dir.refuse_other_run(config)
+    with pytest.raises(ValueError, match=named):
+        run_dir.refuse_other_run(replace(config, **changes))
+
+
 def test_a_field_that_is_newer_than_the_run_counts_as_its_default(tmp_path):
     config = tiny_config(tmp_path, save_every_steps=TrainingConfig.save_every_steps)
     run_dir.claim_run(config, 0)

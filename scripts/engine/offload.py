@@ -133,8 +133,7 @@ def replace_offload_path(engine, config: TrainingConfig) -> None:
 
 def set_step_rows(engine, num_rows: int) -> None:
     """Tells DeepSpeed how many rows the coming step has, over all ranks: each loss is divided by its number of micro-batches,
-    and the update comes with the last of them. That one is found by counting on from the run's beginning, which steps of
-    several sizes upset, so the count begins anew; and the optimizer has a number of its own.
+    and the update comes with the last of them. DeepSpeed counts those on from step to step, so the count begins anew.
     """
     engine.set_train_batch_size(num_rows)
     engine.micro_steps, engine.optimizer.gradient_accumulation_steps = 0, engine.gradient_accumulation_steps()
@@ -177,7 +176,7 @@ class GroupUpdates:
     DeepSpeed's `_optimizer_step`. Then DeepSpeed writes the new weights into the group's staging and copies them up.
 
     Muon's group goes through the same staging: its momentum looks ahead there, comes up, is made orthogonal and comes down.
-    That is begun for the next group before the masters of this one change, so that the GPU works beside the host.
+    The next group is begun before the masters of this one change, so that the GPU works beside the host.
     """
 
     def __init__(self, optimizer, config: TrainingConfig, device: torch.device, sums: list[Tensor]) -> None:

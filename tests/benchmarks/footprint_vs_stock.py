@@ -134,7 +134,8 @@ def config_of(shape: Model, mode: str, **changes: Any) -> TrainingConfig:
         vocab_size=shape.vocab_size, context_length=shape.context_length, hidden_size=shape.hidden_size,
         num_layers=shape.num_layers, num_heads=shape.num_heads, num_kv_heads=shape.num_kv_heads, mlp_size=shape.mlp_size,
         tie_embeddings=shape.tie_embeddings, micro_batch_rows=shape.rows, tokens_per_step=shape.rows * shape.context_length,
-        activation_checkpointing=mode, eval_tokens=shape.context_length, precision="bf16",
+        activation_checkpointing=mode, eval_tokens=shape.context_length, precision="bf16", qk_norm=False,
+        optimizer="adamw", optimizer_state_precision="fp32",
     )  # fmt: skip
     return TrainingConfig(**(fields | changes))
 

@@ -68,7 +68,7 @@ PEAK_TFLOPS = {
     "NVIDIA A100-SXM4-80GB": 312.0, "NVIDIA A100-PCIE-40GB": 312.0, "NVIDIA A100 80GB PCIe": 312.0,
     "NVIDIA GeForce RTX 4090": 165.2, "NVIDIA GeForce RTX 3090": 71.0,
 }  # fmt: skip
-PUBLISHED_TOKENS = 524_288
+PUBLISHED_TOKENS, DOCUMENT_TOKENS, END_OF_TEXT_ID = 524_288, 256, 256
 SECTIONS = {
     "Speed and peaks, at two micro-batches a step or what the name tells; without offload x ours is what offload costs": (
         "speed",
@@ -77,6 +77,7 @@ SECTIONS = {
     "Within a cap, as on a card of that size": ("capped",),
     "Other configurations": ("plan",),
 }
+MUON_ROWS = (("1.3B", 2), ("1.3B", 16), ("124M", 2), ("3B", 2))
 EXACT: dict[str, Any] = {
     "vocab_size": 257, "context_length": 512, "hidden_size": 512, "num_layers": 6, "num_heads": 8, "num_kv_heads": 4,
     "mlp_size": 1408, "micro_batch_rows": 4, "tokens_per_step": 8192, "num_steps": 8, "warmup_steps": 2,
@@ -168,7 +169,12 @@ def more_rows() -> list[Row]:
     """What offload costs, the other caps, the published setting, most of the peers."""
     step = {"micro_batches": PUBLISHED_TOKENS // (16 * 2048), "micro_batch_rows": 16, "timing": BRIEFLY}
     on_card = {"offload_optimizer": False, "accumulate_on": "gpu"}
+    muon = {"optimizer": "muon", "optimizer_state_precision": "bf16"}
     return [
+        *(ours("speed", model, f"Muon, 16-bit moments, {many} micro-batches", many, **muon) for model, many in MUON_ROWS),
+        ours("speed", "1.3B", "AdamW, 16-bit moments", optimizer_state_precision="bf16"),
+        ours("speed", "1.3B", "sums on the card", accumulate_on="gpu", accumulation_precision="bf16"),
+        ours("speed", "124M", "masked documents", mask_across_documents=True),
         *(ours("speed", "1.3B", f"no offload, {many} micro-batches", many, **on_card) for many in (2, 16)),
         ours("speed", "1.3B", "tightfit, 16 micro-batches", 16),
         *(ours("capped", f"GPU_{cap}GB", f"{cap} GB", cap_gb=cap) for cap in (8, 6)),
@@ -601,7 +607,10 @@ def random_data(config: TrainingConfig, cap_gb: float | None) -> Any:
         left = cap_gb * GB - CUDA_CONTEXT_BYTES - CUDA_LIBRARIES_BYTES
         torch.cuda.set_per_process_memory_fraction(min(1.0, left / torch.cuda.get_device_properties(0).total_memory))
     num_tokens, path = max(200_000, config.tokens_per_step + config.context_length + 1), Path("train.bin")
-    ids = np.random.default_rng(0).integers(0, config.vocab_size, num_tokens).astype(np.uint16)
+    generator = np.random.default_rng(0)
+    ids = generator.integers(0, config.vocab_size, num_tokens).astype(np.uint16)
+    if config.mask_across_documents:
+        ids[generator.random(num_tokens) < 1 / DOCUMENT_TOKENS] = END_OF_TEXT_ID
     write_shard(path, ids, config.vocab_size, "0" * 64)
     return Data({}, TokenStream((open_shard(path),), "0" * 64), None, raw_bytes(), "")
 
