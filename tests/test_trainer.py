@@ -467,11 +467,13 @@ if __name__ == "__main__":
 def elastic_configs(folder: Path, name: str, teacher: TrainingConfig) -> list:
     changes: dict = dict(num_steps=ELASTIC_STEPS, save_every_steps=100, eval_every_steps=12)
     places = {kind: str(folder / f"{name}-{kind}") for kind in PRECISIONS}
-    ways = {"fp32": GROWING | {"batch_warmup_steps": 20}, "bf16": {"mask_across_documents": True}}
+    short = {"mask_across_documents": True, "optimizer": "muon", "optimizer_state_precision": "bf16"}
+    ways = {"fp32": GROWING | {"batch_warmup_steps": 20}, "bf16": short}
     alone = [tiny_config(folder, run_dir=place, precision=kind, **changes, **ways[kind]) for kind, place in places.items()]
     teacher = replace(alone[0], run_dir=teacher.run_dir)
     student, mixed = (tiny_student(teacher, "labels", folder / f"{name}-{kind}") for kind in ("labels", "mixture"))
-    return [*alone, student, tiny_mixture(mixed)]
+    muon = replace(alone[0], run_dir=str(folder / f"{name}-muon"), optimizer="muon", learning_rate=3e-3)
+    return [*alone, student, tiny_mixture(mixed), muon]
 
 
 def launch_elastic(folder: Path, configs: list, ranks: int, stop_after: int | None) -> None:
@@ -481,8 +483,8 @@ def launch_elastic(folder: Path, configs: list, ranks: int, stop_after: int | No
 
 @pytest.fixture(scope="module")
 def elastic_runs(finished_runs, tmp_path_factory) -> tuple[list, list]:
-    """Some steps on one rank, and the same on one, two and again one rank; in each precision, from labels, and of a mixture.
-    In all but bf16 steps grow, and both changes come amid that.
+    """Some steps on one rank, and the same on one, two and again one rank; in each precision, from labels, of a mixture, and
+    under Muon, also with 16-bit moments. In all but bf16 steps grow, and both changes come amid that.
     """
     folder = tmp_path_factory.mktemp("elastic")
     whole, moved = (elastic_configs(folder, name, finished_runs[1, "fp32"]) for name in ("whole", "moved"))
@@ -493,7 +495,9 @@ def elastic_runs(finished_runs, tmp_path_factory) -> tuple[list, list]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "tolerance"), [(0, 1e-4), (1, 1e-2), (2, 1e-2), (3, 1e-2)], ids=(*PRECISIONS, *RUNS[3:]))
+@pytest.mark.parametrize(
+    ("number", "tolerance"), [(0, 1e-4), (1, 1e-2), (2, 1e-2), (3, 1e-2), (4, 1e-4)], ids=(*PRECISIONS, *RUNS[3:], "muon")
+)
 def test_one_two_and_one_rank_make_the_run_of_one(elastic_runs, number, tolerance):
     whole, moved = (runs[number] for runs in elastic_runs)
     assert [event["ranks"] for event in events(moved, "started")] == [1, 2, 1]
