@@ -418,7 +418,8 @@ else:
 
 @pytest.mark.slow
 def test_killed_twenty_times_anywhere_the_run_is_bitwise_the_uninterrupted_one(tmp_path):
-    alone = tiny_config(tmp_path, num_steps=KILLED_STEPS, save_every_steps=3, eval_every_steps=5, keep_checkpoints=2)
+    short = {"optimizer": "muon", "optimizer_state_precision": "bf16"}
+    alone = tiny_config(tmp_path, num_steps=KILLED_STEPS, save_every_steps=3, eval_every_steps=5, keep_checkpoints=2, **short)
     config = tiny_mixture(alone, run_dir=str(tmp_path / "whole"))
     expect_success(launch(tmp_path, training_script(config, ""), ["python"]))
     killed, statuses = replace(config, run_dir=str(tmp_path / "killed")), []

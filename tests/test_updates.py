@@ -134,16 +134,19 @@ def test_over_many_elements_rounding_is_as_even(draws, seed, number):
 def test_a_word_depends_on_its_element_and_not_on_the_slice(draws, first, sizes):
     first -= first % WORDS
     whole = updates.words_of(draws, first, WORDS, CPU)
+    later = updates.words_of(draws, first + WORDS, WORDS, CPU)
     for size in sizes:
         start = size * 7 % (WORDS - 500)
         assert torch.equal(updates.words_of(draws, first + start, size, CPU), whole[start : start + size])
+    both = updates.words_of(draws, first + WORDS - sizes[0], sizes[0] + 9, CPU)
+    assert torch.equal(both, torch.cat((whole[WORDS - sizes[0] :], later[:9])))
     for other in (
         draws._replace(step=draws.step + 1),
         draws._replace(seed=draws.seed ^ 1),
         draws._replace(group=draws.group + 1),
     ):
         assert (updates.words_of(other, first, WORDS, CPU) == whole).double().mean() < 0.01
-    assert (updates.words_of(draws, first + WORDS, WORDS, CPU) == whole).double().mean() < 0.01
+    assert (later == whole).double().mean() < 0.01
 
 
 def adam_steps(num_steps: int, cuts: list[int], beta2: float = 0.99) -> list[Tensor]:

@@ -194,7 +194,7 @@ def scale_of(shape: torch.Size) -> float:
 
 def take_momentum(gradient: Tensor, momentum: Tensor, target: Tensor, beta: float) -> None:
     """Moves `momentum` (n,) by 1 - beta towards `gradient` (n,) float32; Nesterov's look ahead is written to `target` (n,)."""
-    split = (each.split(settings.GRADIENT_CACHE_ELEMENTS) for each in (gradient, momentum, target))
+    split = (each.split(_at_once(gradient)) for each in (gradient, momentum, target))
     for part, kept, place in zip(*split, strict=True):
         moved = kept.float().lerp_(part, 1 - beta)
         if moved.data_ptr() != kept.data_ptr():
@@ -204,7 +204,7 @@ def take_momentum(gradient: Tensor, momentum: Tensor, target: Tensor, beta: floa
 
 def descend(master: Tensor, direction: Tensor, *, rate: float, scale: float, decay: float) -> None:
     """`master` (n,) float32 after weight decay and a step of `rate * scale` against `direction` (n,)."""
-    most = settings.GRADIENT_CACHE_ELEMENTS
+    most = _at_once(master)
     for part, way in zip(master.split(most), direction.split(most), strict=True):
         part.mul_(1 - rate * decay).add_(way, alpha=-rate * scale)
 
@@ -216,17 +216,16 @@ def adam_in_16_bits(master: Tensor, gradient: Tensor, moments: list[Tensor], ada
     """
     steps = [torch.tensor(float(adam.step), device=master.device)]
     rates: dict = {"lr": adam.rate, "beta1": adam.beta1, "beta2": adam.beta2, "weight_decay": adam.decay, "eps": adam.eps}
-    start, update = 0, torch._fused_adamw_  # pyright: ignore[reportPrivateImportUsage]
-    while start < len(master):
-        stop = min(len(master), start + WORDS - (first + start) % WORDS)
-        part, part_gradient = master[start:stop], gradient[start:stop]
-        kept = [moment[start:stop] for moment in moments]
+    update = torch._fused_adamw_  # pyright: ignore[reportPrivateImportUsage]
+    for part, part_gradient, *kept in zip(
+        *(each.split(_at_once(master)) for each in (master, gradient, *moments)), strict=True
+    ):
         mean, square = (moment.float() for moment in kept)
         update([part], [part_gradient], [mean], [square], [], steps, **rates, amsgrad=False, maximize=False)
-        words = words_of(draws, first + start, stop - start, master.device)
+        words = words_of(draws, first, len(part), master.device)
         round_at_random(mean, words.bitwise_right_shift(16).bitwise_and_(~HIGH_HALF), kept[0])
         round_at_random(square, words.bitwise_and_(~HIGH_HALF), kept[1])
-        start = stop
+        first += len(part)
 
 
 def round_at_random(values: Tensor, draws: Tensor, target: Tensor) -> None:
@@ -238,12 +237,13 @@ def round_at_random(values: Tensor, draws: Tensor, target: Tensor) -> None:
 
 
 def words_of(draws: Draws, first: int, num: int, device: torch.device) -> Tensor:
-    """Random words (num,) int32 of the elements from `first` on, at most up to the next multiple of WORDS: a function of the
-    numbers in `draws` and of each element's own number alone.
+    """Random words (num,) int32 of the elements from `first` on: a function of the numbers in `draws` and of each element's own
+    number alone.
     """
     number, place = divmod(first, WORDS)
-    flips, factor, shift = _keys(draws, number)
-    return (_table(device)[place : place + num] ^ flips).mul_(factor).add_(shift)
+    keys = torch.tensor([_keys(draws, each) for each in range(number, -(-(first + num) // WORDS))], dtype=torch.int32)
+    flips, factors, summands = keys.to(device).mT.unsqueeze(2)
+    return (_table(device) ^ flips).mul_(factors).add_(summands).flatten()[place : place + num]
 
 
 def bring_down(sums: list[Tensor], slots: list[Tensor], stream: torch.cuda.Stream | None) -> Iterator[Landed]:
@@ -280,6 +280,11 @@ def add_to(source: Tensor, target: Tensor, is_first: bool, copied: torch.cuda.Ev
             place.copy_(part)
         else:
             place.add_(part)
+
+
+def _at_once(vector: Tensor) -> int:
+    """Elements that stay in a processor's cache through several operations; on a GPU as many as make few kernels."""
+    return settings.GRADIENT_CACHE_ELEMENTS if vector.device.type == "cpu" else settings.GRADIENT_PIECE_ELEMENTS
 
 
 def _num_products(matrix: Matrix) -> int:

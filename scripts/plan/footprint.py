@@ -145,7 +145,8 @@ def _moments(student: _Model, world_size: int, phase: str) -> Iterator[Moment]:
     elif phase == "training step":
         for at in _micro_batch(student, world_size):
             yield Moment(at.name, held | at.parts)
-        cast = 0 if config.offload_optimizer else max(4 * largest // world_size, 8 * _largest_matrix(config))
+        piece = 24 * min(largest // world_size, settings.GRADIENT_PIECE_ELEMENTS) * (config.optimizer_state_precision == "bf16")
+        cast = max(4 * largest // world_size + piece, 8 * _largest_matrix(config)) * (not config.offload_optimizer)
         update = {"one group's gradient, cast by DeepSpeed": cast} | _orthogonal(student, world_size)
         yield Moment("the update", held | update)
     else:
@@ -216,8 +217,8 @@ def _teacher_before_student(student: _Model) -> Iterator[Moment]:
 
 def _micro_batch(student: _Model, world_size: int) -> Iterator[Moment]:
     """What a micro-batch takes beside what is held. The last block's backward comes first and has most activations; in the next
-    one its gradients are copied down too, as many as scripts/engine/offload.py allows. On several ranks DeepSpeed reduces
-    gradients in a bucket, and a matrix larger than the bucket in two copies of its gradient.
+    its gradients are copied down too, as many as scripts/engine/updates.py allows. On several ranks DeepSpeed reduces them in a
+    bucket, and a matrix larger than the bucket in two copies of its gradient.
     """
     config, always, block = student.config, _inputs(student.config), _kept_block_bytes(student)
     bucket, several = config.bucket_elements * student.storage, world_size > 1
@@ -365,18 +366,14 @@ def _attention_backward_kernel(model: _Model) -> int:
     """
     config, head = model.config, model.padded_head
     masks, heads = config.mask_across_documents, config.micro_batch_rows * config.num_heads
-    length = _rounded(config.context_length, 128) * (2 if masks else 1)
+    length = -(-config.context_length // 128) * 128 * (2 if masks else 1)
     sums, queries, is_padded = 4 * heads * length, model.storage * model.tokens * model.padded_queries, head > config.head_width
     if not model.has_flash(True):
         tiles = max(128 * heads, model.tokens * config.num_heads * masks)
-        return sums * (_rounded(head, 64) + 1) + 4 * tiles * _rounded(head, 128) + queries * is_padded
-    shares = -(-settings.NUM_MULTIPROCESSORS // heads)
+        return sums * (-(-head // 64) * 64 + 1) + 4 * tiles * (-(-head // 128) * 128) + queries * is_padded
+    shares, tile = -(-settings.NUM_MULTIPROCESSORS // heads), 32 if head <= 128 else 64
     copies = 2 * queries * ((model.keys < model.queries) + is_padded)
-    return sums * (shares * _rounded(head, 32 if head <= 128 else 64) + 1) + copies
-
-
-def _rounded(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
+    return sums * (shares * (-(-head // tile) * tile) + 1) + copies
 
 
 def _work_on_host(model: _Model) -> Iterator[dict[str, int]]:
