@@ -55,7 +55,7 @@ def wide_config(**changes) -> TrainingConfig:
     """Tokens times vocabulary is by far the largest of its sizes: 512 tokens, 8192 ids."""
     fields: dict = dict(
         vocab_size=8192, context_length=128, hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2, mlp_size=64,
-        tokens_per_step=512, micro_batch_rows=4, loss_chunk_rows=32, eval_tokens=512, precision="bf16",
+        tokens_per_step=512, micro_batch_rows=4, loss_chunk_rows=32, eval_tokens=512, precision="bf16", qk_norm=False,
     )  # fmt: skip
     return TrainingConfig(**(fields | changes))
 

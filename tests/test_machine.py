@@ -11,8 +11,11 @@ from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 from test_plan import LABELS, SHAPES, shaped, taught
+from torch.utils.flop_counter import FlopCounterMode
 
 from scripts.config import PRETRAIN
+from scripts.engine.updates import orthogonalise
+from scripts.model.decoder import empty_model, parameter_groups
 from scripts.plan.machine import (
     Card,
     GroupLimit,
@@ -25,6 +28,8 @@ from scripts.plan.machine import (
     is_wsl,
     limits_above,
     measure_rates,
+    muon_parameters,
+    newton_schulz_flops,
     peak_bytes,
     pinned_bytes,
     proc_bytes,
@@ -35,6 +40,7 @@ from scripts.plan.machine import (
     room_in_all,
     teacher_seconds,
     tokens_per_second,
+    update_bytes,
 )
 
 CPU = torch.device("cpu")
@@ -118,6 +124,30 @@ def test_gradients_go_down_each_micro_batch_beside_two_thirds_of_it_and_adam_rea
         seconds = 4 * products + trips * (down - hidden) + adam + up
         speed = tokens_per_second(replace(config, accumulate_on=place), 1, 1, "cuda", Rates(1e12, 1e10, 1e7))
         assert speed == pytest.approx(4 * 8192 / seconds)
+
+
+def test_newton_schulz_takes_the_products_that_torch_counts():
+    for changes in ({}, {"num_kv_heads": 4, "head_size": 64, "mlp_size": 100}):
+        config = replace(PRETRAIN, optimizer="muon", hidden_size=48, num_heads=8, num_layers=3, **changes)
+        groups = parameter_groups(empty_model(config, CPU), 0.0)
+        matrices = [matrix for group in groups if group["is_block"] for matrix in group["params"]]
+        with FlopCounterMode(display=False) as counted, torch.no_grad():
+            for matrix in matrices:
+                orthogonalise(matrix, torch.float32)
+        assert counted.get_total_flops() == newton_schulz_flops(config)
+        assert sum(matrix.numel() for matrix in matrices) == muon_parameters(config)
+    assert (
+        newton_schulz_flops(replace(PRETRAIN, optimizer="adamw")) == muon_parameters(replace(PRETRAIN, optimizer="adamw")) == 0
+    )
+
+
+def test_an_update_moves_34_bytes_a_parameter_26_with_short_moments_and_muon_30_and_26():
+    for optimizer, precision, adam, muon in (
+        ("adamw", "fp32", 34, 34), ("adamw", "bf16", 26, 26), ("muon", "fp32", 34, 30), ("muon", "bf16", 26, 26),
+    ):  # fmt: skip
+        config = replace(PRETRAIN, optimizer=optimizer, optimizer_state_precision=precision, precision="bf16")
+        matrices = config.num_layers * config.block_matrix_parameters
+        assert update_bytes(config) == adam * (config.num_parameters - matrices) + muon * matrices
 
 
 def test_flop_of_a_token_are_six_a_parameter_and_causal_attention():

@@ -130,6 +130,7 @@ def shaped(name: str, tokens: int, **changes) -> TrainingConfig:
     fields: dict[str, Any] = dict(
         **SHAPES[name], head_size=None, tie_embeddings=False, context_length=length, micro_batch_rows=tokens // length,
         tokens_per_step=4 * tokens, eval_tokens=length, loss_chunk_rows=2048, run_dir="no-run", data_dir="no-data",
+        optimizer="adamw", optimizer_state_precision="fp32", qk_norm=False,
     )  # fmt: skip
     return replace(PRETRAIN, **(fields | changes))
 

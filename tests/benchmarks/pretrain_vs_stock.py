@@ -81,7 +81,8 @@ def ours(activation_checkpointing: str):
     config = TrainingConfig(
         run_dir=str(folder / "run"), corpus=(str(folder),), vocab_size=VOCABULARY, hidden_size=WIDTH, num_layers=LAYERS,
         num_heads=HEADS, num_kv_heads=KV_HEADS, mlp_size=MLP, context_length=CONTEXT, micro_batch_rows=ROWS, qk_norm=False,
-        tokens_per_step=TOKENS_PER_STEP, learning_rate=LEARNING_RATE,
+        tokens_per_step=TOKENS_PER_STEP, learning_rate=LEARNING_RATE, min_learning_rate=LEARNING_RATE / 10, optimizer="adamw",
+        optimizer_state_precision="fp32",
         activation_checkpointing=activation_checkpointing, loss_chunk_rows=256, tie_embeddings=True,
     )  # fmt: skip
     run = trainer.set_up(config, lambda _: type("Random", (), {"fingerprint": "", "train": stream, "end_of_text_id": 0}))
