@@ -5,6 +5,9 @@ writes after each, and draws docs/learning.png. The same command again goes on. 
 job's model, data order and schedule; the held-out loss is that of the whole held-out part. The learning rate of AdamW and
 those of nanochat's classes come from sweeps, which are rows too. nanochat is measured where `nanochat` can be imported, such as
 from a checkout on PYTHONPATH; its code is not here.
+
+`python tests/benchmarks/learning.py updates` measures the time of an update by kind instead, turn by turn, and what 10,000
+steps leave of a second moment.
 """
 
 import ast
@@ -14,6 +17,7 @@ import multiprocessing
 import os
 import socket
 import statistics
+import sys
 import sysconfig
 import tempfile
 import time
@@ -34,9 +38,11 @@ import matplotlib.pyplot as plt
 from ds.loader import micro_batches
 from scripts.config import PRETRAIN, TrainingConfig
 from scripts.engine.distributed import Ranks
+from scripts.engine.updates import Adam, Draws, adam_in_16_bits, descend, orthogonalise, take_momentum
 from scripts.model.decoder import empty_model, initialise, parameter_groups
 from scripts.model.documents import Windows
 from scripts.model.losses import next_token
+from scripts.plan.machine import muon_parameters, newton_schulz_flops, update_bytes
 from scripts.prepare_data import prepare
 from scripts.run.evaluate import evaluate, held_out_windows
 from scripts.run.state import data_order
@@ -48,13 +54,19 @@ TEXTS = ("the standard library", "Python's documentation")
 SEEDS, EVAL_EVERY, GOAL = (0, 1, 2), 100, 0.75
 NANOCHAT = "nanochat's MuonAdamW"
 OURS: dict[str, dict[str, Any]] = {
-    "AdamW": {"optimizer": "adamw", "optimizer_state_precision": "fp32"},
-    "AdamW, 16-bit moments": {"optimizer": "adamw", "optimizer_state_precision": "bf16"},
+    "AdamW": {"optimizer": "adamw", "optimizer_state_precision": "fp32", "muon_learning_rate": None},
+    "AdamW, 16-bit moments": {"optimizer": "adamw", "optimizer_state_precision": "bf16", "muon_learning_rate": None},
     "Muon": {"optimizer": "muon", "optimizer_state_precision": "fp32"},
     "Muon, 16-bit moments": {"optimizer": "muon", "optimizer_state_precision": "bf16"},
 }
 ADAMW_RATES, NANOCHAT_RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2), (0.01, 0.02, 0.04)
 LONGER = (1.0, 1.25, 1.5)
+ELEMENTS, ROUNDS, STALL_STEPS = 2**24, 7, 10_000
+# A block of width 1024, with 16 heads, 8 of keys and values, and an MLP of 2816.
+BLOCK = ((1024, 1024), (512, 1024), (512, 1024), (1024, 1024), (2816, 1024), (2816, 1024), (1024, 2816))
+# The host and the link of a desktop, and a card's dense 16-bit products: GB/s of two channels of DDR5-5600 at 0.7, GB/s of PCIe
+# 4.0 x8 at 0.8, and TFLOP/s of a GeForce RTX 4060 (NVIDIA's data sheets). Nothing here was measured on it.
+DESKTOP = {"host_gb_per_s": 62.7, "link_gb_per_s": 12.6, "tflops": 60.0, "name": "GeForce RTX 4060, planned"}
 
 
 class Row(NamedTuple):
@@ -68,7 +80,12 @@ class Row(NamedTuple):
 
 
 def main() -> None:
-    found = json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": []}
+    found: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": []}
+    if sys.argv[1:] == ["updates"]:
+        found["updates"] = measure_updates()
+        RESULT.write_text(json.dumps(found, indent=1) + "\n")
+        print(json.dumps(found["updates"], indent=1))
+        return
     kept = {Row(**{name: row[name] for name in Row._fields}): row for row in found["rows"]}
     folder = Path(tempfile.mkdtemp())
     for text in TEXTS:
@@ -78,7 +95,8 @@ def main() -> None:
                 print(
                     json.dumps({name: kept[row][name] for name in (*Row._fields, "val_bits_per_byte", "seconds")}), flush=True
                 )
-                RESULT.write_text(json.dumps({"summary": summary(kept), "rows": list(kept.values())}, indent=1) + "\n")
+                found |= {"summary": summary(kept), "rows": list(kept.values())}
+                RESULT.write_text(json.dumps(found, indent=1) + "\n")
     draw(kept)
     print(json.dumps(summary(kept), indent=2))
 
@@ -143,7 +161,7 @@ def config_of(row: Row, folder: Path) -> TrainingConfig:
     )
     text = TEXTS.index(row.text)
     data = {"data_dir": str(folder / f"data-{text}"), "corpus": PRETRAIN.corpus if text == 0 else documentation(folder)}
-    changes = OURS.get(row.contender, {"optimizer": "adamw", "optimizer_state_precision": "fp32"})
+    changes = OURS.get(row.contender, OURS["AdamW"])
     rate = PRETRAIN.learning_rate if row.contender == NANOCHAT else row.rate
     rates = {"learning_rate": rate, "min_learning_rate": rate * PRETRAIN.min_learning_rate / PRETRAIN.learning_rate}
     config = replace(
@@ -281,6 +299,93 @@ def draw(kept: dict[Row, dict]) -> None:
             panel.grid(alpha=0.3)
             panel.legend()
     figure.savefig(PICTURE, dpi=110)
+
+
+def measure_updates() -> dict[str, Any]:
+    """Nanoseconds a parameter of each kind of update on this host, medians of turns, and the plan of a step's update of 1.3
+    billion parameters on a desktop whose rates are known.
+    """
+    kinds: dict[str, Any] = update_kinds()
+    seconds: dict[str, list[float]] = {}
+    for _ in range(ROUNDS):
+        for name, (update, _) in kinds.items():
+            started = time.perf_counter()
+            update()
+            seconds.setdefault(name, []).append(time.perf_counter() - started)
+    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+    rows = {name: {"ns_a_parameter": round(1e9 * medians[name] / number, 3)} for name, (_, number) in kinds.items()}
+    return {
+        "machine": machine(),
+        "threads": torch.get_num_threads(),
+        "rows": rows,
+        "second_moment": stalls(),
+        "plan": desktop(),
+    }
+
+
+def update_kinds() -> dict[str, Any]:
+    """Each kind of update as a call, and the parameters that it updates."""
+    gradient, halves = torch.randn(ELEMENTS), [torch.zeros(ELEMENTS, dtype=torch.bfloat16) for _ in range(3)]
+    master, block = torch.randn(ELEMENTS), [torch.randn(shape) for shape in BLOCK]
+    whole, short = (adam_of(torch.randn(ELEMENTS, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16))
+    numbers, draws = Adam(1, 1e-3, 0.9, 0.98, 1e-8, 0.1), Draws(0, 1, 0)
+
+    def muon() -> None:
+        take_momentum(gradient, halves[0], halves[1], 0.95)
+        descend(master, halves[1], rate=1e-3, scale=1.0, decay=0.1)
+
+    return {
+        "AdamW, DeepSpeed's": (whole.step, ELEMENTS),
+        "AdamW, DeepSpeed's, all in bf16": (short.step, ELEMENTS),
+        "AdamW, 16-bit moments": (
+            lambda: adam_in_16_bits(master, gradient, halves[1:], numbers, draws=draws, first=0),
+            ELEMENTS,
+        ),
+        "Muon, 16-bit momentum, host's part": (muon, ELEMENTS),
+        "Muon, Newton-Schulz in float32": (
+            lambda: [orthogonalise(each, torch.float32) for each in block],
+            sum(map(torch.numel, block)),
+        ),
+    }
+
+
+def adam_of(weight: torch.Tensor) -> Any:
+    """DeepSpeed's CPU Adam of one vector, its moments in the dtype of the vector."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    weight.grad = torch.randn_like(weight)
+    return DeepSpeedCPUAdam([weight], fp32_optimizer_states=False)
+
+
+def stalls() -> dict[str, float]:
+    """The second moment of a gradient of ones after STALL_STEPS at beta2 = 0.999, which should be 1."""
+    found = {}
+    theirs = adam_of(torch.zeros(64, dtype=torch.bfloat16))
+    (weight,) = theirs.param_groups[0]["params"]
+    weight.grad.fill_(1.0)
+    halves = [torch.zeros(64, dtype=torch.bfloat16) for _ in range(2)]
+    for step in range(1, STALL_STEPS + 1):
+        theirs.step()
+        numbers = Adam(step, 0.0, 0.9, 0.999, 1e-8, 0.0)
+        adam_in_16_bits(torch.zeros(64), torch.ones(64), halves, numbers, draws=Draws(0, step, 0), first=0)
+    found["AdamW, DeepSpeed's, all in bf16"] = float(theirs.state[weight]["exp_avg_sq"].float().mean())
+    return found | {"AdamW, 16-bit moments": float(halves[1].float().mean())}
+
+
+def desktop() -> dict[str, Any]:
+    """Seconds of a step's update of 1.3 billion parameters, from bytes and FLOP and the rates of DESKTOP."""
+    found: dict[str, Any] = dict(DESKTOP)
+    base = replace(
+        PRETRAIN, hidden_size=2048, num_layers=24, num_heads=16, num_kv_heads=8, head_size=None, mlp_size=5632,
+        vocab_size=32768, tie_embeddings=True, tokens_per_step=2**19, context_length=2048, eval_tokens=2048, precision="bf16",
+    )  # fmt: skip
+    for name, changes in OURS.items():
+        config = replace(base, **changes)
+        host = update_bytes(config) / DESKTOP["host_gb_per_s"] / 1e9
+        products = newton_schulz_flops(config) / (0.6 * DESKTOP["tflops"] * 1e12)
+        link = (2 * config.num_parameters + 4 * muon_parameters(config)) / DESKTOP["link_gb_per_s"] / 1e9
+        found[name] = {"host_s": round(host, 2), "newton_schulz_s": round(products, 2), "link_s": round(link, 2)}
+    return found
 
 
 def as_only_rank() -> None:
