@@ -49,6 +49,32 @@ def test_it_tells_held_out_loss_before_and_after_and_the_loss_fell(trained):
     assert before > 3 and after < 2.1
 
 
+ALL_THAT_IS_HELD_OUT = """
+import torch
+from pathlib import Path
+from scripts.config import PRETRAIN
+from scripts.engine.distributed import Ranks
+from scripts.model.decoder import empty_model
+from scripts.model.huggingface import load_weights
+from scripts.prepare_data import prepare
+from scripts.run.evaluate import evaluate, held_out_windows
+
+data, model = prepare(PRETRAIN), empty_model(PRETRAIN, torch.device("cpu"))
+load_weights(model, max(Path(PRETRAIN.run_dir, "checkpoints").iterdir()))
+windows = held_out_windows(PRETRAIN, Ranks(0, 1, 0, 1, 0), data, data.validation.num_tokens)
+found = evaluate(model, windows, torch.tensor(data.token_num_bytes()), PRETRAIN.loss_chunk_rows)
+print("all that is held out:", found.bits_per_byte)
+"""
+
+
+def test_it_learns_to_1_82_bits_per_byte_of_all_that_is_held_out(trained):
+    result = shell(f"python -c '{ALL_THAT_IS_HELD_OUT}'", trained[0])
+    assert result.returncode == 0, result.stderr
+    bits = float(re.findall(r"all that is held out: (\S+)", result.stdout)[-1])
+    print(f"{bits:.4f} bits per byte")
+    assert bits <= 1.82
+
+
 def test_its_sample_looks_like_python(trained):
     sample = trained[1][trained[1].rindex("sample:") :]
     assert "def " in sample and ("self" in sample or "return" in sample or "if " in sample)
