@@ -391,10 +391,9 @@ def test_torchs_compiler_is_never_loaded(reports):
 def test_updates_are_those_of_stock_deepspeed_on_a_gpu(tmp_path):
     reports = follow_gradients(tmp_path, 1, {"CUDA_VISIBLE_DEVICES": "0"})
     assert_stock(reports)
-    for name, found in (
-        (name, found) for report in reports for by_name in report["torch"].values() for name, found in by_name.items()
-    ):
-        assert found[0] < 1e-5, (name, found)
+    for report in reports:
+        for optimizer, found in report["torch"].items():
+            assert max(error for error, *_ in found.values()) < 1e-5, optimizer
 
 
 def test_a_peak_from_before_the_engine_is_not_forgotten(reports):
