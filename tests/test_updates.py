@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz as newton_schulz
 
-from scripts.config import GRADIENT_PIECE_ELEMENTS, NEWTON_SCHULZ_ITERATIONS
+from scripts.config import GRADIENT_CACHE_ELEMENTS, GRADIENT_PIECE_ELEMENTS, NEWTON_SCHULZ_ITERATIONS
 from scripts.engine import updates
 from scripts.engine.updates import NEWTON_SCHULZ, WORDS, Adam, Draws, Matrix
 
@@ -168,6 +168,17 @@ def test_adamw_in_16_bits_is_the_same_however_its_vector_is_shared_out():
             assert torch.allclose(ours.float(), whole.float(), rtol=1e-2, atol=1e-5)
             assert (ours != whole).double().mean() < 0.02
     assert all(torch.equal(*pair) for pair in zip(adam_steps(5, [200]), adam_steps(5, [200]), strict=True))
+
+
+def test_the_second_part_of_a_long_vector_is_rounded_as_if_it_were_alone():
+    size, numbers, draws = GRADIENT_CACHE_ELEMENTS + 500, Adam(1, 1e-3, 0.9, 0.99, 1e-8, 0.1), Draws(1, 1, 2)
+    gradient = drawn((500,), 0).repeat(-(-size // 500))[:size]
+    whole, alone = ([torch.zeros(num, dtype=torch.bfloat16) for _ in range(2)] for num in (size, 500))
+    updates.adam_in_16_bits(torch.zeros(size), gradient, whole, numbers, draws=draws, first=0)
+    last = gradient[GRADIENT_CACHE_ELEMENTS:].clone()
+    updates.adam_in_16_bits(torch.zeros(500), last, alone, numbers, draws=draws, first=GRADIENT_CACHE_ELEMENTS)
+    for ours, theirs in zip(whole, alone, strict=True):
+        assert (ours[GRADIENT_CACHE_ELEMENTS:] != theirs).double().mean() < 0.02
 
 
 def test_adamw_in_16_bits_stays_near_torchs_adamw():
