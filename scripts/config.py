@@ -128,11 +128,11 @@ class TrainingConfig:
     context_length: int = 256
     mask_across_documents: bool = False
     hidden_size: int = 192
-    num_layers: int = 4
+    num_layers: int = 3
     num_heads: int = 3
     num_kv_heads: int = 1
     head_size: int | None = None
-    mlp_size: int = 512
+    mlp_size: int = 448
     qk_norm: bool = True
     tie_embeddings: bool = False
     rope_theta: float = 10000.0
@@ -154,10 +154,10 @@ class TrainingConfig:
     decay_steps: int | None = None
     optimizer: str = "muon"
     muon_learning_rate: float | None = None
-    muon_momentum: float = 0.95
+    muon_momentum: float = 0.9
     optimizer_state_precision: str = "bf16"
     beta1: float = 0.9
-    beta2: float = 0.98
+    beta2: float = 0.95
     adam_eps: float = 1e-8
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
