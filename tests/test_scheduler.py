@@ -1,7 +1,7 @@
 """Laws of what runs beside the host: in every order that streams and events allow, the results are those of everything at once.
 
-The orders are drawn by tests/scheduler.py from a seed, under the code of scripts/engine/offload.py and
-scripts/model/activation_offload.py, with DeepSpeed's engine and, at last, the whole decoder. Each wait of the two modules is
+The orders are drawn by tests/scheduler.py from a seed, under the code of scripts/engine/offload.py, scripts/engine/updates.py
+and scripts/model/activation_offload.py, with DeepSpeed's engine and, at last, the whole decoder. Each wait of these modules is
 taken out of their source once: then a seed must be found whose result is another.
 """
 
@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 from scripts import config as settings
 from scripts.config import TrainingConfig
-from scripts.engine import offload
+from scripts.engine import offload, updates
 from scripts.model import activation_offload, decoder
 from scripts.model.activation_offload import host_buffer
 from scripts.model.decoder import empty_model, initialise, parameter_groups
@@ -43,28 +43,33 @@ from scripts.model.losses import next_token
 HOST = torch.device("cpu")
 # A part runs so many cases, drawn by their number: sizes, precision, what is skipped, whether memory can be page-locked. Seed s
 # is an order of case s modulo that number. The ordinary run takes the first seeds; the slow one goes on to more than 1,000.
-NUM_CASES = {"ring": 60, "activations": 30, "steps": 10, "decoder": 5}
+NUM_CASES = {"ring": 60, "activations": 30, "steps": 14, "decoder": 7}
 NUM_SEEDS = {"ring": 60, "activations": 30, "steps": 20, "decoder": 2}
 NUM_SLOW_SEEDS = {"ring": 560, "activations": 330, "steps": 70, "decoder": 10}
 MOST_SEEDS_FOR_A_WAIT = 120
-MODULES = {"offload": offload, "activation_offload": activation_offload}
+MODULES = {"offload": offload, "updates": updates, "activation_offload": activation_offload}
 WAITING = {"wait_event", "wait_stream", "synchronize", "result", "shutdown", "record", "record_event", "query", "wait"}
 WAITING |= {"drain", "release", "close", "_wait_for"}
-# Every wait of the two modules, every mark that is waited for and every call that waits, and the part that misses it.
+# Every wait of the modules, every mark that is waited for and every call that waits, and the part that misses it.
 WAITS = {
-    "offload StagingRing.send: result": "ring",
-    "offload StagingRing.send: release": "ring",
-    "offload StagingRing.release: wait_event": "ring",
-    "offload StagingRing.drain: result": "ring",
-    "offload StagingRing.close: shutdown": "ring",
-    "offload StagingRing._copy: wait_stream": "ring",
-    "offload StagingRing._copy: record": "ring",
-    "offload _add: synchronize": "ring",
+    "updates StagingRing.send: result": "ring",
+    "updates StagingRing.send: release": "ring",
+    "updates StagingRing.release: wait_event": "ring",
+    "updates StagingRing.drain: result": "ring",
+    "updates StagingRing.close: shutdown": "ring",
+    "updates StagingRing._copy: wait_stream": "ring",
+    "updates StagingRing._copy: record": "ring",
+    "updates add_to: synchronize": "ring",
     "offload replace_offload_path: drain": "steps",
     "offload replace_offload_path: release": "steps",
     "offload _reduce_ipg_grads: release": "steps",
-    "offload _optimizer_step: record_event": "steps",
-    "offload _optimizer_step: synchronize": "steps",
+    "offload GroupUpdates.update: record_event": "steps",
+    "offload GroupUpdates.update: synchronize": "steps",
+    "offload GroupUpdates._begin: synchronize": "steps",
+    "offload GroupUpdates._begin: record_event": "steps",
+    "offload GroupUpdates._finish: synchronize": "steps",
+    "updates bring_down: synchronize": "steps",
+    "updates _copy_down: record_event": "steps",
     "offload _destroy: close": "steps",
     "activation_offload BlockInputOffload._offload: _wait_for": "activations",
     "activation_offload BlockInputOffload._restore: _wait_for": "activations",
@@ -87,7 +92,8 @@ class Change(NamedTuple):
 
 # What keeps an order without a wait.
 ORDERS = {
-    "a gradient stays until it is copied": Change("offload", "self._held.append(Sent(source, copied))", "pass", "ring"),
+    "sums come down through two slots": Change("updates", "slots[number % 2]", "slots[(number + 1) % 2]", "steps"),
+    "a gradient stays until it is copied": Change("updates", "self._held.append(Sent(source, copied))", "pass", "ring"),
     "weights have two halves of the staging": Change("offload", "halves[group % 2]", "halves[0]", "steps"),
     "an input stays until it is copied": Change(
         "activation_offload", "_Copying(x.detach(), self", "_Copying(host, self", "activations"
@@ -98,9 +104,10 @@ MISSING = WAITS | {order: change.part for order, change in ORDERS.items()}
 
 
 class Code(NamedTuple):
-    """The two modules under proof, executed anew from their sources."""
+    """The modules under proof, executed anew from their sources."""
 
     offload: ModuleType
+    updates: ModuleType
     activation_offload: ModuleType
 
 
@@ -158,11 +165,15 @@ def compiled(module: str, left_out: str | None) -> Any:
 
 
 def code_without(left_out: str | None) -> Code:
-    """Both modules, without the wait or the order of this name."""
-    made = [ModuleType(MODULES[name].__name__) for name in Code._fields]
-    for module, name in zip(made, Code._fields, strict=True):
+    """All modules, without the wait or the order of this name. Products are in float32, as on a processor without others."""
+    code = Code(*(ModuleType(MODULES[name].__name__) for name in Code._fields))
+    for module, name in zip(code, Code._fields, strict=True):
         exec(compiled(name, left_out), vars(module))
-    return Code(*made)
+    known = {
+        name: value for name, value in vars(code.updates).items() if vars(code.offload).get(name) is vars(updates).get(name)
+    }
+    vars(code.offload).update(known, updates=code.updates, product_dtype=lambda storage, device: torch.float32)
+    return code
 
 
 class Plain:
@@ -203,7 +214,7 @@ def outcome(part: Part, place: Place, case: int, left_out: str | None = None) ->
     """What a part of the program makes of a case."""
     code = code_without(left_out)
     if isinstance(place, Card):
-        vars(code.offload)["ThreadPoolExecutor"] = partial(Pool, place)
+        vars(code.updates)["ThreadPoolExecutor"] = partial(Pool, place)
     gc.disable()
     try:
         numbers = numbers_of(part(place, code, case))
@@ -239,7 +250,7 @@ def through_the_ring(place: Place, code: Code, case: int) -> list[Tensor]:
     room, stays, is_released = 2 * draw.randint(8, 60), draw.random() < 0.3, draw.random() < 0.5
     with in_pieces_of(draw.choice((10, 20, 1000))), place.standing_in():
         memory = code.activation_offload.host_buffer(room * dtype.itemsize, device_of(place)).view(dtype)
-        ring = code.offload.StagingRing(memory, None if stays else draw.choice((0, 20, 80)), device_of(place))
+        ring = code.updates.StagingRing(memory, None if stays else draw.choice((0, 20, 80)), device_of(place))
         weights = [place.put(drawn(size, size).to(dtype)) for size in sizes]
         sums, arrived, kept = [torch.zeros_like(each) for each in weights], torch.zeros(max(sizes)), []
         for step in range(2):
@@ -336,15 +347,24 @@ class Trained(NamedTuple):
     masters: list[Tensor]
 
 
+ADAMW, SHORT_ADAMW, MUON, SHORT_MUON = (
+    {"optimizer": optimizer, "optimizer_state_precision": precision}
+    for optimizer in ("adamw", "muon")
+    for precision in ("fp32", "bf16")
+)
+ON_THE_CARD = {"accumulate_on": "gpu", "accumulation_precision": "fp32"}
 KINDS = (
-    {"precision": "bf16", "tokens_per_step": 2},
-    {"precision": "fp32", "tokens_per_step": 1},
-    {"precision": "bf16", "tokens_per_step": 2, "accumulate_on": "gpu", "accumulation_precision": "fp32"},
-    {"precision": "fp32", "tokens_per_step": 3, "accumulate_on": "gpu", "accumulation_precision": "fp32"},
+    {"precision": "bf16", "tokens_per_step": 2} | ADAMW,
+    {"precision": "fp32", "tokens_per_step": 1} | ADAMW,
+    {"precision": "bf16", "tokens_per_step": 2} | SHORT_MUON,
+    {"precision": "bf16", "tokens_per_step": 2} | ADAMW | ON_THE_CARD,
+    {"precision": "fp32", "tokens_per_step": 3} | SHORT_ADAMW | ON_THE_CARD,
+    {"precision": "bf16", "tokens_per_step": 2} | SHORT_MUON | ON_THE_CARD | {"accumulation_precision": "bf16"},
+    {"precision": "fp32", "tokens_per_step": 1} | MUON,
 )
 SHAPES: dict = dict(
     vocab_size=257, hidden_size=8, num_layers=3, num_heads=2, num_kv_heads=1, mlp_size=12, context_length=4, micro_batch_rows=2,
-    loss_chunk_rows=5, activation_checkpointing="block_offload", eval_tokens=4,
+    loss_chunk_rows=5, activation_checkpointing="block_offload", eval_tokens=4, qk_norm=False,
 )  # fmt: skip
 
 
@@ -354,7 +374,8 @@ def stack_engine(num_ranks: int, kind: int) -> Trained:
     config = SmallBuckets(context_length=1, micro_batch_rows=1, eval_tokens=1, max_grad_norm=0.1, **changes)
     model = Stack().to(config.dtype)
     weights = list(model.parameters())
-    parts = [{"params": part} for part in (weights[:1], weights[1:3], weights[3:4], weights[4:])]
+    groups = (weights[:1], weights[1:3], weights[3:4], weights[4:])
+    parts = [{"params": group, "is_block": number in (1, 2)} for number, group in enumerate(groups)]
     return trained(model, parts, config, num_ranks)
 
 
@@ -382,7 +403,8 @@ def begin_again(run: Trained) -> None:
         flat.copy_(weights)
     for master, first in zip(optimizer.single_partition_of_fp32_groups, run.masters, strict=True):
         master.copy_(first)
-        master.grad.zero_()
+        if master.grad is not None:
+            master.grad.zero_()
         state = optimizer.optimizer.state.get(master, {})
         for name in state:
             state[name] = 0 if name == "step" else state[name].zero_()
@@ -412,9 +434,11 @@ def take_steps(place: Place, code: Code, run: Trained, case: int, loss_of: Calla
             optimizer.destroy()
         place.finish()
     masters = optimizer.single_partition_of_fp32_groups
-    moments = [optimizer.optimizer.state.get(each, {}).get("exp_avg_sq", torch.zeros_like(each)) for each in masters]
-    counts = torch.tensor([*norms, engine.skipped_steps], dtype=torch.float64)
-    return [*found, *optimizer.bit16_groups_flat, *masters, *(each.grad for each in masters), *moments, counts]
+    states = [optimizer.optimizer.state.get(each, {}) for each in masters]
+    moments = [moment.float() for state in states for _, moment in sorted(state.items()) if isinstance(moment, Tensor)]
+    gradients = [each.grad for each in masters if each.grad is not None]
+    counts = torch.tensor([*norms, engine.skipped_steps, len(moments) and 1.0], dtype=torch.float64)
+    return [*found, *optimizer.bit16_groups_flat, *masters, *gradients, *moments, counts]
 
 
 def through_steps(num_ranks: int, place: Place, code: Code, case: int) -> list[Tensor]:
@@ -608,7 +632,7 @@ def test_copy_takes_place_at_every_moment_that_streams_and_events_allow_and_at_n
     assert {seen(seed) for seed in range(150)} == every
 
 
-def test_every_wait_of_the_two_modules_is_listed():
+def test_every_wait_of_the_modules_is_listed():
     assert sorted(chain.from_iterable(map(waits_of, MODULES))) == sorted([*WAITS, NOT_OF_COPIES])
 
 

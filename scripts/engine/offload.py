@@ -98,17 +98,15 @@ def replace_offload_path(engine, config: TrainingConfig) -> None:
     weights, w N, and with `accumulate_on="gpu"` also N / W sums in `accumulation_precision`. In a backward it also holds
     DeepSpeed's bucket of `bucket_elements` on several ranks, and gradients on their way to the host, at most one block or one
     parameter. The host keeps for each of N / W parameters 4 bytes of master, 4 of gradient unless sums are on the GPU, 8 of
-    moments (with `optimizer_state_precision="bf16"` 4; Muon's momentum is half of that), and 2 w L of staging, pinned for a
-    GPU, through which gradients come and weights return, or the pieces of sums. Bytes moved in a step: G w N / W to the host,
-    or N / W sums; w N / W back, and for Muon's matrices in between w N / W there and back.
+    moments (in 16 bits 4; Muon's momentum is half of that), and 2 w L of staging, pinned for a GPU, through which gradients
+    come and weights return. Bytes moved in a step: G w N / W to the host, or N / W sums; w N / W back, and for Muon's matrices
+    in between w N / W there and back.
     """
     optimizer, device = engine.optimizer, engine.device
     _mend_loss_scale(optimizer)
     world_size = torch.distributed.get_world_size(optimizer.dp_process_group)
-    sums = []
-    if config.offload_optimizer and config.accumulate_on == "gpu":
-        sizes, dtype = map(int, optimizer.partition_size), PRECISIONS[config.accumulation_precision]
-        sums = [torch.zeros(size, dtype=dtype, device=device) for size in sizes]
+    sizes = map(int, optimizer.partition_size if config.offload_optimizer and config.accumulate_on == "gpu" else ())
+    sums = [torch.zeros(size, dtype=PRECISIONS[config.accumulation_precision], device=device) for size in sizes]
     staging = _share_staging(optimizer, config.dtype, device) if config.offload_optimizer else None
     optimizer.group_updates = GroupUpdates(optimizer, config, device, sums)
     optimizer._optimizer_step = optimizer.group_updates.update
@@ -220,17 +218,14 @@ class GroupUpdates:
             yield landed
 
     def _adam(self, group: int) -> None:
-        config, adam = self._config, self._optimizer.optimizer
-        is_short, options = config.optimizer_state_precision == "bf16", adam.param_groups[group]
+        optimizer, config, is_short = self._optimizer, self._config, self._config.optimizer_state_precision == "bf16"
         if not is_short and not config.offload_optimizer:
-            type(self._optimizer)._optimizer_step(self._optimizer, group)
+            type(optimizer)._optimizer_step(optimizer, group)
             return
-        master, state = (
-            self._optimizer.single_partition_of_fp32_groups[group].detach(),
-            state_of(self._optimizer, config, group),
-        )
+        adam, master = optimizer.optimizer, optimizer.single_partition_of_fp32_groups[group].detach()
+        options, state = adam.param_groups[group], state_of(optimizer, config, group)
         state["step"] += 1
-        step, first = state["step"], partition_of(self._optimizer, group).start
+        step, first = state["step"], partition_of(optimizer, group).start
         (beta1, beta2), decay = options["betas"], options["weight_decay"]
         numbers = updates.Adam(step, options["lr"], beta1, beta2, options["eps"], decay)
         for _, start, gradient in self._gradients(group):
@@ -240,9 +235,8 @@ class GroupUpdates:
                 draws = updates.Draws(config.seed, step, group)
                 updates.adam_in_16_bits(master[place], gradient, moments, numbers, draws=draws, first=first + start)
             else:
-                adam.ds_opt_adam.adam_update(
-                    adam.opt_id, *numbers, options["bias_correction"], master[place], gradient, *moments
-                )
+                vectors = (master[place], gradient, *moments)
+                adam.ds_opt_adam.adam_update(adam.opt_id, *numbers, options["bias_correction"], *vectors)
 
     def _begin(self, group: int) -> Begun:
         """Moves the momentum, and starts to make its matrices orthogonal, for this rank's slice."""
@@ -251,16 +245,20 @@ class GroupUpdates:
         optimizer, config, state = self._optimizer, self._config, state_of(self._optimizer, self._config, group)
         state["step"] += 1
         dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
-        staged = torch.empty(int(optimizer.partition_size[group]), dtype=dtype, device=self._device)
         if config.offload_optimizer:
             staged = optimizer.param_buffer_of_bit16_for_cpu_offload_groups[group].view(dtype)
+        else:
+            staged = torch.empty(int(optimizer.partition_size[group]), dtype=dtype, device=self._device)
         for _, start, gradient in self._gradients(group):
             place = slice(start, start + len(gradient))
             updates.take_momentum(gradient, state[MOMENTUM[0]][place], staged[place], config.muon_momentum)
         matrices, products = matrices_of(optimizer, group), product_dtype(config.dtype, self._device)
-        own, dp_group = staged.to(self._device, non_blocking=True), optimizer.real_dp_process_group[group]
+        own, dp_group = staged, optimizer.real_dp_process_group[group]
+        if staged.device != self._device:
+            own = torch.empty(len(staged), dtype=dtype, device=self._device)
+            own.copy_(staged, non_blocking=True)
         directions = updates.orthogonal_slice(own, matrices, products, dp_group)
-        if staged.device == directions.device:
+        if own is staged:
             return Begun(directions, None)
         staged.copy_(directions, non_blocking=True)
         return Begun(staged, torch.cuda.current_stream().record_event(torch.cuda.Event(blocking=True)))
@@ -401,7 +399,9 @@ def _reduce_ipg_grads(optimizer, ring: StagingRing, comm_dtype: torch.dtype | No
 def _scaled_global_norm(optimizer, sums: list[Tensor], device: torch.device) -> Tensor:
     """Replaces DeepSpeed's: the norm of all ranks' gradients, where they are, () float32; -1 when it is not finite."""
     gradients = sums or [master.grad for master in optimizer.single_partition_of_fp32_groups]
-    square = sum(map(sum_of_squares, gradients), torch.zeros((), dtype=torch.float64, device=gradients[0].device)).to(device)
+    square = torch.zeros((), dtype=torch.float64, device=device)
+    for gradient in gradients:
+        square += sum_of_squares(gradient)
     torch.distributed.all_reduce(square, group=optimizer.dp_process_group)
     norm = math.sqrt(square.item()) if square.isfinite() else -1.0
     return torch.tensor(norm, dtype=torch.float32)

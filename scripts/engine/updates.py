@@ -247,9 +247,9 @@ def words_of(draws: Draws, first: int, num: int, device: torch.device) -> Tensor
 
 
 def bring_down(sums: list[Tensor], slots: list[Tensor], stream: torch.cuda.Stream | None) -> Iterator[Landed]:
-    """Every group's sum of gradients (n,) on the host, in order and in pieces. From a GPU they come on a stream of their own,
-    through two pinned `slots` in turn: the next copy runs beside what is done with a piece, which is good until the next is
-    asked for.
+    """Every group's sum of gradients (n,) on the host, in order and in pieces. From a GPU, which has finished them, they come on
+    a stream of their own, through two pinned `slots` in turn: the next copy runs beside what is done with a piece, which is
+    good until the next is asked for.
     """
     most = settings.GRADIENT_PIECE_ELEMENTS
     places = [
@@ -260,7 +260,6 @@ def bring_down(sums: list[Tensor], slots: list[Tensor], stream: torch.cuda.Strea
     if stream is None:
         yield from (place._replace(gradient=place.gradient.float()) for place in places)
         return
-    stream.wait_stream(torch.cuda.current_stream())
     coming = deque(_copy_down(place.gradient, slot, stream) for place, slot in zip(places, slots, strict=False))
     for number, place in enumerate(places):
         slot, copied = coming.popleft()
