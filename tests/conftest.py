@@ -66,7 +66,7 @@ def tiny_config(folder: Path, **changes) -> TrainingConfig:
         validation_fraction=0.2, context_length=32, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_size=48,
         tokens_per_step=512, micro_batch_rows=2, num_steps=STEPS, warmup_steps=2, learning_rate=1e-2, min_learning_rate=1e-3,
         loss_chunk_rows=48, eval_every_steps=SAVE_EVERY, eval_tokens=256, sample_every_steps=None, save_every_steps=SAVE_EVERY,
-        keep_checkpoints=9, qk_norm=False, optimizer="adamw", optimizer_state_precision="fp32",
+        keep_checkpoints=9, qk_norm=False, optimizer="adamw", optimizer_state_precision="fp32", beta2=0.98,
     )  # fmt: skip
     return TrainingConfig(**(fields | changes))
 

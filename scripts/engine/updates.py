@@ -247,8 +247,8 @@ def words_of(draws: Draws, first: int, num: int, device: torch.device) -> Tensor
 
 
 def bring_down(sums: list[Tensor], slots: list[Tensor], stream: torch.cuda.Stream | None) -> Iterator[Landed]:
-    """Every group's sum of gradients (n,) on the host, in order and in pieces. From a GPU, which has finished them, they come on
-    a stream of their own, through two pinned `slots` in turn: the next copy runs beside what is done with a piece, which is
+    """Every group's sum of gradients (n,) on the host, in order and in pieces. From a GPU, which has finished them, they come
+    on a stream of their own, through two pinned `slots` in turn: the next copy runs beside what is done with a piece, which is
     good until the next is asked for.
     """
     most = settings.GRADIENT_PIECE_ELEMENTS
