@@ -437,7 +437,7 @@ def take_steps(place: Place, code: Code, run: Trained, case: int, loss_of: Calla
     states = [optimizer.optimizer.state.get(each, {}) for each in masters]
     moments = [moment.float() for state in states for _, moment in sorted(state.items()) if isinstance(moment, Tensor)]
     gradients = [each.grad for each in masters if each.grad is not None]
-    counts = torch.tensor([*norms, engine.skipped_steps, len(moments) and 1.0], dtype=torch.float64)
+    counts = torch.tensor([*norms, engine.skipped_steps], dtype=torch.float64)
     return [*found, *optimizer.bit16_groups_flat, *masters, *gradients, *moments, counts]
 
 

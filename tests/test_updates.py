@@ -68,10 +68,6 @@ def test_zeros_stay_zeros_and_subnormal_numbers_stay_finite(dtype, shape):
     assert updates.orthogonalise(torch.full(shape, 1e-40, dtype=torch.bfloat16), dtype).isfinite().all()
 
 
-def of_world(matrices: list[Matrix], world_size: int) -> list[Matrix]:
-    return sorted(matrix for share in updates.shared_out(matrices, world_size) for matrix in share)
-
-
 @given(shapes=st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=9), world_size=st.integers(1, 12))
 def test_each_matrix_is_made_orthogonal_by_one_rank(shapes, world_size):
     starts = torch.tensor([0] + [rows * columns for rows, columns in shapes]).cumsum(0).tolist()

@@ -14,8 +14,6 @@ import ast
 import json
 import math
 import multiprocessing
-import os
-import socket
 import statistics
 import sys
 import sysconfig
@@ -30,6 +28,7 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 import torch
+from masking import as_only_rank
 from pretrain_vs_stock import machine
 
 matplotlib.use("agg")
@@ -386,13 +385,6 @@ def desktop() -> dict[str, Any]:
         link = (2 * config.num_parameters + 4 * muon_parameters(config)) / DESKTOP["link_gb_per_s"] / 1e9
         found[name] = {"host_s": round(host, 2), "newton_schulz_s": round(products, 2), "link_s": round(link, 2)}
     return found
-
-
-def as_only_rank() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 if __name__ == "__main__":
