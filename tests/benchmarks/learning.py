@@ -1,13 +1,14 @@
 """What each optimizer learns from the same tokens: the held-out loss of the main job's model against tokens and seconds.
 
 `python tests/benchmarks/learning.py` trains what is missing in tests/benchmarks/results/learning.json, one row after another,
-writes after each, and draws docs/learning.png. The same command again goes on. Each row is a process of its own, with the main
-job's model, data order and schedule; the held-out loss is that of the whole held-out part. The learning rate of AdamW and
-those of nanochat's classes come from sweeps, which are rows too. nanochat is measured where `nanochat` can be imported, such as
-from a checkout on PYTHONPATH; its code is not here.
+writes after each, and draws docs/learning.png. The same command again goes on. Each row is a process of its own on one core,
+with the main job's model, data order and schedule, and the two texts run side by side; the held-out loss is that of the whole
+held-out part. The learning rate of AdamW and those of nanochat's classes come from sweeps, which are rows too. nanochat is
+measured where `nanochat` can be imported, such as from a checkout on PYTHONPATH; its code is not here.
 
-`python tests/benchmarks/learning.py updates` measures the time of an update by kind instead, turn by turn, and what 10,000
-steps leave of a second moment.
+`python tests/benchmarks/learning.py steps` measures the seconds of a step of each contender, turn by turn on all cores: the
+picture's seconds are the median of these times the steps. `python tests/benchmarks/learning.py updates` measures the time of an
+update by kind, turn by turn, and what 10,000 steps leave of a second moment.
 """
 
 import ast
@@ -18,8 +19,11 @@ import statistics
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -35,6 +39,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 from ds.loader import micro_batches
+from scripts import trainer
 from scripts.config import PRETRAIN, TrainingConfig
 from scripts.engine.distributed import Ranks
 from scripts.engine.updates import Adam, Draws, adam_in_16_bits, descend, orthogonalise, take_momentum
@@ -61,6 +66,8 @@ OURS: dict[str, dict[str, Any]] = {
 ADAMW_RATES, NANOCHAT_RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2), (0.01, 0.02, 0.04)
 LONGER = (1.0, 1.25, 1.5)
 ELEMENTS, ROUNDS, STALL_STEPS = 2**24, 7, 10_000
+STEPS_TIMED, SETTLING = 20, 3
+DOCUMENTATION_HELD_OUT = 0.12
 # A block of width 1024, with 16 heads, 8 of keys and values, and an MLP of 2816.
 BLOCK = ((1024, 1024), (512, 1024), (512, 1024), (1024, 1024), (2816, 1024), (2816, 1024), (1024, 2816))
 # The host and the link of a desktop, and a card's dense 16-bit products: GB/s of two channels of DDR5-5600 at 0.7, GB/s of PCIe
@@ -80,24 +87,35 @@ class Row(NamedTuple):
 
 def main() -> None:
     found: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": []}
-    if sys.argv[1:] == ["updates"]:
-        found["updates"] = measure_updates()
-        RESULT.write_text(json.dumps(found, indent=1) + "\n")
-        print(json.dumps(found["updates"], indent=1))
-        return
+    parts = {"steps": measure_steps, "updates": measure_updates}
+    for name in sys.argv[1:]:
+        found[name] = parts[name]()
+        print(json.dumps(found[name], indent=1))
     kept = {Row(**{name: row[name] for name in Row._fields}): row for row in found["rows"]}
-    folder = Path(tempfile.mkdtemp())
-    for text in TEXTS:
-        for row in rows_of(text, kept):
-            if row not in kept:
-                kept[row] = row._asdict() | measured(row, folder) | {"machine": machine()}
-                print(
-                    json.dumps({name: kept[row][name] for name in (*Row._fields, "val_bits_per_byte", "seconds")}), flush=True
-                )
-                found |= {"summary": summary(kept), "rows": list(kept.values())}
-                RESULT.write_text(json.dumps(found, indent=1) + "\n")
-    draw(kept)
-    print(json.dumps(summary(kept), indent=2))
+    if not sys.argv[1:]:
+        folder, writing = Path(tempfile.mkdtemp()), threading.Lock()
+        with ThreadPoolExecutor(len(TEXTS)) as pool:
+            list(pool.map(lambda text: measure_text(text, folder, found, kept, writing), TEXTS))
+    if kept and "steps" in found:
+        draw(kept, found["steps"]["seconds"])
+    write(found, kept)
+
+
+def measure_text(text: str, folder: Path, found: dict[str, Any], kept: dict[Row, dict], writing: threading.Lock) -> None:
+    """Trains the rows of one text that are missing, one after another."""
+    for row in rows_of(text, kept):
+        if row not in kept:
+            result = row._asdict() | measured(row, folder) | {"machine": machine()}
+            with writing:
+                kept[row] = result
+                print(json.dumps({name: result[name] for name in (*Row._fields, "val_bits_per_byte")}), flush=True)
+                write(found, kept)
+
+
+def write(found: dict[str, Any], kept: dict[Row, dict]) -> None:
+    """Everything found so far, with its summary."""
+    found |= {"summary": summary(kept), "rows": list(kept.values())}
+    RESULT.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def rows_of(text: str, kept: dict[Row, dict]):
@@ -129,11 +147,12 @@ def measured(row: Row, folder: Path) -> dict[str, Any]:
     curve = pipe.recv()
     process.join()
     last = curve[-1]
-    return {"curve": curve, **{name: last[name] for name in ("tokens", "seconds", "val_loss", "val_bits_per_byte")}}
+    return {"curve": curve, **{name: last[name] for name in ("tokens", "val_loss", "val_bits_per_byte")}}
 
 
 def train_row(row: Row, folder: Path, pipe) -> None:
     """One training, ours by `pretrain`, nanochat's by a plain loop; sends its curve."""
+    torch.set_num_threads(1)
     as_only_rank()
     config = config_of(row, folder)
     if row.contender == NANOCHAT:
@@ -141,15 +160,8 @@ def train_row(row: Row, folder: Path, pipe) -> None:
         return
     pretrain(config)
     lines = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
-    steps = {line["step"]: line["seconds"] for line in lines if line["kind"] == "train"}
-    pipe.send(
-        [
-            {name: line[name] for name in ("tokens", "val_loss", "val_bits_per_byte")}
-            | {"seconds": round(sum(seconds for step, seconds in steps.items() if step <= line["step"]), 1)}
-            for line in lines
-            if line["kind"] == "eval"
-        ]
-    )
+    names = ("tokens", "val_loss", "val_bits_per_byte")
+    pipe.send([{name: line[name] for name in names} for line in lines if line["kind"] == "eval"])
 
 
 def config_of(row: Row, folder: Path) -> TrainingConfig:
@@ -159,7 +171,9 @@ def config_of(row: Row, folder: Path) -> TrainingConfig:
         round(row.length * PRETRAIN.num_steps),
     )
     text = TEXTS.index(row.text)
-    data = {"data_dir": str(folder / f"data-{text}"), "corpus": PRETRAIN.corpus if text == 0 else documentation(folder)}
+    data: dict[str, Any] = {"data_dir": str(folder / f"data-{text}")}
+    if text == 1:
+        data |= {"corpus": documentation(folder), "validation_fraction": DOCUMENTATION_HELD_OUT}
     changes = OURS.get(row.contender, OURS["AdamW"])
     rate = PRETRAIN.learning_rate if row.contender == NANOCHAT else row.rate
     rates = {"learning_rate": rate, "min_learning_rate": rate * PRETRAIN.min_learning_rate / PRETRAIN.learning_rate}
@@ -200,9 +214,21 @@ def train_by_nanochat(config: TrainingConfig, matrix_rate: float) -> list[dict[s
     """The same model and order under nanochat's classes as its base training sets them, but for rates, on our schedule: of
     matrices `matrix_rate`, of all else ours. Returns the curve.
     """
+    data = prepare(config)
+    model, take_step = by_nanochat(config, data, matrix_rate)
+    curve = [held_out(config, data, model, 0)]
+    for step in range(config.num_steps):
+        take_step(step)
+        if (step + 1) % EVAL_EVERY == 0:
+            curve.append(held_out(config, data, model, step + 1))
+    return curve
+
+
+def by_nanochat(config: TrainingConfig, data, matrix_rate: float):
+    """The model, and a call that trains it by one step under nanochat's classes."""
     from nanochat.optim import MuonAdamW  # pyright: ignore[reportMissingImports]
 
-    data, model = prepare(config), initialise(empty_model(replace(config, precision="fp32"), torch.device("cpu")))
+    model = initialise(empty_model(replace(config, precision="fp32"), torch.device("cpu")))
     groups, matrices = parameter_groups(model, config.weight_decay), {}
     for weight in (weight for group in groups if group["is_block"] for weight in group["params"]):
         matrices.setdefault(weight.shape, []).append(weight)
@@ -210,19 +236,17 @@ def train_by_nanochat(config: TrainingConfig, matrix_rate: float) -> list[dict[s
     adam = {"kind": "adamw", "betas": (config.beta1, config.beta2), "eps": config.adam_eps}
     kinds = [muon | {"params": same, "lr": matrix_rate, "peak": matrix_rate} for same in matrices.values()]
     kinds += [group | adam | {"lr": 0.0, "peak": config.learning_rate} for group in groups if not group["is_block"]]
-    optimizer, curve, seconds = MuonAdamW(kinds), [held_out(config, data, model, 0, 0.0)], 0.0
-    for step in range(config.num_steps):
-        started = time.perf_counter()
+    optimizer = MuonAdamW(kinds)
+
+    def take_step(step: int) -> None:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate_at(step, config) / config.learning_rate
         gradients(config, data, model, step)
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
         model.zero_grad()
-        seconds += time.perf_counter() - started
-        if (step + 1) % EVAL_EVERY == 0:
-            curve.append(held_out(config, data, model, step + 1, seconds))
-    return curve
+
+    return model, take_step
 
 
 def gradients(config: TrainingConfig, data, model, step: int) -> None:
@@ -238,12 +262,12 @@ def gradients(config: TrainingConfig, data, model, step: int) -> None:
         (loss / config.accumulation_steps(1)).backward()
 
 
-def held_out(config: TrainingConfig, data, model, step: int, seconds: float) -> dict[str, float]:
+def held_out(config: TrainingConfig, data, model, step: int) -> dict[str, float]:
     """One point of a curve."""
     windows = held_out_windows(config, Ranks(0, 1, 0, 1, 0), data, config.eval_tokens)
     found = evaluate(model, windows, torch.tensor(data.token_num_bytes()), config.loss_chunk_rows)
-    tokens = {"tokens": step * config.tokens_per_step, "seconds": round(seconds, 1)}
-    return tokens | {"val_loss": found.nats_per_token, "val_bits_per_byte": found.bits_per_byte}
+    tokens = step * config.tokens_per_step
+    return {"tokens": tokens, "val_loss": found.nats_per_token, "val_bits_per_byte": found.bits_per_byte}
 
 
 def summary(kept: dict[Row, dict]) -> dict[str, Any]:
@@ -261,9 +285,9 @@ def mean_of(kept: dict[Row, dict], text: str, contender: str) -> dict[str, Any]:
     same = [kept[row] for row in kept if row[:2] == (text, contender) and row.rate == rate and row.length == 1.0]
     losses = [row["val_loss"] for row in same]
     spread = statistics.stdev(losses) if len(losses) > 1 else None
-    bits, seconds = (statistics.mean(row[name] for row in same) for name in ("val_bits_per_byte", "seconds"))
+    bits = statistics.mean(row["val_bits_per_byte"] for row in same)
     mean = {"rate": rate, "seeds": len(same), "val_loss": statistics.mean(losses), "val_loss_deviation": spread}
-    return mean | {"val_bits_per_byte": bits, "seconds": round(seconds, 1)}
+    return mean | {"val_bits_per_byte": bits}
 
 
 def ratio(kept: dict[Row, dict], text: str) -> float | None:
@@ -282,22 +306,60 @@ def ratio(kept: dict[Row, dict], text: str) -> float | None:
     return float(kept[muon[0]]["tokens"] / math.exp(np.interp(-wanted, [-loss for loss in losses], np.log(tokens))))
 
 
-def draw(kept: dict[Row, dict]) -> None:
-    """Curves of the first seed: a column for each text, above against tokens, below against seconds."""
+def draw(kept: dict[Row, dict], seconds: dict[str, float]) -> None:
+    """Curves of the first seed: a column for each text, above against tokens, below against the time of their steps, from the
+    measured `seconds` a step of each contender.
+    """
     texts = [text for text in TEXTS if any(row.text == text for row in kept)]
     figure, axes = plt.subplots(2, len(texts), figsize=(6 * len(texts), 8), squeeze=False, layout="constrained")
     for column, text in enumerate(texts):
         for contender in dict.fromkeys(row.contender for row in kept if row.text == text):
             rate = best_rate(kept, text, contender)
             curve = kept[Row(text, contender, 0, rate)]["curve"][1:]
-            for panel, name, unit in zip(axes[:, column], ("tokens", "seconds"), (1e6, 60), strict=True):
-                x = [point[name] / unit for point in curve]
+            a_token = seconds[contender] / PRETRAIN.tokens_per_step / 60
+            for panel, unit in zip(axes[:, column], (1e-6, a_token), strict=True):
+                x = [point["tokens"] * unit for point in curve]
                 panel.plot(x, [point["val_bits_per_byte"] for point in curve], label=f"{contender}, {rate:g}")
         for panel, label in zip(axes[:, column], ("tokens, millions", "minutes of steps"), strict=True):
             panel.set(xlabel=label, ylabel="held-out bits per byte", title=text)
             panel.grid(alpha=0.3)
             panel.legend()
     figure.savefig(PICTURE, dpi=110)
+
+
+def measure_steps() -> dict[str, Any]:
+    """Seconds of a step of each contender, which take turns in processes of their own: the medians of STEPS_TIMED."""
+    context, pipes, folder = multiprocessing.get_context("spawn"), {}, Path(tempfile.mkdtemp())
+    for name in (*OURS, *([NANOCHAT] if find_spec("nanochat") else [])):
+        pipes[name], theirs = context.Pipe()
+        context.Process(target=contend, args=(name, folder, theirs), daemon=True).start()
+        pipes[name].recv()
+    seconds: dict[str, list[float]] = {name: [] for name in pipes}
+    for _ in range(STEPS_TIMED):
+        for name, pipe in pipes.items():
+            pipe.send("step")
+            seconds[name].append(pipe.recv())
+    return {"machine": machine(), "seconds": {name: round(statistics.median(taken), 4) for name, taken in seconds.items()}}
+
+
+def contend(name: str, folder: Path, pipe) -> None:
+    """One contender: makes a step whenever it is told to, and says how many seconds it took."""
+    as_only_rank()
+    config = config_of(Row(TEXTS[0], name, 0, PRETRAIN.learning_rate), folder)
+    if name == NANOCHAT:
+        _, take_step = by_nanochat(config, prepare(config), NANOCHAT_RATES[0])
+    else:
+        run = trainer.set_up(config, prepare)
+        assert run is not None, "a new run directory holds no finished run"
+        take_step = partial(trainer.run_step, run, next_token)
+    for step in range(SETTLING):
+        take_step(step)
+    pipe.send("ready")
+    for step in range(SETTLING, SETTLING + STEPS_TIMED):
+        pipe.recv()
+        started = time.perf_counter()
+        take_step(step)
+        pipe.send(time.perf_counter() - started)
 
 
 def measure_updates() -> dict[str, Any]:
