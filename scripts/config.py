@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
-from glob import has_magic
 from inspect import signature
 from pathlib import Path
 
@@ -25,18 +24,20 @@ SCHEDULES = ("cosine", "linear", "wsd")
 OPTIMIZERS = ("adamw", "muon")
 ACTIVATION_CHECKPOINTING = ("none", "block", "block_offload")
 PLACES = ("cpu", "gpu")
+TRACKERS = ("wandb", "trackio")
+GGUF_PRECISIONS = ("f16", "bf16", "q8_0")
+CHECKPOINTS = ("newest", "best")
 DIVERGENCES = ("forward", "reverse")
 STANDARD_LIBRARY = sysconfig.get_path("stdlib") + "/**/*.py"
-AT_LEAST = {
-    "tokens_per_shard": 1, "tokenizer_sample_bytes": 1, "vocab_size": 257, "context_length": 1, "hidden_size": 1,
-    "num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "head_size": 2, "mlp_size": 1, "tokens_per_step": 1,
-    "first_tokens_per_step": 1, "batch_warmup_steps": 1, "micro_batch_rows": 1, "num_steps": 1, "warmup_steps": 0,
-    "decay_steps": 1, "loss_chunk_rows": 1, "log_every_steps": 1, "eval_every_steps": 1, "eval_tokens": 1,
-    "sample_every_steps": 1, "sample_tokens": 1, "sample_top_k": 1, "save_every_steps": 1, "keep_checkpoints": 1,
-    "max_skipped_steps": 1, "spike_window_steps": 2,
-    "shortest_document_characters": 1, "longest_document_characters": 1, "rank_timeout_minutes": 1, "silent_rank_seconds": 2,
-    "seed": 0, "teacher_top_k": 1,
-}  # fmt: skip
+AT_LEAST_ONE = (
+    "tokens_per_shard", "tokenizer_sample_bytes", "context_length", "num_layers", "num_heads", "num_kv_heads", "hidden_size",
+    "mlp_size", "tokens_per_step", "first_tokens_per_step", "batch_warmup_steps", "micro_batch_rows", "num_steps",
+    "decay_steps", "loss_chunk_rows", "log_every_steps", "eval_every_steps", "eval_tokens", "sample_every_steps",
+    "sample_tokens", "sample_top_k", "save_every_steps", "keep_checkpoints", "max_skipped_steps", "rank_timeout_minutes",
+    "shortest_document_characters", "longest_document_characters", "teacher_top_k",
+)  # fmt: skip
+OTHERS_AT_LEAST = {"warmup_steps": 0, "seed": 0, "spike_window_steps": 2, "silent_rank_seconds": 2, "head_size": 2}
+AT_LEAST = dict.fromkeys(AT_LEAST_ONE, 1) | OTHERS_AT_LEAST | {"vocab_size": 257}
 MAKE_TEACHER = "deepspeed scripts/train_pretrain.py makes a teacher, or name a Llama or Qwen3 folder of transformers' format"
 LARGEST_SEED, LARGEST_NUMBER = 2**32 - 1, 1e300
 # Part of the data order: over any so many steps the share of each source is exact.
@@ -177,8 +178,15 @@ class TrainingConfig:
     sample_tokens: int = 120
     sample_temperature: float = 0.8
     sample_top_k: int = 50
+    sample_top_p: float = 1.0
+    sample_repetition_penalty: float = 1.0
+    sample_stop: tuple[str, ...] = ()
+    sample_checkpoint: str = "newest"
     save_every_steps: int | None = 200
     keep_checkpoints: int = 2
+    model_license: str | None = None
+    gguf_precision: str = "bf16"
+    tracker: str | None = None
     max_skipped_steps: int = 20
     spike_window_steps: int = 128
     spike_sigmas: float = 6.0
@@ -323,29 +331,6 @@ FLOATS = [field.name for field in fields(TrainingConfig) if field.type is float]
 ABOVE_ZERO = ("muon_learning_rate", *(name for name in FLOATS if name not in NOT_NEGATIVE + BELOW_ONE))
 
 
-def refuse_on_this_machine(config: TrainingConfig, world_size: int) -> None:
-    """Checks what the fields alone cannot tell: the ranks and the paths of this machine.
-
-    Raises:
-        ValueError: the batch does not divide, or a path is not there.
-    """
-    config.accumulation_steps(world_size)
-    for name in ("tokenizer_path", "init_from", "teacher_dir"):
-        path = getattr(config, name)
-        if path is not None and not Path(path).exists():
-            remedy = MAKE_TEACHER if name == "teacher_dir" else "name a file or folder that exists"
-            raise ValueError(f"{name}={path!r} is not there; {remedy}")
-    for name in ("run_dir", "data_dir"):
-        path = Path(getattr(config, name))
-        there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK):
-            raise ValueError(f"{name}={str(path)!r} cannot be written, because of {str(there)!r}; name another folder")
-    if not (Path(config.data_dir) / "manifest.json").exists():
-        for path in config.corpus + config.validation_corpus:
-            if "://" not in path and not has_magic(path) and not Path(path).exists():
-                raise ValueError(f"corpus: {path!r} is not there; name a file, folder or glob that exists")
-
-
 def refuse_arguments(arguments: list[str]) -> None:
     """Lets the launcher's `--local_rank` pass and nothing else: a choice is a value in scripts/config.py.
 
@@ -420,7 +405,8 @@ def _check_choices(config: TrainingConfig) -> None:
     sums = {"accumulate_on": PLACES, "accumulation_precision": ("bf16", "fp32")}
     memory = {"precision": tuple(PRECISIONS), **sums, "activation_checkpointing": ACTIVATION_CHECKPOINTING}
     learning = {"schedule": SCHEDULES, "optimizer": OPTIMIZERS, "optimizer_state_precision": ("bf16", "fp32")}
-    choices = {**learning, **memory, "distill_divergence": DIVERGENCES}
+    use = {"sample_checkpoint": CHECKPOINTS, "gguf_precision": GGUF_PRECISIONS, "tracker": (None, *TRACKERS)}
+    choices = {**learning, **memory, **use, "distill_divergence": DIVERGENCES}
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise ValueError(f"{name}={getattr(config, name)!r} is unknown; one of {', '.join(map(repr, allowed))} works")
@@ -546,7 +532,7 @@ def _check_data(config: TrainingConfig) -> None:
         raise ValueError(f"corpus={config.corpus!r} is empty; name at least one file, folder or glob")
     if not all(config.validation_corpus):
         raise ValueError("validation_corpus holds an empty name; set validation_corpus=() to hold out by validation_fraction")
-    for name in ("corpus", "corpus_exclude", "validation_corpus"):
+    for name in ("corpus", "corpus_exclude", "validation_corpus", "sample_stop"):
         if not all(isinstance(item, str) for item in getattr(config, name)):
             raise ValueError(f"{name}={getattr(config, name)!r} holds something that is not a string; write a tuple of strings")
     if not config.has_validation and config.eval_every_steps is not None:
@@ -587,9 +573,20 @@ def _check_teacher(config: TrainingConfig) -> None:
         raise ValueError(f"{teacher_top_k=} leaves no tail of {vocab_size=}; nearest is {vocab_size - 1}")
 
 
+def _check_use(config: TrainingConfig) -> None:
+    if config.sample_top_p > 1:
+        raise ValueError(f"sample_top_p={config.sample_top_p} is above 1; nearest is 1.0")
+    if config.model_license is not None and not (config.model_license and config.model_license.isprintable()):
+        raise ValueError(
+            f"model_license={config.model_license!r} is no name of a licence, such as 'apache-2.0'; set model_license=None"
+        )
+    if not all(config.sample_stop):
+        raise ValueError("sample_stop holds an empty text, which every text holds; set sample_stop=() to stop at none")
+
+
 LAWS = (
     _check_types, _check_ranges, _check_choices, _check_accumulation, _check_model, _check_rope_scaling, _check_batch,
-    _check_schedule, _check_optimizer, _check_data, _check_weights, _check_teacher,
+    _check_schedule, _check_optimizer, _check_data, _check_weights, _check_teacher, _check_use,
 )  # fmt: skip
 
 FOR_CARDS = {

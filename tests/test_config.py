@@ -24,10 +24,10 @@ from scripts.config import (
     AT_LEAST,
     TrainingConfig,
     refuse_arguments,
-    refuse_on_this_machine,
     refusing,
 )
 from scripts.model.decoder import Decoder
+from scripts.run.setup import refuse_on_this_machine
 
 ROOT = Path(config_module.__file__).parents[1]
 NAN, INF = math.nan, math.inf
@@ -168,6 +168,17 @@ BAD = [
     ("validation_corpus", {"validation_corpus": (1,)}),
     ("skip_faulty_rows", {"skip_faulty_rows": 1}),
     ("sample_prompt", {"sample_prompt": ""}),
+    ("sample_top_p", {"sample_top_p": 0.0}),
+    ("sample_top_p", {"sample_top_p": 1.01}),
+    ("sample_repetition_penalty", {"sample_repetition_penalty": 0.0}),
+    ("sample_stop", {"sample_stop": ("",)}),
+    ("sample_stop", {"sample_stop": (1,)}),
+    ("sample_stop", {"sample_stop": "def"}),
+    ("sample_checkpoint", {"sample_checkpoint": "last"}),
+    ("model_license", {"model_license": ""}),
+    ("model_license", {"model_license": "mit\nmodel: x"}),
+    ("gguf_precision", {"gguf_precision": "q4_0"}),
+    ("tracker", {"tracker": "mlflow"}),
     ("run_dir", {"run_dir": ""}),
     ("run_dir", {"run_dir": None}),
     ("data_dir", {"run_dir": "same", "data_dir": "./same"}),

@@ -22,8 +22,9 @@ from ds.encoder import Encoder, encoder_of
 from ds.files import Part, corpus_files
 from ds.shards import TokenStream, open_shard, write_shard
 from scripts import prepare_data
-from scripts.config import TrainingConfig, refuse_on_this_machine
+from scripts.config import TrainingConfig
 from scripts.prepare_data import Data, open_data, prepare, sample_documents
+from scripts.run.setup import refuse_on_this_machine
 
 ROOT = Path(prepare_data.__file__).parents[1]
 TABLE = [

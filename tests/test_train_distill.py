@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from ds import tokenizer as bpe
 from ds.loader import micro_batches, read_labels, windows_of_run
 from ds.shards import Labels
-from scripts.config import TrainingConfig, refuse_on_this_machine
+from scripts.config import TrainingConfig
 from scripts.engine.distributed import Ranks
 from scripts.memory import refuse_too_large
 from scripts.model.decoder import empty_model, initialise
@@ -27,7 +27,7 @@ from scripts.plan.machine import room_in_all
 from scripts.prepare_data import Data, open_data, prepare
 from scripts.run.checkpoint import Checkpoint
 from scripts.run.run_dir import claim_run, newest_folder, same_without_teacher
-from scripts.run.setup import model_to_train
+from scripts.run.setup import model_to_train, refuse_on_this_machine
 from scripts.run.state import data_order, windows_on_device
 from scripts.run.teacher import check_teacher, find_teacher, fingerprint_of, labels_identity, load_teacher, open_labels
 from scripts.train_distill import distill, from_labels, from_teacher, label

@@ -12,7 +12,13 @@ from scripts.model.huggingface import read_json
 from scripts.run.storage import lock, write_text
 
 MEMORY_FIELDS = ("micro_batch_rows", "accumulate_on", "accumulation_precision", "activation_checkpointing", "loss_chunk_rows")
-MOVABLE_FIELDS = ("run_dir", "data_dir", *MEMORY_FIELDS)
+# What a person reads or makes of a run. It changes no update.
+USE_FIELDS = (
+    "sample_every_steps", "sample_prompt", "sample_tokens", "sample_temperature", "sample_top_k", "sample_top_p",
+    "sample_repetition_penalty", "sample_stop", "sample_checkpoint", "keep_checkpoints", "model_license", "gguf_precision",
+    "tracker",
+)  # fmt: skip
+MOVABLE_FIELDS = ("run_dir", "data_dir", *MEMORY_FIELDS, *USE_FIELDS)
 DISTILL_FIELDS = ("distill_weight", "distill_temperature", "distill_divergence")
 # What runs did before there were these fields, where the default is another now.
 AS_BEFORE = {"optimizer": "adamw", "optimizer_state_precision": "fp32"}

@@ -8,13 +8,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from glob import has_magic
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from scripts import memory
-from scripts.config import RUN_DIR_WAIT_SECONDS, TrainingConfig, refuse_on_this_machine
+from scripts.config import MAKE_TEACHER, RUN_DIR_WAIT_SECONDS, TrainingConfig
 from scripts.engine import distributed, offload, toolchain, truth_check, watch
 from scripts.engine.distributed import Ranks, device_of, in_turn, largest, say, together
 from scripts.model.activation_offload import storage_bytes
@@ -96,6 +97,29 @@ def ending_out_of_memory(config: TrainingConfig, ranks: Ranks) -> Iterator[None]
     words += memory.driver_words(first_line, config)
     watch.say(f"failed: {first_line}; {words}; {watch.SAME_COMMAND}", sys.stderr)
     raise SystemExit(watch.FAILED)
+
+
+def refuse_on_this_machine(config: TrainingConfig, world_size: int) -> None:
+    """Checks what the fields alone cannot tell: the ranks and the paths of this machine.
+
+    Raises:
+        ValueError: the batch does not divide, or a path is not there.
+    """
+    config.accumulation_steps(world_size)
+    for name in ("tokenizer_path", "init_from", "teacher_dir"):
+        path = getattr(config, name)
+        if path is not None and not Path(path).exists():
+            remedy = MAKE_TEACHER if name == "teacher_dir" else "name a file or folder that exists"
+            raise ValueError(f"{name}={path!r} is not there; {remedy}")
+    for name in ("run_dir", "data_dir"):
+        path = Path(getattr(config, name))
+        there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise ValueError(f"{name}={str(path)!r} cannot be written, because of {str(there)!r}; name another folder")
+    if not (Path(config.data_dir) / "manifest.json").exists():
+        for path in config.corpus + config.validation_corpus:
+            if "://" not in path and not has_magic(path) and not Path(path).exists():
+                raise ValueError(f"corpus: {path!r} is not there; name a file, folder or glob that exists")
 
 
 def _refuse_alone(config: TrainingConfig, ranks: Ranks) -> Teacher | None:
