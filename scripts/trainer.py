@@ -32,6 +32,7 @@ from scripts.run.state import (
     Step,
     advance,
     is_due,
+    is_save_due,
     learning_rate_at,
     order_record,
     progress_record,
@@ -83,12 +84,12 @@ def train(run: Run | None, objective: Objective) -> None:
                 if evaluate_and_sample(run, steps_done, report):
                     is_stopping = is_stop_requested(run)
                 progress = progress._replace(is_evaluated=True)
-            if is_stopping or is_due(steps_done, config.save_every_steps, config):
+            if is_stopping or is_save_due(steps_done, config):
                 verify_last_save(run, steps_done, saved, report)
                 saved = save(run, steps_done, progress, report)
                 is_stopping = is_stopping or is_stop_requested(run)
             if is_stopping or is_last:
-                finish(run, steps_done, saved, report)
+                finish(run, steps_done, progress, saved, report)
             refuse_more_skips(run, steps_done, progress)
     say(run.ranks, f"Finished: {config.num_steps} steps. {summary(config)}")
 
@@ -227,13 +228,17 @@ def verify_last_save(run: Run, steps_done: int, saved: checkpoint.Saved | None, 
     return good
 
 
-def finish(run: Run, steps_done: int, saved: checkpoint.Saved | None, report: Report) -> None:
-    """After the last step, or the last before a stop, whose save no later one makes up for. Every rank must call this.
+def finish(run: Run, steps_done: int, progress: Progress, saved: checkpoint.Saved | None, report: Report) -> None:
+    """After the last step, or the last before a stop, whose save no later one makes up for: where it fails, it is tried again
+    once there is room. Every rank must call this.
 
     Raises:
         SystemExit: 1 when that save is not good; 75 when the run was stopped before its last step.
     """
-    good = verify_last_save(run, steps_done, saved, report)
+    good, is_stopping = verify_last_save(run, steps_done, saved, report), is_stop_requested(run)
+    while not good and saved is not None and setup.wait_for_room(run, saved, is_stopping):
+        saved = save(run, steps_done, progress, report)
+        good = verify_last_save(run, steps_done, saved, report)
     report(memory_record(run, steps_done))
     wait_for_all()
     if not good:

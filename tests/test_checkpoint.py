@@ -244,6 +244,7 @@ def with_steps(config: TrainingConfig, *steps: int) -> TrainingConfig:
 def test_only_the_newest_checkpoints_are_kept(copied_run):
     with_steps(copied_run, 5, 6, 7)
     checkpoint.prune(replace(copied_run, keep_checkpoints=3), STEPS)
+    assert run_dir.best_link(copied_run).resolve().name == f"step-{STEPS:08d}"
     assert steps_of(copied_run) == [6, 7, 8]
     checkpoint.prune(replace(copied_run, keep_checkpoints=1), STEPS)
     assert steps_of(copied_run) == [STEPS]

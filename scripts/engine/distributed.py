@@ -128,7 +128,8 @@ def join(config: TrainingConfig, ranks: Ranks) -> None:
         torch.cuda.set_device(device)
     offload.keep_to_device(deepspeed.accelerator.get_accelerator(), device)
     backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(minutes=config.rank_timeout_minutes)
-    deepspeed.init_distributed(backend, verbose=False, timeout=timeout)
+    with _refusing_taken_port():
+        deepspeed.init_distributed(backend, verbose=False, timeout=timeout)
     wait_for_all()
     offload.forget_shared_memory(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], ranks.rank)
 
@@ -326,7 +327,26 @@ def _first(work: Callable[[], Result], config: TrainingConfig, ranks: Ranks) -> 
 @cache
 def _store(timeout_minutes: int) -> Any:
     """The launcher's store, kept as long as the process: torch's process group meets at the same port."""
-    return next(rendezvous("env://", timeout=timedelta(minutes=timeout_minutes)))[0]
+    with _refusing_taken_port():
+        return next(rendezvous("env://", timeout=timedelta(minutes=timeout_minutes)))[0]
+
+
+@contextmanager
+def _refusing_taken_port() -> Iterator[None]:
+    """Raises ValueError where another program listens at the port at which the ranks were to meet."""
+    try:
+        yield
+    except torch.distributed.DistNetworkError as fault:
+        if "EADDRINUSE" not in str(fault):
+            raise
+    else:
+        return
+    port = os.environ["MASTER_PORT"]
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        free = probe.getsockname()[1]
+    words = f"port {port}, at which the ranks meet, is in use by another program, perhaps another run"
+    raise ValueError(f"{words}; put --master_port {free} after `deepspeed`, or --master-port {free} after `torchrun`")
 
 
 def _fault_of_ranks(own: ValueError | OSError | None) -> ValueError | OSError:

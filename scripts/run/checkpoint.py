@@ -33,8 +33,9 @@ from scripts.model.huggingface import (
     transformers_config,
 )
 from scripts.plan.footprint import checkpoint_bytes
-from scripts.run.metrics import read_metrics, sync_metrics
-from scripts.run.run_dir import FOLDERS, checkpoint_folders, checkpoints_dir, config_record, metrics_path
+from scripts.run.metrics import best_step, read_metrics, sync_metrics
+from scripts.run.run_dir import FOLDERS, checkpoint_folders, checkpoints_dir, config_record, link_best, metrics_path
+from scripts.run.state import decay_start
 from scripts.run.storage import DIGEST_BYTES, HASH_BYTES, FileRecord, find_changed, forget_pages, write_safetensors, write_text
 
 FORMAT = 2
@@ -59,9 +60,12 @@ class Newest(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """The folder that `save` wrote, or in `fault` why it could not; in `proof` a thread reads this rank's files back."""
+    """The folder that `save` wrote, of at most `num_bytes`, or in `fault` why it could not; in `proof` a thread reads this
+    rank's files back.
+    """
 
     folder: Path
+    num_bytes: int
     fault: str | None
     proof: Future | None
 
@@ -91,18 +95,19 @@ def save(engine, config: TrainingConfig, tokenizer_json: str, end_of_text_id: in
         gathered = _gather_records(records)
         together(lambda: publish(draft, folder, gathered) if rank == 0 else None)
     except OSError as fault:
-        return Saved(folder, _give_up(config, folder, draft, num_bytes, fault) if rank == 0 else fault.strerror, None)
+        words = _give_up(config, folder, draft, num_bytes, fault) if rank == 0 else fault.strerror
+        return Saved(folder, num_bytes, words, None)
     reader = ThreadPoolExecutor(1)
     proof = reader.submit(read_back, folder, records)
     reader.shutdown(wait=False)
-    return Saved(folder, None, proof)
+    return Saved(folder, num_bytes, None, proof)
 
 
 def verify_saved(config: TrainingConfig, saved: Saved) -> Verified:
     """Waits until every rank has read its files of `saved` back from the disk. Every rank must call this before the next save.
 
-    Then all but the newest `keep_checkpoints` are deleted. A checkpoint that reads back otherwise than it was written is
-    deleted instead, and the older ones stay.
+    Then `prune` deletes older ones. A checkpoint that reads back otherwise than it was written is deleted instead, and older
+    ones stay.
     """
     rank, step, proof = torch.distributed.get_rank(), int(saved.folder.name[-8:]), saved.proof
     if proof is None:
@@ -116,17 +121,29 @@ def verify_saved(config: TrainingConfig, saved: Saved) -> Verified:
     try:
         together(lambda: prune(config, step) if rank == 0 else None)
     except OSError as fault:
-        return Verified(True, f"an older checkpoint beside {saved.folder} could not be deleted: {fault.strerror}")
+        words = "older checkpoints could not be deleted, or `best` not be linked"
+        return Verified(True, f"{saved.folder} is saved, but beside it {words}: {fault.strerror}")
     return Verified(True, None)
 
 
-def newest_verified(config: TrainingConfig) -> Newest:
-    """The newest checkpoint whose every byte matches its manifest.
+def room_for(saved: Saved) -> int:
+    """Bytes that are free on the disk where `saved` was to be."""
+    return shutil.disk_usage(next(folder for folder in saved.folder.parents if folder.exists())).free
+
+
+def newest_verified(config: TrainingConfig, last_step: int | None = None) -> Newest:
+    """The newest checkpoint whose every byte matches its manifest, of those after at most `last_step` steps, if that is given.
 
     Raises ValueError when there are checkpoints and none verifies, or metrics.jsonl tells of one and none is left.
     """
-    faults = []
-    for _, folder in sorted(checkpoint_folders(config).items(), reverse=True):
+    faults, folders = [], checkpoint_folders(config)
+    early = {at: folder for at, folder in folders.items() if last_step is None or at <= last_step}
+    if folders and not early:
+        raise ValueError(
+            f"{checkpoints_dir(config)} holds no checkpoint from before its decay, which began after step {last_step}: choose"
+            " another run_dir for more steps"
+        )
+    for _, folder in sorted(early.items(), reverse=True):
         fault = find_fault(folder)
         if fault is None:
             return Newest(Checkpoint(folder, read_state(folder)), faults)
@@ -223,16 +240,20 @@ def publish(draft: Path, folder: Path, records: dict[str, FileRecord]) -> None:
 
 
 def prune(config: TrainingConfig, step: int) -> None:
-    """Deletes old checkpoints: of those up to `step` all but the newest `keep_checkpoints`; the one at `step` always stays.
+    """Deletes old checkpoints: of those up to `step` all but the newest `keep_checkpoints`, the one with the best held-out
+    loss, which `best` then names, and the one before a decay. The one at `step` always stays.
 
     Faulty ones of steps that training has made again are deleted too.
     """
+    kept = {best_step(config), decay_start(config)}
     for aside in checkpoints_dir(config).glob(f"{FOLDERS}.faulty"):
         if int(aside.name[5:13]) <= step:
             shutil.rmtree(aside)
-    older = [folder for at, folder in sorted(checkpoint_folders(config).items()) if at < step]
-    for folder in older[: max(0, len(older) + 1 - config.keep_checkpoints)]:
-        delete(folder)
+    older = [at for at in sorted(checkpoint_folders(config)) if at < step]
+    for at in older[: max(0, len(older) + 1 - config.keep_checkpoints)]:
+        if at not in kept:
+            delete(checkpoint_folders(config)[at])
+    link_best(config, best_step(config))
 
 
 def state_file(rank: int, world_size: int) -> str:

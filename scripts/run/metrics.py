@@ -75,6 +75,15 @@ def unsaved_steps(config: TrainingConfig) -> int:
     return max(0, max((record["step"] for record in read_metrics(config)), default=0) - newest)
 
 
+def best_step(config: TrainingConfig) -> int | None:
+    """The step of the checkpoint whose evaluation in metrics.jsonl has the least held-out loss; None without any."""
+    saved, losses = run_dir.checkpoint_folders(config), {}
+    for record in read_metrics(config):
+        if record.get("val_loss") is not None and record["kind"] == "eval" and record["step"] in saved:
+            losses[record["step"]] = record["val_loss"]
+    return min(losses, key=losses.__getitem__, default=None)
+
+
 def train_record(run: Run, steps_done: int, taken: Step, progress: Progress, *, learning_rate: float, seconds: float) -> dict:
     """The line of metrics.jsonl after a step that took `seconds`; `progress` has the digests since the last such line."""
     config, peaks = run.config, peak_bytes()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from scripts.config import RUN_DIR_POLL_SECONDS, TrainingConfig
 from scripts.model.huggingface import read_json
-from scripts.run.storage import lock, write_text
+from scripts.run.storage import lock, lock_words, write_text
 
 MEMORY_FIELDS = ("micro_batch_rows", "accumulate_on", "accumulation_precision", "activation_checkpointing", "loss_chunk_rows")
 # What a person reads or makes of a run. It changes no update.
@@ -19,6 +19,8 @@ USE_FIELDS = (
     "tracker",
 )  # fmt: skip
 MOVABLE_FIELDS = ("run_dir", "data_dir", *MEMORY_FIELDS, *USE_FIELDS)
+# A finished or stopped run goes on where these alone differ and its steps become more.
+GROWING_FIELDS = ("num_steps", "decay_steps")
 DISTILL_FIELDS = ("distill_weight", "distill_temperature", "distill_divergence")
 # What runs did before there were these fields, where the default is another now.
 AS_BEFORE = {"optimizer": "adamw", "optimizer_state_precision": "fp32"}
@@ -31,26 +33,43 @@ def config_record(config: TrainingConfig) -> dict:
 
 
 def refuse_other_run(config: TrainingConfig) -> None:
-    """Raises ValueError when run_dir holds a run of another configuration; MOVABLE_FIELDS may differ.
-
-    A field that the stored configuration does not name is newer than the run. It counts as AS_BEFORE or TrainingConfig has it.
+    """Raises ValueError when run_dir holds a run of another configuration; MOVABLE_FIELDS may differ, and a run may go on to
+    more steps.
     """
-    path = Path(config.run_dir) / "config.json"
-    if not path.exists():
-        return
-    ours, theirs = config_record(config), config_record(TrainingConfig()) | AS_BEFORE | read_json(path)
-    names = [name for name in {**ours, **theirs} if name not in MOVABLE_FIELDS and ours.get(name) != theirs.get(name)]
-    if names:
-        listed = ", ".join(f"{name} ({theirs.get(name)!r} there, {ours.get(name)!r} here)" for name in names)
+    differing = _differing(config)
+    if differing and shorter_run(config) is None:
+        listed = ", ".join(f"{name} ({there!r} there, {here!r} here)" for name, (there, here) in differing.items())
         raise ValueError(
             f"run_dir={config.run_dir!r} holds a run of a different configuration: {listed}; choose another run_dir"
         )
 
 
+def shorter_run(config: TrainingConfig) -> TrainingConfig | None:
+    """The configuration of the run in run_dir where it is `config` with fewer steps, and perhaps another decay; else None."""
+    differing = _differing(config)
+    there, here = differing.get("num_steps", (0, 0))
+    if not differing.keys() <= {*GROWING_FIELDS} or not there < here:
+        return None
+    return replace(config, **{name: values[0] for name, values in differing.items()})
+
+
+def _differing(config: TrainingConfig) -> dict[str, list]:
+    """The fields in which the run in run_dir differs, but for MOVABLE_FIELDS: its value and ours.
+
+    A field that the stored configuration does not name is newer than the run. It counts as AS_BEFORE or TrainingConfig has it.
+    """
+    path = Path(config.run_dir) / "config.json"
+    if not path.exists():
+        return {}
+    ours, theirs = config_record(config), config_record(TrainingConfig()) | AS_BEFORE | read_json(path)
+    both = {name: [theirs.get(name), ours.get(name)] for name in {**ours, **theirs} if name not in MOVABLE_FIELDS}
+    return {name: values for name, values in both.items() if values[0] != values[1]}
+
+
 def hold_run(config: TrainingConfig, wait_seconds: float) -> int | None:
     """Locks run_dir for this process and returns the descriptor of the lock; None when run_dir is not there.
 
-    The lock ends when the descriptor is closed, or with the process. A file system without locks is not locked. Raises
+    The lock ends when the descriptor is closed, or with the process. Where the file system has no locks, a line says so. Raises
     ValueError when another launch still holds run_dir after `wait_seconds`.
     """
     if not Path(config.run_dir).is_dir():
@@ -61,21 +80,24 @@ def hold_run(config: TrainingConfig, wait_seconds: float) -> int | None:
             os.close(descriptor)
             raise ValueError(f"run_dir={config.run_dir!r} is in use by another launch; wait for its end, or stop it")
         time.sleep(RUN_DIR_POLL_SECONDS)
+    if unlocked := lock_words(descriptor, Path(config.run_dir)):
+        print(unlocked, flush=True)
     return descriptor
 
 
 def claim_run(config: TrainingConfig, step: int) -> None:
     """Creates run_dir and its config.json, and deletes half-written and replaced checkpoints of earlier launches.
 
-    Checkpoints after `step`, from which the run continues, did not verify: they are renamed to step-XXXXXXXX.faulty.
+    Checkpoints after `step`, from which the run continues, did not verify: they are renamed to step-XXXXXXXX.faulty. Where a
+    run goes on from before its decay, they are good: they are renamed to step-XXXXXXXX.decayed, and stay.
     """
     folder = checkpoints_dir(config)
     folder.mkdir(parents=True, exist_ok=True)
-    found = checkpoint_folders(config)
+    found, ending = checkpoint_folders(config), "faulty" if shorter_run(config) is None else "decayed"
     for leftover in {*folder.glob(".step-*.draft"), *folder.glob(".step-*.replaced")} - {*found.values()}:
         shutil.rmtree(leftover)
     for newer in [at for at in found if at > step]:
-        aside = folder / f"step-{newer:08d}.faulty"
+        aside = folder / f"step-{newer:08d}.{ending}"
         shutil.rmtree(aside, ignore_errors=True)
         found[newer].rename(aside)
     write_text(folder.parent / "config.json", json.dumps(config_record(config), indent=2) + "\n")
@@ -89,6 +111,24 @@ def metrics_path(config: TrainingConfig) -> Path:
 def picture_path(config: TrainingConfig) -> Path:
     """The run's loss.png."""
     return Path(config.run_dir) / "loss.png"
+
+
+def best_link(config: TrainingConfig) -> Path:
+    """The run's link to its checkpoint with the best held-out loss."""
+    return Path(config.run_dir) / "best"
+
+
+def link_best(config: TrainingConfig, step: int | None) -> None:
+    """Makes `best` name the checkpoint of `step`, or nothing. Raises OSError where the disk takes no link."""
+    link, draft = best_link(config), Path(config.run_dir) / ".best.draft"
+    draft.unlink(missing_ok=True)
+    if not link.is_symlink() and link.is_dir():  # where a run was copied, its link may have become a copy
+        shutil.rmtree(link)
+    if step is None:
+        link.unlink(missing_ok=True)
+        return
+    draft.symlink_to(checkpoint_folders(config)[step].relative_to(config.run_dir))
+    draft.replace(link)
 
 
 def tensorboard_dir(config: TrainingConfig) -> Path:

@@ -3,8 +3,10 @@
 What only the trainer or an entry may do is given to `set_up` as functions.
 """
 
+import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -15,7 +17,14 @@ from typing import Any, NamedTuple
 import torch
 
 from scripts import memory
-from scripts.config import MAKE_TEACHER, RUN_DIR_WAIT_SECONDS, TrainingConfig
+from scripts.config import (
+    LAST_SAVE_SECONDS,
+    MAKE_TEACHER,
+    PROGRESS_SECONDS,
+    RUN_DIR_POLL_SECONDS,
+    RUN_DIR_WAIT_SECONDS,
+    TrainingConfig,
+)
 from scripts.engine import distributed, offload, toolchain, truth_check, watch
 from scripts.engine.distributed import Ranks, device_of, in_turn, largest, say, together
 from scripts.model.activation_offload import storage_bytes
@@ -23,9 +32,9 @@ from scripts.model.decoder import Decoder, empty_model, initialise
 from scripts.model.huggingface import load_weights
 from scripts.plan.machine import peak_bytes, refuse_on_this_device, room_free, room_in_all
 from scripts.run import run_dir
-from scripts.run.checkpoint import Checkpoint, load_state, newest_verified
-from scripts.run.metrics import rewind_metrics, summary, unsaved_steps
-from scripts.run.state import Progress, Run, Teaching, progress_of
+from scripts.run.checkpoint import Checkpoint, Saved, load_state, newest_verified, room_for
+from scripts.run.metrics import best_step, rewind_metrics, summary, unsaved_steps
+from scripts.run.state import Progress, Run, Teaching, decay_start, learning_rate_at, progress_of
 from scripts.run.teacher import LabelWindows, Teacher, find_teacher, open_teaching
 
 
@@ -74,6 +83,28 @@ def set_up(config: TrainingConfig, given: Given) -> Run | None:
     if run is None:
         watching.close(clean=True)
     return run
+
+
+def wait_for_room(run: Run, saved: Saved, is_stopping: bool) -> bool:
+    """Waits until the disk has room for a save that failed, at least LAST_SAVE_SECONDS, and says so. False where a stop is
+    requested of a run that was not `is_stopping` before. Every rank must call this.
+    """
+    started, said_at = time.monotonic(), -math.inf
+    while True:
+        is_over = not is_stopping and run.watch.reason is not None
+        free = together(lambda: room_for(saved))
+        waits = time.monotonic() - started < LAST_SAVE_SECONDS or free < saved.num_bytes
+        if largest(float(is_over)):
+            return False
+        if not largest(float(run.ranks.rank == 0 and waits)):
+            return True
+        if time.monotonic() - said_at > PROGRESS_SECONDS:
+            said_at = time.monotonic()
+            words = (
+                f"{saved.folder} needs {memory.gib(saved.num_bytes)} and {memory.gib(free)} are free: make room, and the save"
+            )
+            say(run.ranks, f"Waiting to save: {words} is tried again. A Ctrl-C ends the run without its last steps")
+        time.sleep(RUN_DIR_POLL_SECONDS)
 
 
 def release_lock(lock: int | None) -> None:
@@ -159,13 +190,34 @@ def _open_run(start: Start, given: Given) -> Run | None:
 
 
 def _newest_checkpoint(config: TrainingConfig, ranks: Ranks) -> Checkpoint | None:
-    found, faults = newest_verified(config)
+    shorter = run_dir.shorter_run(config)
+    found, faults = newest_verified(config, None if shorter is None else decay_start(shorter))
     for fault in faults:
         say(ranks, f"{fault}; going back to an older one")
+    if shorter is not None and found is not None:
+        say(ranks, _extension_words(config, shorter, found))
     lost = unsaved_steps(config) if found is None else 0
     if lost:
         say(ranks, f"{config.run_dir} holds {lost} steps and no checkpoint yet: beginning again at step 0")
     return found
+
+
+def _extension_words(config: TrainingConfig, shorter: TrainingConfig, found: Checkpoint) -> str:
+    """What a person is told of a run that goes on to more steps. Raises ValueError where its decay would have begun before."""
+    step, begins = found.state["step"], decay_start(config)
+    words = f"This run goes on from {shorter.num_steps} to {config.num_steps} steps, after step {step}"
+    if begins is None:
+        ended, goes_on = learning_rate_at(step - 1, shorter), learning_rate_at(step, config)
+        return (
+            f"{words}. It is not the run that {config.num_steps} steps would have made: the learning rate fell to {ended:.2e}"
+            f" and goes on at {goes_on:.2e}"
+        )
+    if begins < step:
+        nearest = config.num_steps - step
+        raise ValueError(
+            f"decay_steps={config.decay_steps} begins before {found.folder}, from which it goes on; nearest is {nearest}"
+        )
+    return f"{words}, before its decay, bit for bit as if it had been that long; decayed checkpoints stay as step-*.decayed"
 
 
 def _assemble_run(start: Start, given: Given, data, found: Checkpoint | None, teaching: Teaching | None) -> Run:
@@ -217,6 +269,7 @@ def _claim(start: Start, steps_done: int, progress: Progress) -> int | None:
         run_dir.claim_run(config, steps_done)
         lock = run_dir.hold_run(config, 0) if start.lock is None else start.lock
         rewind_metrics(config, steps_done, progress.is_evaluated)
+        run_dir.link_best(config, best_step(config))
         return lock
     except OSError as fault:
         raise ValueError(

@@ -113,6 +113,17 @@ def is_due(steps_done: int, every_steps: int | None, config: TrainingConfig) -> 
     return every_steps is not None and (steps_done % every_steps == 0 or steps_done == config.num_steps)
 
 
+def decay_start(config: TrainingConfig) -> int | None:
+    """After how many steps the decay of "wsd" begins; None for other schedules."""
+    return None if config.decay_steps is None else config.num_steps - config.decay_steps
+
+
+def is_save_due(steps_done: int, config: TrainingConfig) -> bool:
+    """Whether a checkpoint is due: as `save_every_steps` says, and before a decay, so that the run may go on without it."""
+    every = config.save_every_steps
+    return is_due(steps_done, every, config) or (every is not None and steps_done == decay_start(config))
+
+
 def learning_rate_at(step: int, config: TrainingConfig) -> float:
     """The rate of the update after `step` steps are done: linear warm-up, then cosine, linear, or stable and linear decay.
 

@@ -130,13 +130,16 @@ def block_at(path: Path, position: int) -> memoryview:
 
 def lock(descriptor: int) -> bool:
     """Whether an open folder is locked for this process now: nobody else has it, or its file system has no locks."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as fault:
-        return fault.errno in NO_LOCKS
-    return True
+    return _flock(descriptor) in (0, *NO_LOCKS)
+
+
+def lock_words(descriptor: int, folder: Path) -> str | None:
+    """What a person is told where the file system of a folder that `lock` was called for has no locks; else None."""
+    number = _flock(descriptor)
+    if number not in NO_LOCKS:
+        return None
+    why = f"The file system of {folder} has no locks ({os.strerror(number)})"
+    return f"{why}: nothing keeps a second launch out of it, so start one alone, or name a folder on another disk"
 
 
 def hold(folder: Path, words: str) -> int:
@@ -149,6 +152,8 @@ def hold(folder: Path, words: str) -> int:
             while not lock(descriptor):
                 time.sleep(RUN_DIR_POLL_SECONDS)
         if folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat()):
+            if unlocked := lock_words(descriptor, folder):
+                print(unlocked, flush=True)
             return descriptor
         os.close(descriptor)  # The process that had it has removed the folder.
 
@@ -165,6 +170,15 @@ def forget_pages(path: Path) -> None:
     """Drops the file from the page cache, so that the next read comes from the disk."""
     with path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _flock(descriptor: int) -> int:
+    """Tries to lock an open folder for this process: 0, or why not as `errno`."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as fault:
+        return fault.errno or errno.EIO
+    return 0
 
 
 def _faults_of_blocks(folder: Path, blocks: list[Block]) -> dict[Block, str]:
