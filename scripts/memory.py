@@ -1,10 +1,11 @@
-"""What fits: the plan against what there is, refusals, offers, words and the table of `python scripts/memory.py`."""
+"""What fits: the plan against what there is, refusals, offers, words and the tables of `python scripts/memory.py`."""
 
 import errno
 import json
+import math
 import sys
 from bisect import bisect_left
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import torch
 
 from scripts import config as settings
 from scripts.config import ACTIVATION_CHECKPOINTING, GIB, MIB, TrainingConfig
+from scripts.plan.budget import BYTES_A_TOKEN, SOLD_CARDS, TOKENS_A_PARAMETER, WIDTHS, Offer, largest_runs
 from scripts.plan.footprint import Moment, Plan, phases, plan
 from scripts.plan.machine import (
     KERNEL_FILE,
@@ -59,6 +61,10 @@ class _Launch(NamedTuple):
 
     def fits(self, config: TrainingConfig) -> bool:
         return all(need.moment.total <= _room_of(kind, self.room) for kind, need in self.needs(config).items())
+
+    def fits_disk(self, config: TrainingConfig) -> bool:
+        disk = sum(plan(config, self.world_size, self.device_type).disk.values())
+        return self.fits(config) and disk <= self.room.disk
 
 
 def needs(planned: Plan, local_size: int) -> dict[str, Need]:
@@ -219,7 +225,9 @@ def time_words(config: TrainingConfig, world_size: int, local_size: int, device_
 
 
 def main() -> None:
-    """Prints the plans of PRETRAIN and DISTILL for this machine; of DISTILL what is wrong, where its teacher is not there."""
+    """Prints the plans of PRETRAIN and DISTILL for this machine; of DISTILL what is wrong, where its teacher is not there. Then
+    what to train here, and without a GPU what each preset's card would do.
+    """
     with settings.refusing():
         settings.refuse_arguments(sys.argv[1:])
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -233,7 +241,74 @@ def main() -> None:
             except ValueError as refusal:
                 if config is settings.PRETRAIN:
                     raise
-                print(f"{name}: {refusal}")
+                print(f"{name}: {refusal}\n")
+        print(offer_table(settings.PRETRAIN, max(1, torch.cuda.device_count()), device))
+        if device.type == "cpu":
+            print(presets_table())
+
+
+def offer_table(base: TrainingConfig, world_size: int, device: torch.device) -> str:
+    """What to train on this machine, a row for each of BUDGET_HOURS, and each row as it is pasted into scripts/config.py."""
+    card = usable_card(device)
+    if card is not None and base.precision == "bf16" and card.major < 8:
+        base = replace(base, precision="fp16")
+    free, share = room_free(base, device), settings.OFFERED_MEMORY_SHARE
+    room = Room(free.gpu and int(share * free.gpu), int(share * free.host), int(share * free.disk), free.which)
+    launch = _Launch(world_size, world_size, room, device.type)
+    found = largest_runs(base, world_size, device, launch.fits_disk)
+    lines = [
+        f"What to train on this machine: the largest model that fits and has seen {TOKENS_A_PARAMETER} tokens a parameter",
+        "(Hoffmann et al. 2022) in the time, at the measured rates. Batch and learning rate: DeepSeek LLM's (Bi et al. 2024).",
+        "",
+        f"{'':<10}{'parameters':>11}{'tokens':>9}{'text':>9}{'tokens/s':>10}{'GPU':>10}{'host':>10}{'rate':>9}{'batch':>10}{'hours':>7}",
+    ]
+    lines += [f"{name:<10}{_offer_words(offer, world_size, device.type)}" for name, offer in found.items()]
+    lines += ["", "Paste one at the end of scripts/config.py and launch it as it is. With your own text, add corpus=(...).", ""]
+    return "\n".join([*lines, *(pasted(name, offer.config) for name, offer in found.items() if offer)])
+
+
+def pasted(name: str, config: TrainingConfig) -> str:
+    """A configuration as a person pastes it at the end of scripts/config.py; it names its own folders."""
+    folder = name.replace(" ", "-")
+    own = asdict(replace(config, run_dir=f"runs/{folder}", data_dir=f"data/{folder}"))
+    changes = {field: value for field, value in own.items() if value != getattr(settings.PRETRAIN, field)}
+    written = [f"    {as_written({field: value})}," for field, value in changes.items()]
+    return "\n".join([f"# {name}", "PRETRAIN = replace(", "    PRETRAIN,", *written, ")", ""])
+
+
+def presets_table() -> str:
+    """What each preset would do on a card that is sold, from data sheets."""
+    lines = [
+        "No GPU is here. What the presets of scripts/config.py would do on such cards: planned from data sheets, not measured.",
+        "",
+    ]
+    lines += [f"{'':<10}{'':<17}{'parameters':>11}{'tokens/s':>10}{'GPU':>10}{'host':>10}{'days':>7}"]
+    for name, (card, rates) in SOLD_CARDS.items():
+        config = getattr(settings, name)
+        per_second = tokens_per_second(config, 1, 1, "cuda", rates)
+        wanted = needs(plan(config, 1, "cuda"), 1)
+        sizes = "".join(f"{gib(wanted[kind].moment.total):>10}" for kind in (GPU, HOST))
+        days = hours(config, per_second, 0) / 24
+        lines += [f"{name:<10}{card:<17}{_count(config.num_parameters):>11}{per_second:>10,.0f}{sizes}{days:>7,.0f}"]
+    return "\n".join([*lines, ""])
+
+
+def _offer_words(offer: Offer | None, world_size: int, device_type: str) -> str:
+    if offer is None:
+        return f"  no model of width {WIDTHS[0]} or more fits and gets so far"
+    config, wanted = offer.config, needs(plan(offer.config, world_size, device_type), world_size)
+    gpu, host = (gib(wanted[kind].moment.total) if kind in wanted else "-" for kind in (GPU, HOST))
+    counts = (
+        f"{_count(config.num_parameters):>11}{_count(config.num_tokens):>9}{_count(BYTES_A_TOKEN * config.num_tokens) + 'B':>9}"
+    )
+    speed = f"{offer.tokens_per_second:>10,.0f}{gpu:>10}{host:>10}"
+    return f"{counts}{speed}{config.learning_rate:>9.1e}{config.tokens_per_step:>10,}{offer.hours:>7,.1f}"
+
+
+def _count(number: float) -> str:
+    """A count as a person reads it: 4.2 M."""
+    exponent = min(3, int(math.log10(max(number, 1)) // 3))
+    return f"{number / 1000**exponent:,.3g} {' KMG'[exponent]}".strip()
 
 
 def _room_of(kind: str, room: Room) -> int:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = ("config", "model", "plan", "engine", "run", "trainer", "entries")
 ROOMS = {
     "model": {"decoder", "documents", "operations", "losses", "sampling", "activation_offload", "huggingface"},
-    "plan": {"footprint", "machine"},
+    "plan": {"budget", "footprint", "machine"},
     "engine": {"distributed", "watch", "toolchain", "truth_check", "offload", "updates"},
     "run": {"state", "setup", "run_dir", "metrics", "checkpoint", "storage", "evaluate", "teacher"},
 }
@@ -233,6 +233,10 @@ NOT_SETTINGS = {
     "scripts.model.losses": {"IGNORED", "HALF_GRADIENT_SCALE"},
     "scripts.model.sampling": {"LEAST_TEMPERATURE"},
     "scripts.plan.footprint": {"(LABEL_CHUNK_BYTES, LABEL_COPIES)", "(DOCUMENT_BYTES, WINDOW_BYTES)"},
+    "scripts.plan.budget": {
+        "TOKENS_A_PARAMETER", "WIDTHS", "SIZES", "(MOST_ROWS, MOST_MICRO_BATCH_TOKENS)",
+        "(BYTES_A_TOKEN, LONGEST_WARMUP_STEPS)", "SOLD_CARDS",
+    },
     "scripts.plan.machine": {"LARGEST_LIMIT", "BACKWARD_SHARE"},
     "scripts.report": {"(SHOWN_CHARACTERS, SHOWN_NAME_CHARACTERS)", "BEHIND"},
     "scripts.run.teacher": {"LEAST_BLOCK_TOKENS"},

@@ -299,6 +299,8 @@ def test_a_checkpoint_is_weights_masters_and_moments_and_the_disk_holds_one_more
     disk, never = plan(config, 1).disk, plan(replace(config, save_every_steps=None), 1).disk
     saved = disk["checkpoints"] + disk["the checkpoint being written"]
     assert saved == (config.keep_checkpoints + 1) * checkpoint_bytes(config)
+    assert disk["the best one"] == checkpoint_bytes(config) * (config.eval_every_steps is not None)
+    assert disk["the one before the decay"] == checkpoint_bytes(config) * (config.decay_steps is not None)
     assert never["checkpoints"] == never["the checkpoint being written"] == 0
 
 

@@ -443,5 +443,7 @@ def _disk(config: TrainingConfig) -> dict[str, int]:
         "shards of the tokens it reads": num_tokens * token,
         "the teacher's labels": num_tokens * record,
         "checkpoints": config.keep_checkpoints * saved,
+        "the best one": saved * (config.eval_every_steps is not None),
+        "the one before the decay": saved * (config.decay_steps is not None),
         "the checkpoint being written": saved,
     }

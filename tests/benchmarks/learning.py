@@ -15,6 +15,7 @@ import ast
 import json
 import math
 import multiprocessing
+import os
 import statistics
 import sys
 import sysconfig
@@ -71,8 +72,8 @@ DOCUMENTATION_HELD_OUT = 0.12
 # A block of width 1024, with 16 heads, 8 of keys and values, and an MLP of 2816.
 BLOCK = ((1024, 1024), (512, 1024), (512, 1024), (1024, 1024), (2816, 1024), (2816, 1024), (1024, 2816))
 # The host and the link of a desktop, and a card's dense 16-bit products: GB/s of two channels of DDR5-5600 at 0.7, GB/s of PCIe
-# 4.0 x8 at 0.8, and TFLOP/s of a GeForce RTX 4060 (NVIDIA's data sheets). Nothing here was measured on it.
-DESKTOP = {"host_gb_per_s": 62.7, "link_gb_per_s": 12.6, "tflops": 60.0, "name": "GeForce RTX 4060, planned"}
+# 4.0 x8 at 0.8, and TFLOP/s with float32 sums of a GeForce RTX 4060 (NVIDIA's data sheets). Nothing here was measured on it.
+DESKTOP = {"host_gb_per_s": 62.7, "link_gb_per_s": 12.6, "tflops": 30.2, "name": "GeForce RTX 4060, planned"}
 
 
 class Row(NamedTuple):
@@ -152,7 +153,8 @@ def measured(row: Row, folder: Path) -> dict[str, Any]:
 
 def train_row(row: Row, folder: Path, pipe) -> None:
     """One training, ours by `pretrain`, nanochat's by a plain loop; sends its curve."""
-    torch.set_num_threads(1)
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[TEXTS.index(row.text) % len(cores)]})
     as_only_rank()
     config = config_of(row, folder)
     if row.contender == NANOCHAT:
