@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SAVE_EVERY, STEPS, TORCHRUN, Planted, expect_success, launch, metrics, tiny_config
+from conftest import SAVE_EVERY, STEPS, TORCHRUN, Planted, expect_success, held_out, launch, metrics, tiny_config
+from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -23,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ds.tokenizer import load
 from scripts.config import TrainingConfig
 from scripts.model.decoder import empty_model, initialise
-from scripts.model.huggingface import described_config, load_weights, tensor_shapes, transformers_config
+from scripts.model.huggingface import described_config, load_weights, model_card, tensor_shapes, transformers_config
 from scripts.run import checkpoint, run_dir, storage
 from scripts.run import metrics as log
 from scripts.run.storage import HASH_BYTES
@@ -71,8 +72,35 @@ def test_a_checkpoint_holds_no_pickle_and_only_named_files(finished_run):
     names = {path.relative_to(newest_folder(finished_run)).as_posix() for path in newest_folder(finished_run).rglob("*.*")}
     assert names == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "training/state.json", "training/manifest.json", "training/optimizer-00000-of-00001.safetensors",
+        "training/state.json", "training/manifest.json", "training/optimizer-00000-of-00001.safetensors", "README.md",
     }  # fmt: skip
+
+
+def test_a_checkpoint_describes_itself_and_a_person_may_write_into_that(copied_run):
+    card, evaluated = newest_folder(copied_run) / "README.md", held_out(copied_run)[-1]
+    text = card.read_text()
+    assert ModelCard.load(card).data.to_dict() == {
+        "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["tightfit"],
+    }  # fmt: skip
+    for words in (
+        f"{copied_run.num_parameters:,} parameters",
+        f"{evaluated[1]:.4f} nats",
+        f"{copied_run.num_tokens:,} in 8 of 8",
+    ):
+        assert words in text
+    assert copied_run.corpus[0] in text and "Chat template: it has none." in text
+    card.write_text(text + "more")
+    assert checkpoint.find_fault(newest_folder(copied_run)) is None
+    licensed = model_card(replace(copied_run, model_license="apache-2.0"), 8, None)
+    assert ModelCard(licensed).data.to_dict()["license"] == "apache-2.0" and "not evaluated" in licensed
+
+
+def test_a_damaged_line_of_the_log_ends_no_save(copied_run):
+    good = [row[:2] for row in held_out(copied_run)]
+    with run_dir.metrics_path(copied_run).open("a") as file:
+        file.write('{"kind": "eval", "step"\n{"kind": "eval", "step": "x", "val_loss": 1.0}\n[1, "eval"]\n')
+    assert [(line["step"], line["val_loss"]) for line in log.evaluations(copied_run)] == good
+    assert log.best_step(copied_run) == min(good[1:], key=lambda row: row[1])[0]
 
 
 def test_the_optimizer_state_is_split_over_ranks_and_whole_together(finished_runs):

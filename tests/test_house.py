@@ -228,7 +228,7 @@ NOT_SETTINGS = {
     },
     "ds.pieces": {"PIECE_BYTES", "BATCH_TOKENS", "COUNTED_BYTES", "COMPARED_DOCUMENTS", "LENGTH_CLASSES"},
     "ds.loader": {"NUM_ROUNDS", "SCAN_TOKENS", "PERMUTED_ROWS", "REMEMBERED_COUNTS"},
-    "scripts.model.huggingface": {"LARGEST_JSON_BYTES"},
+    "scripts.model.huggingface": {"LARGEST_JSON_BYTES", "LARGEST_TEMPLATE_BYTES"},
     "scripts.model.documents": {"TILE_ROWS"},
     "scripts.model.losses": {"IGNORED", "HALF_GRADIENT_SCALE"},
     "scripts.model.sampling": {"LEAST_TEMPERATURE"},

@@ -22,6 +22,7 @@ from scripts.model.huggingface import (
     architecture_fields,
     described_config,
     load_weights,
+    model_card,
     teacher_config,
     tensor_shapes,
     transformers_config,
@@ -222,6 +223,25 @@ def test_the_exported_tokenizer_gives_a_text_the_ids_of_its_document_in_the_shar
     assert {ids[0] for ids in documents} == {599} if begins else 599 not in {ids[0] for ids in documents}
     for each in (theirs, AutoConfig.from_pretrained(folder)):
         assert (each.bos_token_id, each.eos_token_id) == (599 if begins else data.end_of_text_id, data.end_of_text_id)
+
+
+TEMPLATE = "{% for message in messages %}<|im_start|>{{ message.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+@pytest.mark.parametrize("field", ["teacher_dir", "init_from", "tokenizer_path"])
+def test_a_chat_template_is_kept_from_where_the_tokenizer_comes(tmp_path, place, field):
+    data, source, folder = prepared(tmp_path, "gpt2"), tmp_path / "source", tmp_path / "model"
+    for made in (source, folder):
+        made.mkdir()
+    (source / place).write_text(TEMPLATE if place.endswith("jinja") else json.dumps({"chat_template": TEMPLATE}))
+    config = replace(TINY, vocab_size=SIZES["gpt2"], **{field: str(source)})
+    for file, text in model_texts(config, data.tokenizer_json, data.end_of_text_id).items():
+        (folder / file).write_text(text)
+    assert AutoTokenizer.from_pretrained(folder).chat_template == TEMPLATE
+    assert "is kept" in model_card(config, 1, None) and "it has none" in model_card(TINY, 1, None)
+    (source / place).write_text("x" * 2**19)
+    assert "it has none" in model_card(config, 1, None)
 
 
 def test_data_from_before_begin_of_text_opens_as_it_was_made_whatever_its_template_says(tmp_path):

@@ -29,7 +29,35 @@ ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_p
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 READABLE_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()} | {"F64": torch.float64}
 LARGEST_JSON_BYTES = 2**26
+LARGEST_TEMPLATE_BYTES = 2**18
 CODE_ENDINGS = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", "model.safetensors.index.json")
+
+CARD = """---
+{licence}library_name: transformers
+pipeline_tag: text-generation
+tags:
+- tightfit
+---
+
+# {name}
+
+A base model: it continues text, and was not trained to follow instructions. Chat template: {template}.
+
+| | |
+|---|---|
+{rows}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+ids = tokenizer("def", return_tensors="pt")
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=100)[0]))
+```
+
+`training/` holds the state from which the training continues. Nothing else needs it, and it may be left out of a copy.
+"""
 
 
 class Stored(NamedTuple):
@@ -57,11 +85,56 @@ def transformers_config(config: TrainingConfig, end_of_text_id: int) -> dict:
 
 def tokenizer_config(config: TrainingConfig, tokenizer_json: str, end_of_text_id: int) -> dict:
     """The contents of transformers' tokenizer_config.json for the tokenizer that `tokenizer_json` describes."""
-    content = {token["id"]: token["content"] for token in json.loads(tokenizer_json)["added_tokens"]}
+    content, template = (
+        {token["id"]: token["content"] for token in json.loads(tokenizer_json)["added_tokens"]},
+        chat_template(config),
+    )
     return {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": content[first_id(tokenizer_json, end_of_text_id)],
         "eos_token": content[end_of_text_id], "clean_up_tokenization_spaces": False, "model_max_length": config.context_length,
-    }  # fmt: skip
+    } | ({} if template is None else {"chat_template": template})  # fmt: skip
+
+
+def chat_template(config: TrainingConfig) -> str | None:
+    """The chat template that comes with what the model began with, learns from, or has its tokenizer from; None without any
+    that can be read.
+    """
+    for name in filter(None, (config.init_from, config.teacher_dir, config.tokenizer_path)):
+        folder = Path(name) if Path(name).is_dir() else Path(name).parent
+        written, described = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+        if written.is_file() and written.stat().st_size <= LARGEST_TEMPLATE_BYTES:
+            return written.read_text(errors="replace")
+        try:
+            found = read_json(described).get("chat_template") if described.is_file() else None
+        except (OSError, ValueError):
+            continue
+        if isinstance(found, str) and len(found.encode()) <= LARGEST_TEMPLATE_BYTES:
+            return found
+    return None
+
+
+def model_card(config: TrainingConfig, step: int, held_out: dict | None) -> str:
+    """A checkpoint's README.md, as hubs read it: what the model is, what it was trained on and how to load it. `held_out` is
+    the record of its last evaluation, if there was any.
+    """
+    kind, tokens = "Qwen3" if config.qk_norm else "Llama", config.tokens_before(step)
+    licence = f"license: {json.dumps(config.model_license)}\n" if config.model_license else ""
+    loss, (nats, bits) = "not evaluated", ((held_out or {}).get(name) for name in ("val_loss", "val_bits_per_byte"))
+    if held_out is not None and nats is not None:
+        loss = f"{nats:.4f} nats per token, {bits:.4f} bits per byte (after {held_out['step']:,} steps)"
+    told = {
+        "Model": f"{kind}, {config.num_parameters:,} parameters, {config.num_layers} blocks of width {config.hidden_size}",
+        "Context": f"{config.context_length:,} tokens of a vocabulary of {config.vocab_size:,}",
+        "Trained on": ", ".join(f"`{name}`" for name in config.corpus),
+        "Tokens read": f"{tokens:,} in {step:,} of {config.num_steps:,} steps",
+        "Began with": config.init_from and f"`{config.init_from}`",
+        "Teacher": config.teacher_dir and f"`{config.teacher_dir}`",
+        "Held-out loss": loss,
+        "Licence": config.model_license or "not stated: `model_license` in the configuration names one",
+    }
+    template = "it has none" if chat_template(config) is None else "that of its teacher or its tokenizer is kept"
+    rows = "\n".join(f"| {name} | {text} |" for name, text in told.items() if text)
+    return CARD.format(licence=licence, name=Path(config.run_dir).name, rows=rows, template=template, dtype=config.precision)
 
 
 def first_id(tokenizer_json: str, end_of_text_id: int) -> int:

@@ -26,6 +26,7 @@ from scripts.model.decoder import Decoder
 from scripts.model.huggingface import (
     CODE_ENDINGS,
     first_id,
+    model_card,
     read_into,
     read_json,
     tensors_in,
@@ -33,7 +34,7 @@ from scripts.model.huggingface import (
     transformers_config,
 )
 from scripts.plan.footprint import checkpoint_bytes
-from scripts.run.metrics import best_step, read_metrics, sync_metrics
+from scripts.run.metrics import best_step, evaluations, read_metrics, sync_metrics
 from scripts.run.run_dir import FOLDERS, checkpoint_folders, checkpoints_dir, config_record, link_best, metrics_path
 from scripts.run.state import decay_start
 from scripts.run.storage import DIGEST_BYTES, HASH_BYTES, FileRecord, find_changed, forget_pages, write_safetensors, write_text
@@ -43,6 +44,8 @@ TEXTS_BYTES = 2**20
 LARGEST_STEP = 10**8 - 1
 MANIFEST = "training/manifest.json"
 STATE = "training/state.json"
+# Not in the manifest: a person may write into it.
+CARD = "README.md"
 
 
 class Checkpoint(NamedTuple):
@@ -328,6 +331,7 @@ def _write_files(draft: Path, engine, config: TrainingConfig, texts: dict[str, s
         "loss_scaler": offload.loss_scaler_state(engine),
     }
     state = {**progress, "format": FORMAT, "config": config_record(config), "optimizer": optimizer}
+    write_text(draft / CARD, model_card(config, progress["step"], next(reversed(evaluations(config)), None)))
     records |= write_model(draft, engine.module, texts)
     return records | {STATE: write_text(draft / STATE, json.dumps(state, indent=2) + "\n")}
 

@@ -75,12 +75,23 @@ def unsaved_steps(config: TrainingConfig) -> int:
     return max(0, max((record["step"] for record in read_metrics(config)), default=0) - newest)
 
 
+def evaluations(config: TrainingConfig) -> list[dict]:
+    """The evaluations in metrics.jsonl that have a loss. A damaged line is none of them: a save must not end for it."""
+    path, found = run_dir.metrics_path(config), []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            record = parse_json(line.encode(), "") if '"eval"' in line else {}
+        except ValueError:
+            continue
+        if record.get("kind") == "eval" and isinstance(record.get("step"), int) and record.get("val_loss") is not None:
+            found.append(record)
+    return found
+
+
 def best_step(config: TrainingConfig) -> int | None:
     """The step of the checkpoint whose evaluation in metrics.jsonl has the least held-out loss; None without any."""
-    saved, losses = run_dir.checkpoint_folders(config), {}
-    for record in read_metrics(config):
-        if record.get("val_loss") is not None and record["kind"] == "eval" and record["step"] in saved:
-            losses[record["step"]] = record["val_loss"]
+    saved = run_dir.checkpoint_folders(config)
+    losses = {record["step"]: record["val_loss"] for record in evaluations(config) if record["step"] in saved}
     return min(losses, key=losses.__getitem__, default=None)
 
 
