@@ -237,7 +237,7 @@ NOT_SETTINGS = {
         "TOKENS_A_PARAMETER", "WIDTHS", "SIZES", "(MOST_ROWS, MOST_MICRO_BATCH_TOKENS)",
         "(BYTES_A_TOKEN, LONGEST_WARMUP_STEPS)", "SOLD_CARDS",
     },
-    "scripts.plan.machine": {"LARGEST_LIMIT", "BACKWARD_SHARE"},
+    "scripts.plan.machine": {"LARGEST_LIMIT", "BACKWARD_SHARE", "NOTABLE_SWAP_BYTES"},
     "scripts.report": {"(SHOWN_CHARACTERS, SHOWN_NAME_CHARACTERS)", "BEHIND"},
     "scripts.run.teacher": {"LEAST_BLOCK_TOKENS"},
     "scripts.memory": {"NAME_COLUMNS", "NUMBER_COLUMNS"},

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from scripts.config import PRETRAIN
 from scripts.engine.updates import orthogonalise
 from scripts.model.decoder import empty_model, parameter_groups
+from scripts.plan import machine
 from scripts.plan.machine import (
     Card,
     GroupLimit,
@@ -299,3 +300,30 @@ def test_a_rank_is_judged_by_its_own_card_and_torchs_many_lines_about_it_are_lef
     refuse_on_this_device(replace(PRETRAIN, precision="bf16"), torch.device("cuda", 0))
     with pytest.raises(ValueError, match="^GTX 1080 has compute capability 6.1 "):
         refuse_on_this_device(replace(PRETRAIN, precision="bf16"), torch.device("cuda", 1))
+
+
+def test_a_card_that_torch_does_not_see_is_told_with_the_remedy(tmp_path):
+    """A card is what says so to the kernel; its sound device is none."""
+    for name, vendor, kind in (("a", "0x10de", "0x040300"), ("b", "0x8086", "0x030000")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vendor").write_text(vendor + "\n")
+        (tmp_path / name / "class").write_text(kind + "\n")
+    assert not machine.has_nvidia_card(str(tmp_path)) and not machine.has_nvidia_card(str(tmp_path / "absent"))
+    (tmp_path / "a" / "class").write_text("0x030200\n")
+    assert machine.has_nvidia_card(str(tmp_path))
+    driver = tmp_path / "version"
+    without, unloaded = (machine.unused_card_words(cuda, str(driver)) for cuda in (None, "13.0"))
+    driver.write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.256.02  Thu May 2 14:37:44 UTC 2024\nGCC version: 12"
+    )
+    old = machine.unused_card_words("13.0", str(driver))
+    assert "built without CUDA; pip install" in without and "ubuntu-drivers install" in unloaded
+    assert "its driver 470.256.02 does not run CUDA 13.0" in old and "newer driver, or pip install" in old
+    assert all("\n" not in words and words.count("goes on the CPU") == 1 for words in (without, unloaded, old))
+
+
+@given(st.integers(0, 2**36), st.integers(0, 2**36))
+def test_swap_in_use_is_told_from_a_gibibyte_on(total, free):
+    words = machine.swap_words({"SwapTotal": total, "SwapFree": min(free, total)})
+    assert (words is None) == (total - min(free, total) < 2**30) and (words is None or "sudo swapoff -a" in words)
+    assert machine.swap_words({}) is None

@@ -134,6 +134,11 @@ def join(config: TrainingConfig, ranks: Ranks) -> None:
     offload.forget_shared_memory(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], ranks.rank)
 
 
+def hides_cards() -> bool:
+    """Whether cards of this machine are hidden from this process on purpose."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles")
+
+
 def refuse_shared_cards(cards: list[str]) -> None:
     """Raises ValueError where two ranks have the same card, each rank's by machine and UUID: NCCL cannot share one."""
     for rank, card in enumerate(cards):

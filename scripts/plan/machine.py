@@ -23,6 +23,9 @@ KERNEL_FILE = "/proc/sys/kernel/osrelease"
 PINNED_SIZES = ("pinned_max_cached_size_mb", "pinned_max_round_threshold_mb")
 LARGEST_LIMIT = 2**60
 BACKWARD_SHARE = 2 / 3
+PCI_DEVICES, DRIVER_FILE = "/sys/bus/pci/devices", "/proc/driver/nvidia/version"
+NVIDIA, DISPLAY = "0x10de", "0x03"
+NOTABLE_SWAP_BYTES = 2**30
 TORCH_OF_OLD_CARDS, TORCH_OF_NEW_CARDS = "https://download.pytorch.org/whl/cu126", "https://pytorch.org/get-started/locally"
 
 
@@ -116,6 +119,40 @@ def usable_card(device: torch.device) -> Card | None:
     card = Card(found.name, found.major, found.minor)
     refuse_card(card, torch.cuda.get_arch_list())
     return card
+
+
+def has_nvidia_card(pci_devices: str) -> bool:
+    """Whether a folder like /sys/bus/pci/devices lists an NVIDIA card, whether its driver is there or not."""
+
+    def holds(device: Path, name: str, beginning: str) -> bool:
+        return (device / name).is_file() and (device / name).read_text().startswith(beginning)
+
+    devices = sorted(Path(pci_devices).glob("*"))
+    return any(holds(device, "vendor", NVIDIA) and holds(device, "class", DISPLAY) for device in devices)
+
+
+def unused_card_words(torch_cuda: str | None, driver_file: str) -> str:
+    """Why torch sees no card in a machine that has one, and the remedy. `torch_cuda` is the CUDA that torch is built for, None
+    for none; `driver_file` is where a loaded driver says its version.
+    """
+    path, has = Path(driver_file), "This machine has an NVIDIA card, and training goes on the CPU:"
+    if torch_cuda is None:
+        return f"{has} this torch is built without CUDA; pip install --force-reinstall torch --index-url {TORCH_OF_OLD_CARDS}"
+    if not path.is_file():
+        return f"{has} its driver is not loaded; sudo ubuntu-drivers install, or your system's package of it, and restart"
+    found = re.search(r"\b\d{3,}\.[\d.]+", path.read_text())
+    driver = f"its driver {found[0]}" if found else "its driver"
+    older = f"pip install --force-reinstall torch --index-url {TORCH_OF_OLD_CARDS}"
+    return f"{has} {driver} does not run CUDA {torch_cuda}, for which torch is built; install a newer driver, or {older}"
+
+
+def swap_words(memory: dict[str, int]) -> str | None:
+    """What a person is told where much of what programs hold lies on the disk, as /proc/meminfo counts it in bytes."""
+    used = memory.get("SwapTotal", 0) - memory.get("SwapFree", 0)
+    if used < NOTABLE_SWAP_BYTES:
+        return None
+    gib = f"{used / settings.GIB:.1f} GiB of swap are in use"
+    return f"{gib}: steps become many times slower if the training is moved there; close programs, then: sudo swapoff -a"
 
 
 def refuse_on_this_device(config: TrainingConfig, device: torch.device) -> None:

@@ -30,6 +30,7 @@ from scripts.engine.distributed import Ranks, device_of, in_turn, largest, say, 
 from scripts.model.activation_offload import storage_bytes
 from scripts.model.decoder import Decoder, empty_model, initialise
 from scripts.model.huggingface import load_weights
+from scripts.plan import machine
 from scripts.plan.machine import peak_bytes, refuse_on_this_device, room_free, room_in_all
 from scripts.run import run_dir
 from scripts.run.checkpoint import Checkpoint, Saved, load_state, newest_verified, room_for
@@ -71,6 +72,7 @@ def set_up(config: TrainingConfig, given: Given) -> Run | None:
     watching = watch.Watch(ranks.rank, ranks.local_rank, ranks.num_launchers, config.silent_rank_seconds)
     with ending_out_of_memory(config, ranks), watching.before_training(), ExitStack() as on_failure:
         teacher = distributed.together_before_joining(lambda: _refuse_alone(config, ranks), config, ranks)
+        _say_what_slows(ranks)
         say(ranks, "Starting DeepSpeed. Its first start on a machine compiles the CPU Adam, which takes a minute or two.")
         with _compiling(config, ranks):
             distributed.join(config, ranks)
@@ -164,6 +166,15 @@ def _refuse_alone(config: TrainingConfig, ranks: Ranks) -> Teacher | None:
     teacher = find_teacher(config)
     _refuse_too_large(config, ranks, room_in_all)
     return teacher
+
+
+def _say_what_slows(ranks: Ranks) -> None:
+    """A line for a card that torch cannot use, and one for swap in use."""
+    words = [machine.swap_words(machine.proc_bytes("/proc/meminfo"))]
+    if not torch.cuda.is_available() and not distributed.hides_cards() and machine.has_nvidia_card(machine.PCI_DEVICES):
+        words.append(machine.unused_card_words(torch.version.cuda, machine.DRIVER_FILE))
+    for line in filter(None, words):
+        say(ranks, line)
 
 
 def _refuse_too_large(config: TrainingConfig, ranks: Ranks, look: Callable) -> None:
