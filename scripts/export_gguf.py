@@ -60,8 +60,8 @@ def export(config: TrainingConfig) -> Path:
     not at all.
 
     Raises:
-        ValueError: the package gguf is not there, the run has no checkpoint, llama.cpp would split text otherwise than the
-            tokenizer does, or the disk is too full.
+        ValueError: the package gguf is not there, the run has no checkpoint, llama.cpp does not compute such a model or would
+            split text otherwise than the tokenizer does, or the disk is too full.
     """
     _refuse_missing_library()
     found, _ = newest_verified(config)
@@ -203,6 +203,10 @@ def _rotary_scales(model: TrainingConfig) -> list[Tensor]:
     """What llama.cpp divides each rotary frequency by, (K / 2,) float32; none where they are not scaled."""
     if model.rope_scaling is None:
         return []
+    if model.qk_norm:
+        raise ValueError(
+            f"rope_scaling={model.rope_scaling} is not read by llama.cpp in a Qwen3; a Llama has it: qk_norm=False"
+        )
     plain, scaled = (rotary_frequencies(each, torch.device("cpu")) for each in (replace(model, rope_scaling=None), model))
     return [plain / scaled]
 
