@@ -11,7 +11,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
@@ -46,7 +46,7 @@ class Exported(NamedTuple):
     checkpoint: Path
     file: Path
 
-    def opened(self, kind: type):
+    def opened(self, kind: Any):
         """The file as transformers reads it."""
         words = {"dtype": torch.float32} if kind is AutoModelForCausalLM else {}
         return kind.from_pretrained(self.file.parent, gguf_file=self.file.name, **words)
