@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from test_decoder import CPU, TINY, configs, fresh, logits_of, some_ids
-from test_tokenizer import BYTE_LEVEL, PUBLISHED, SMOLLM_LACKS, placed
 from test_generate import chain
 from test_generate import written as saved
+from test_tokenizer import BYTE_LEVEL, PUBLISHED, SMOLLM_LACKS, placed
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
