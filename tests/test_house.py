@@ -18,13 +18,14 @@ ROOMS = {
     "run": {"state", "setup", "run_dir", "metrics", "checkpoint", "storage", "evaluate", "teacher"},
 }
 FOLDERS = tuple(ROOMS)
-ENTRIES = ("train_pretrain", "train_distill", "prepare_data", "generate")
+ENTRIES = ("train_pretrain", "train_distill", "prepare_data", "generate", "export_gguf")
 BESIDE = {"memory": "plan", "report": "plan"}
 ENTRIES_IMPORT = {
     "scripts.train_pretrain": {"scripts.trainer", "scripts.prepare_data", "scripts.run.state", "scripts.engine.distributed"},
     "scripts.train_distill": {"scripts.trainer", "scripts.prepare_data", "scripts.run.state", "scripts.engine.distributed"},
     "scripts.prepare_data": {"scripts.run.storage", "scripts.plan.machine", "scripts.engine.distributed", "scripts.report"},
     "scripts.generate": {"scripts.run.checkpoint", "scripts.plan.machine"},
+    "scripts.export_gguf": {"scripts.run.checkpoint", "scripts.run.run_dir", "scripts.run.storage"},
 }
 WITHIN = {
     "ds.files": set(),
@@ -41,8 +42,9 @@ MAY_KNOW = {
     "sys.argv": {f"scripts.{name}" for name in (*ENTRIES, "memory")},
     "matplotlib": {"scripts.report"},
     "safetensors": {"scripts.model.huggingface"},
-    "tokenizers": {"ds.tokenizer", "ds.encoder", "scripts.prepare_data", "scripts.generate"},
+    "tokenizers": {"ds.tokenizer", "ds.encoder", "scripts.prepare_data", "scripts.generate", "scripts.export_gguf"},
     "tiktoken": {"ds.encoder"},
+    "gguf": {"scripts.export_gguf"},
     "np.memmap": {"ds.shards"},
     "transformers": set(),
 }

@@ -1,7 +1,10 @@
 """Laws of scripts/model/huggingface.py: transformers' own numbers both ways, and nothing that is not computed exactly."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,9 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from test_decoder import CPU, TINY, configs, fresh, logits_of, some_ids
+from test_generate import chain
+from test_generate import written as saved
 from test_tokenizer import BYTE_LEVEL, PUBLISHED, SMOLLM_LACKS, placed
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from scripts.config import DISTILL, PRETRAIN
 from scripts.model.decoder import Decoder, empty_model
@@ -274,3 +279,49 @@ def test_a_teachers_end_of_text_that_only_the_configuration_names_is_known_again
         data.refuse_other_tokenizer(
             placed(tmp_path, "deepseek", PUBLISHED["deepseek"] | {"pre_tokenizer": BYTE_LEVEL}), "teacher_dir"
         )
+
+
+def test_a_pipeline_of_transformers_speaks(tmp_path):
+    speak = pipeline("text-generation", model=str(saved(tmp_path / "model", chain(b"abc.de"))))
+    (made,) = speak("a", do_sample=False, max_new_tokens=20)
+    assert made["generated_text"] == "abc.de"
+
+
+TASK = """task: goes_on
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {questions}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{start}}}}"
+doc_to_choice: "{{{{ends}}}}"
+doc_to_target: right
+target_delimiter: ""
+metric_list:
+  - metric: acc
+"""
+QUESTIONS = [("a", ["bc", "cb"], 0), ("ab", ["c.", "dd"], 0), ("xc", ["de", ".d"], 1), ("c", [".", ":"], 1)]
+
+
+@pytest.mark.slow
+def test_the_harness_runs_a_local_task_offline_and_counts_what_the_model_knows(tmp_path):
+    """The model says "abc.de": it has three of the four answers."""
+    pytest.importorskip("lm_eval", reason='lm-evaluation-harness is not installed: pip install -e ".[bench]"')
+    folder = saved(tmp_path / "model", chain(b"abc.de"))
+    rows = [dict(zip(("start", "ends", "right"), question, strict=True)) for question in QUESTIONS]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "goes_on.yaml").write_text(TASK.format(questions=tmp_path / "questions.jsonl"))
+    words = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={folder},dtype=float32"]
+    words += ["--tasks", "goes_on", "--include_path", str(tmp_path), "--output_path", str(tmp_path / "results")]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        [*words, "--device", "cpu", "--batch_size", "1"],
+        env=os.environ | offline,
+        cwd=tmp_path,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    (found,) = (tmp_path / "results").rglob("results*.json")
+    assert json.loads(found.read_text())["results"]["goes_on"]["acc,none"] == 0.75

@@ -180,13 +180,16 @@ def parameter_groups(model: Decoder, weight_decay: float) -> list[dict]:
 
 def rotary_table(config: TrainingConfig, start: int, stop: int, device: torch.device) -> Tensor:
     """Cosines and sines (2, T, K / 2) float32 of the positions from `start` to before `stop` (Su et al. 2021, RoFormer)."""
-    half = torch.arange(0, config.head_width, 2, device=device, dtype=torch.float32) / config.head_width
     positions = torch.arange(start, stop, device=device, dtype=torch.float32)
-    frequencies = 1.0 / config.rope_theta**half
-    if config.rope_scaling is not None:
-        frequencies = _scaled(frequencies, *config.rope_scaling)
-    angles = torch.outer(positions, frequencies)
+    angles = torch.outer(positions, rotary_frequencies(config, device))
     return torch.stack((angles.cos(), angles.sin()))
+
+
+def rotary_frequencies(config: TrainingConfig, device: torch.device) -> Tensor:
+    """Radians that each pair of features turns by from one position to the next: (K / 2,) float32."""
+    half = torch.arange(0, config.head_width, 2, device=device, dtype=torch.float32) / config.head_width
+    frequencies = 1.0 / config.rope_theta**half
+    return frequencies if config.rope_scaling is None else _scaled(frequencies, *config.rope_scaling)
 
 
 def _scaled(frequencies: Tensor, factor: float, low: float, high: float, original_length: float) -> Tensor:

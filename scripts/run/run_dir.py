@@ -136,6 +136,12 @@ def tensorboard_dir(config: TrainingConfig) -> Path:
     return Path(config.run_dir) / "tensorboard"
 
 
+def gguf_path(config: TrainingConfig, checkpoint: str) -> Path:
+    """Where the GGUF of the checkpoint of that name stands, such as pretrain-step-00000500-bf16.gguf."""
+    run_dir = Path(config.run_dir)
+    return run_dir / f"{run_dir.absolute().name}-{checkpoint}-{config.gguf_precision}.gguf"
+
+
 def newest_folder(config: TrainingConfig) -> Path | None:
     """The newest checkpoint's folder, verified or not."""
     return max(checkpoint_folders(config).items(), default=(0, None))[1]
