@@ -24,7 +24,7 @@ ENTRIES_IMPORT = {
     "scripts.train_pretrain": {"scripts.trainer", "scripts.prepare_data", "scripts.run.state", "scripts.engine.distributed"},
     "scripts.train_distill": {"scripts.trainer", "scripts.prepare_data", "scripts.run.state", "scripts.engine.distributed"},
     "scripts.prepare_data": {"scripts.run.storage", "scripts.plan.machine", "scripts.engine.distributed", "scripts.report"},
-    "scripts.generate": {"scripts.run.checkpoint", "scripts.plan.machine"},
+    "scripts.generate": {"scripts.run.checkpoint", "scripts.run.run_dir", "scripts.plan.machine", "scripts.report"},
 }
 WITHIN = {
     "ds.files": set(),
@@ -43,6 +43,7 @@ MAY_KNOW = {
     "safetensors": {"scripts.model.huggingface"},
     "tokenizers": {"ds.tokenizer", "ds.encoder", "scripts.prepare_data", "scripts.generate"},
     "tiktoken": {"ds.encoder"},
+    "prompt_toolkit": {"scripts.generate"},
     "np.memmap": {"ds.shards"},
     "transformers": set(),
 }
@@ -54,7 +55,6 @@ NEVER_CALLED = {"eval", "exec", "compile", "__import__", "input", "breakpoint"}
 NEVER_SPELLED = {"torch.load", "torch.save", "np.load", "numpy.load", "os.getenv", "os.putenv", "os.system"}
 TEMPERATURE_ROOMS = {"scripts.config", "scripts.model.losses", "scripts.model.sampling", "scripts.generate"}
 PASSED_ON = {
-    "scripts.run.evaluate": {"sample_temperature", "temperature"},
     "scripts.run.teacher": {"distill_temperature"},
     "scripts.train_distill": {"distill_temperature", "temperature"},
 }

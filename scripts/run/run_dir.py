@@ -101,6 +101,11 @@ def newest_folder(config: TrainingConfig) -> Path | None:
     return max(checkpoint_folders(config).items(), default=(0, None))[1]
 
 
+def best_link(config: TrainingConfig) -> Path:
+    """The run's link to the checkpoint with the best held-out loss."""
+    return Path(config.run_dir) / "best"
+
+
 def same_without_teacher(config: TrainingConfig) -> TrainingConfig | None:
     """The configuration of a run beside run_dir that is the same without a teacher, or None; MOVABLE_FIELDS may differ."""
     alone, run_dir = replace(config, teacher_dir=None, teacher_top_k=None), Path(config.run_dir)
