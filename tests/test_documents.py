@@ -15,7 +15,7 @@ from scripts.model.decoder import Decoder, empty_model
 from scripts.model.documents import Windows, documents_of, windows_of
 from scripts.model.huggingface import transformers_config
 from scripts.model.losses import next_token, next_token_loss
-from scripts.model.sampling import continue_ids
+from scripts.model.sampling import Sampling, continue_ids
 
 ROWS, POSITIONS = 3, 24
 # Begins before the window and ends behind it; a single token at either end and in the middle; a whole row.
@@ -153,7 +153,8 @@ def test_generation_and_export_know_no_documents():
     masked = replace(TINY, mask_across_documents=True)
     assert transformers_config(masked, 256) == transformers_config(TINY, 256)
     texts = [
-        list(continue_ids(fresh(config), torch.arange(20), 30, temperature=0.9, top_k=9, seed=0)) for config in (masked, TINY)
+        list(continue_ids(fresh(config), torch.arange(20), 30, sampling=Sampling(0.9, 9, 1.0, 1.0), seed=0))
+        for config in (masked, TINY)
     ]
     assert texts[0] == texts[1]
 

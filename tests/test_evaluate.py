@@ -1,6 +1,7 @@
 """Laws of scripts/run/evaluate.py: the numbers of an independent computation, whatever the batches."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -10,13 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ds import shards
 from ds import tokenizer as bpe
 from ds.encoder import encode, plain_encoder
 from scripts.config import TrainingConfig
 from scripts.model.decoder import empty_model, initialise
 from scripts.model.documents import Windows
 from scripts.model.huggingface import transformers_config
-from scripts.run.evaluate import evaluate, is_spike
+from scripts.model.sampling import Sampling, continue_ids
+from scripts.prepare_data import Data
+from scripts.run.evaluate import evaluate, is_spike, sample_text
 
 CONTEXT = 8
 TEXT = bpe.train([b"one two three four five " * 9], 262)
@@ -88,3 +92,18 @@ def test_a_spike_is_sigmas_above_the_mean_of_half_a_window_or_more(before, loss)
     window = before[-15:]
     expected = len(window) >= 8 and loss > np.mean(window) + 6 * np.std(window, ddof=1)
     assert is_spike(loss, tuple(before), config) == bool(expected)
+
+
+def test_a_sample_is_drawn_as_the_configuration_says_and_ends_before_its_stop_text(model):
+    data = Data({}, shards.TokenStream((), ""), None, TEXT, "")
+    config = replace(
+        model.config, sample_prompt="one", sample_tokens=40, sample_temperature=3.0, sample_top_k=200, sample_top_p=0.8,
+        sample_repetition_penalty=1.4,
+    )  # fmt: skip
+    ids = continue_ids(model, torch.tensor(data.encode("one")), 40, sampling=Sampling(3.0, 200, 0.8, 1.4), seed=3)
+    whole = sample_text(config, model, data, 3)
+    assert whole == "one" + data.decode(list(ids))
+    changes = {"sample_temperature": 0.5, "sample_top_k": 3, "sample_top_p": 0.1, "sample_repetition_penalty": 9.0}
+    assert all(sample_text(replace(config, **{name: value}), model, data, 3) != whole for name, value in changes.items())
+    stop = next(each for each in whole[10:] if each.isascii())
+    assert sample_text(replace(config, sample_stop=(stop,)), model, data, 3) == "one" + whole[3:].split(stop)[0]

@@ -23,7 +23,7 @@ from scripts.model.decoder import empty_model, initialise
 from scripts.model.documents import Windows
 from scripts.model.huggingface import transformers_config
 from scripts.model.losses import token_nats
-from scripts.model.sampling import continue_ids, new_cache
+from scripts.model.sampling import Sampling, continue_ids, new_cache
 from scripts.plan.footprint import Moment
 from scripts.prepare_data import prepare
 from scripts.run.evaluate import evaluate
@@ -90,7 +90,7 @@ def test_logits_are_never_whole_in_evaluation_and_sampling():
     windows, num_bytes = torch.zeros(4, 129, dtype=torch.int64), torch.ones(8192)
     evaluated = peak_of(lambda: evaluate(model, [Windows(windows)], num_bytes, config.loss_chunk_rows), [])
     prompt = torch.arange(128)
-    sampled = peak_of(lambda: list(continue_ids(model, prompt, 3, temperature=0.0, top_k=1, seed=0)), [])
+    sampled = peak_of(lambda: list(continue_ids(model, prompt, 3, sampling=Sampling(0.0, 1, 1.0, 1.0), seed=0)), [])
     weights = 2 * config.vocab_size * config.hidden_size
     assert evaluated.largest_bytes < 512 * config.vocab_size
     assert sampled.largest_bytes <= max(weights, 128 * config.vocab_size)

@@ -24,8 +24,8 @@ ENTRIES_IMPORT = {
     "scripts.train_pretrain": {"scripts.trainer", "scripts.prepare_data", "scripts.run.state", "scripts.engine.distributed"},
     "scripts.train_distill": {"scripts.trainer", "scripts.prepare_data", "scripts.run.state", "scripts.engine.distributed"},
     "scripts.prepare_data": {"scripts.run.storage", "scripts.plan.machine", "scripts.engine.distributed", "scripts.report"},
-    "scripts.generate": {"scripts.run.checkpoint", "scripts.plan.machine"},
     "scripts.export_gguf": {"scripts.run.checkpoint", "scripts.run.run_dir", "scripts.run.storage"},
+    "scripts.generate": {"scripts.run.checkpoint", "scripts.run.run_dir", "scripts.plan.machine", "scripts.report"},
 }
 WITHIN = {
     "ds.files": set(),
@@ -45,6 +45,7 @@ MAY_KNOW = {
     "tokenizers": {"ds.tokenizer", "ds.encoder", "scripts.prepare_data", "scripts.generate", "scripts.export_gguf"},
     "tiktoken": {"ds.encoder"},
     "gguf": {"scripts.export_gguf"},
+    "prompt_toolkit": {"scripts.generate"},
     "np.memmap": {"ds.shards"},
     "transformers": set(),
 }
@@ -56,7 +57,6 @@ NEVER_CALLED = {"eval", "exec", "compile", "__import__", "input", "breakpoint"}
 NEVER_SPELLED = {"torch.load", "torch.save", "np.load", "numpy.load", "os.getenv", "os.putenv", "os.system"}
 TEMPERATURE_ROOMS = {"scripts.config", "scripts.model.losses", "scripts.model.sampling", "scripts.generate"}
 PASSED_ON = {
-    "scripts.run.evaluate": {"sample_temperature", "temperature"},
     "scripts.run.teacher": {"distill_temperature"},
     "scripts.train_distill": {"distill_temperature", "temperature"},
 }

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ds import tokenizer as bpe
 from ds.loader import Grid, documents_between, grid_of, held_out_batches, rank_windows, window_starts
 from scripts.config import NAMED_DOCUMENT_TOKENS, NUM_NAMED_DOCUMENTS, TrainingConfig
 from scripts.engine.distributed import Ranks, device_of, gather
 from scripts.model.documents import Windows
 from scripts.model.losses import token_nats
-from scripts.model.sampling import continue_ids
+from scripts.model.sampling import before_stop, continue_ids, sampling_of, stop_bytes
 from scripts.report import printable
 from scripts.run.metrics import finite
 from scripts.run.state import Progress, Run, Step, data_grid, data_order, step_batches, step_share, windows_on_device
@@ -113,14 +114,17 @@ def evaluation_record(run: Run, steps_done: int) -> dict:
 
 def sample_record(run: Run, steps_done: int) -> dict:
     """The event of a continuation of `sample_prompt`. Only rank 0 samples; no other rank waits for it."""
-    config, model, text = run.config, run.engine.module, None
-    if run.ranks.rank == 0:
-        prompt, seed = torch.tensor(run.data.encode(config.sample_prompt)), config.seed + steps_done
-        ids = continue_ids(
-            model, prompt, config.sample_tokens, temperature=config.sample_temperature, top_k=config.sample_top_k, seed=seed
-        )
-        text = config.sample_prompt + run.data.decode(list(ids))
+    is_first, seed = run.ranks.rank == 0, run.config.seed + steps_done
+    text = sample_text(run.config, run.engine.module, run.data, seed) if is_first else None
     return {"kind": "event", "step": steps_done, "event": "sample", "text": text}
+
+
+def sample_text(config: TrainingConfig, model, data, seed: int) -> str:
+    """`sample_prompt` and what `model` continues it with, before the first of `sample_stop`."""
+    ids = torch.tensor(data.encode(config.sample_prompt))
+    new_ids = continue_ids(model, ids, config.sample_tokens, sampling=sampling_of(config), seed=seed)
+    pieces = before_stop((bpe.decode(data.tokenizer, [each]) for each in new_ids), stop_bytes(config))
+    return config.sample_prompt + b"".join(pieces).decode(errors="replace")
 
 
 def is_spike(loss: float, losses_before: tuple[float, ...], config: TrainingConfig) -> bool:
