@@ -195,6 +195,10 @@ def test_a_published_tokenizer_is_named_as_llama_cpp_names_it_and_keeps_its_ids(
         bpe.begin_of_text_id(tokenizer) or bpe.end_of_text_id(tokenizer)
     )
     assert len(fields["tokenizer.ggml.tokens"].contents()) == 640
+    kinds = fields["tokenizer.ggml.token_type"].contents()
+    for number, added in tokenizer.get_added_tokens_decoder().items():
+        assert kinds[number] == (gguf.TokenType.CONTROL if added.special else gguf.TokenType.USER_DEFINED)
+    assert kinds.count(gguf.TokenType.UNUSED) == 640 - bpe.vocab_size(tokenizer) and kinds[40] == gguf.TokenType.NORMAL
     theirs, own = found.opened(AutoTokenizer), AutoTokenizer.from_pretrained(found.checkpoint)
     for text in (f"It's I'LL, 2024\r\n\n  \u00e9\u6f22 {own.eos_token} x_y", " a", ""):
         assert name == "smollm" or theirs(text).input_ids == own(text).input_ids
