@@ -112,14 +112,19 @@ def test_a_checkpoint_in_16_bits_loses_nothing_in_its_own_format(tmp_path, preci
     found = exported(tmp_path, replace(QWEN3, precision=precision, gguf_precision=precision.replace("fp", "f")))
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(found.file).tensors}
     assert len(tensors) == len(list(found.model.parameters()))
-    for ours, theirs in (
-        (found.model.model.embed_tokens, "token_embd"),
-        (found.model.model.norm, "output_norm"),
-        (found.model.model.layers[1].self_attn.k_proj, "blk.1.attn_k"),
-        (found.model.model.layers[0].mlp.down_proj, "blk.0.ffn_down"),
-    ):
-        stored = tensors[f"{theirs}.weight"]
-        assert np.array_equal(gguf.dequantize(stored.data, stored.tensor_type), ours.weight.detach().float().numpy())
+    weights = dict(found.model.named_parameters())
+    for ours, theirs in SAME_IN_BOTH.items():
+        stored = tensors[theirs]
+        values = gguf.dequantize(stored.data, stored.tensor_type)
+        assert np.array_equal(values, weights[ours].detach().float().numpy())
+
+
+SAME_IN_BOTH = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "model.layers.1.self_attn.k_proj.weight": "blk.1.attn_k.weight",
+    "model.layers.0.mlp.down_proj.weight": "blk.0.ffn_down.weight",
+}
 
 
 @pytest.mark.parametrize("precision", FORMATS)
@@ -190,6 +195,10 @@ def test_a_published_tokenizer_is_named_as_llama_cpp_names_it_and_keeps_its_ids(
         bpe.begin_of_text_id(tokenizer) or bpe.end_of_text_id(tokenizer)
     )
     assert len(fields["tokenizer.ggml.tokens"].contents()) == 640
+    kinds = fields["tokenizer.ggml.token_type"].contents()
+    for number, added in tokenizer.get_added_tokens_decoder().items():
+        assert kinds[number] == (gguf.TokenType.CONTROL if added.special else gguf.TokenType.USER_DEFINED)
+    assert kinds.count(gguf.TokenType.UNUSED) == 640 - bpe.vocab_size(tokenizer) and kinds[40] == gguf.TokenType.NORMAL
     theirs, own = found.opened(AutoTokenizer), AutoTokenizer.from_pretrained(found.checkpoint)
     for text in (f"It's I'LL, 2024\r\n\n  \u00e9\u6f22 {own.eos_token} x_y", " a", ""):
         assert name == "smollm" or theirs(text).input_ids == own(text).input_ids
@@ -245,7 +254,7 @@ def test_a_run_on_raw_bytes_is_refused_with_the_reason(tmp_path):
 def test_numbers_beyond_float16_are_refused_and_leave_nothing(tmp_path):
     model = fresh(LLAMA)
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 5] = 70000.0
+        dict(model.named_parameters())["model.layers.1.mlp.up_proj.weight"][3, 5] = 70000.0
     run = saved(tmp_path, model, TRAINED)
     with pytest.raises(ValueError, match='^blk.1.ffn_up.weight has a number above 65504[^\n]+set gguf_precision="bf16"$'):
         export(replace(run, gguf_precision="f16"))
