@@ -582,6 +582,8 @@ def _check_use(config: TrainingConfig) -> None:
         raise ValueError(
             f"model_license={config.model_license!r} is no name of a licence, such as 'apache-2.0'; set model_license=None"
         )
+    if any(text != text.encode(errors="replace").decode() for text in config.sample_stop):
+        raise ValueError(f"sample_stop={config.sample_stop!r} holds half a surrogate pair, which is no UTF-8; write it without")
     if not all(config.sample_stop):
         raise ValueError("sample_stop holds an empty text, which every text holds; set sample_stop=() to stop at none")
 

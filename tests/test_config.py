@@ -173,6 +173,7 @@ BAD = [
     ("sample_repetition_penalty", {"sample_repetition_penalty": 0.0}),
     ("sample_stop", {"sample_stop": ("",)}),
     ("sample_stop", {"sample_stop": (1,)}),
+    ("sample_stop", {"sample_stop": ("a\ud800",)}),
     ("sample_stop", {"sample_stop": "def"}),
     ("sample_checkpoint", {"sample_checkpoint": "last"}),
     ("model_license", {"model_license": ""}),

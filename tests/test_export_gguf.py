@@ -30,6 +30,7 @@ from scripts.config import TrainingConfig
 from scripts.export_gguf import export, pre_tokenizer_name
 from scripts.generate import open_model, stream
 from scripts.model.decoder import Decoder
+from scripts.model.sampling import Sampling
 from scripts.run.checkpoint import STATE, model_texts, publish, state_file, write_model
 from scripts.run.storage import write_text
 
@@ -333,7 +334,7 @@ def test_llama_cpp_gives_the_logits_and_the_ids_of_the_checkpoint(tmp_path, name
     torch.testing.assert_close(torch.tensor(theirs.scores[:20]), ours, rtol=0, atol=0.02 * ours.abs().max().item())
     theirs.reset()
     made = theirs.create_completion("def", max_tokens=16, temperature=0.0)["choices"][0]["text"]
-    ours = stream(open_model(str(found.checkpoint)), b"def", 16, temperature=0.0, top_k=1, seed=0)
+    ours = stream(open_model(str(found.checkpoint)), b"def", 16, sampling=Sampling(0.0, 1, 1.0, 1.0), seed=0)
     assert made == b"".join(ours).decode(errors="ignore")  # As llama-cpp-python decodes what is no UTF-8.
 
 
