@@ -15,11 +15,11 @@ ROOMS = {
     "model": {"decoder", "documents", "operations", "losses", "sampling", "activation_offload", "huggingface"},
     "plan": {"footprint", "machine"},
     "engine": {"distributed", "watch", "toolchain", "truth_check", "offload", "updates"},
-    "run": {"state", "setup", "run_dir", "metrics", "checkpoint", "storage", "evaluate", "teacher"},
+    "run": {"state", "setup", "run_dir", "metrics", "checkpoint", "storage", "evaluate", "teacher", "page"},
 }
 FOLDERS = tuple(ROOMS)
 ENTRIES = ("train_pretrain", "train_distill", "prepare_data", "generate")
-BESIDE = {"memory": "plan", "report": "plan"}
+BESIDE = {"memory": "plan", "report": "run"}
 ENTRIES_IMPORT = {
     "scripts.train_pretrain": {"scripts.trainer", "scripts.prepare_data", "scripts.run.state", "scripts.engine.distributed"},
     "scripts.train_distill": {"scripts.trainer", "scripts.prepare_data", "scripts.run.state", "scripts.engine.distributed"},
@@ -38,7 +38,7 @@ WITHIN = {
 MAY_KNOW = {
     "deepspeed": {"scripts.trainer", "scripts.engine.offload", "scripts.engine.distributed"},
     "os.environ": {"scripts.config", "scripts.engine.distributed"},
-    "sys.argv": {f"scripts.{name}" for name in (*ENTRIES, "memory")},
+    "sys.argv": {f"scripts.{name}" for name in (*ENTRIES, *BESIDE)},
     "matplotlib": {"scripts.report"},
     "safetensors": {"scripts.model.huggingface"},
     "tokenizers": {"ds.tokenizer", "ds.encoder", "scripts.prepare_data", "scripts.generate"},
@@ -234,7 +234,8 @@ NOT_SETTINGS = {
     "scripts.model.sampling": {"LEAST_TEMPERATURE"},
     "scripts.plan.footprint": {"(LABEL_CHUNK_BYTES, LABEL_COPIES)", "(DOCUMENT_BYTES, WINDOW_BYTES)"},
     "scripts.plan.machine": {"LARGEST_LIMIT", "BACKWARD_SHARE"},
-    "scripts.report": {"(SHOWN_CHARACTERS, SHOWN_NAME_CHARACTERS)", "BEHIND"},
+    "scripts.report": {"(SHOWN_CHARACTERS, SHOWN_NAME_CHARACTERS)", "TABLE_COLUMNS", "BEHIND"},
+    "scripts.run.page": {"(MOST_POINTS, MOST_SAMPLES, MOST_EVENTS)", "NUM_COLORS"},
     "scripts.run.teacher": {"LEAST_BLOCK_TOKENS"},
     "scripts.memory": {"NAME_COLUMNS", "NUMBER_COLUMNS"},
     "scripts.engine.watch": {"STOPPED", "FAILED", "READ_BYTES"},

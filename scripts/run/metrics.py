@@ -17,10 +17,11 @@ from scripts import memory, report
 from scripts.config import GIB, TrainingConfig
 from scripts.engine import watch
 from scripts.engine.distributed import say
-from scripts.model.huggingface import parse_json
 from scripts.plan.machine import peak_bytes
 from scripts.report import printable
 from scripts.run import run_dir
+from scripts.run.page import page
+from scripts.run.run_dir import read_metrics
 from scripts.run.state import Progress, Run, Step, data_order
 from scripts.run.storage import write_all, write_text
 
@@ -39,13 +40,6 @@ def append_metrics(config: TrainingConfig, records: list[dict]) -> bool:
             os.truncate(path, num_bytes)
         return False
     return True
-
-
-def read_metrics(config: TrainingConfig) -> list[dict]:
-    """Every whole line of metrics.jsonl; ValueError when one is no record of a step."""
-    path = run_dir.metrics_path(config)
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [_parse_record(line, f"{path}: line {number}") for number, line in enumerate(lines, 1) if line.endswith("\n")]
 
 
 def rewind_metrics(config: TrainingConfig, steps_done: int, is_evaluated: bool) -> None:
@@ -157,10 +151,8 @@ def finite(number: float) -> float | None:
 
 def summary(config: TrainingConfig) -> str:
     """What a person wants to know at the end, from the run's own files."""
-    same = run_dir.same_without_teacher(config) if config.teacher_dir is not None else None
-    alone = None if same is None else report.Alone(same.run_dir, read_metrics(same))
-    picture, saved = run_dir.picture_path(config), run_dir.newest_folder(config)
-    return report.summary(config, read_metrics(config), picture=picture, saved=saved, alone=alone)
+    pictures, saved = [run_dir.picture_path(config), run_dir.page_path(config)], run_dir.newest_folder(config)
+    return report.summary(config, read_metrics(config), pictures=pictures, saved=saved, alone=_alone(config))
 
 
 @contextmanager
@@ -194,13 +186,6 @@ def reporting(run: Run) -> Iterator[Report]:
 
 def _lines(records: Iterable[dict]) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
-
-
-def _parse_record(line: str, source: str) -> dict:
-    record = parse_json(line.encode(), source)
-    if not isinstance(record.get("step"), int):
-        raise ValueError(f"{source} names no step")
-    return record
 
 
 def _show(record: dict, config: TrainingConfig, bar: tqdm) -> None:
@@ -240,8 +225,13 @@ def _tensorboard(run: Run) -> Iterator[Report]:
 
 
 def _draw(config: TrainingConfig) -> None:
-    picture = run_dir.picture_path(config)
     try:
-        report.draw_losses(run_dir.metrics_path(config), picture)
-    except OSError as fault:
-        watch.say(f"{picture} is not drawn: {fault}", sys.stdout)
+        report.draw_losses(run_dir.metrics_path(config), run_dir.picture_path(config))
+        write_text(run_dir.page_path(config), page(config, read_metrics(config), _alone(config)))
+    except (OSError, ValueError) as fault:  # its own disk is full, or the run without a teacher beside it is damaged
+        watch.say(f"{config.run_dir} has no new pictures: {fault}", sys.stdout)
+
+
+def _alone(config: TrainingConfig) -> report.Alone | None:
+    same = run_dir.same_without_teacher(config) if config.teacher_dir is not None else None
+    return None if same is None else report.Alone(same.run_dir, read_metrics(same))
