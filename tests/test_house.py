@@ -15,7 +15,7 @@ ROOMS = {
     "model": {"decoder", "documents", "operations", "losses", "sampling", "activation_offload", "huggingface"},
     "plan": {"footprint", "machine"},
     "engine": {"distributed", "watch", "toolchain", "truth_check", "offload", "updates"},
-    "run": {"state", "setup", "run_dir", "metrics", "checkpoint", "storage", "evaluate", "teacher", "page"},
+    "run": {"state", "setup", "run_dir", "metrics", "checkpoint", "storage", "evaluate", "teacher", "page", "tracker"},
 }
 FOLDERS = tuple(ROOMS)
 ENTRIES = ("train_pretrain", "train_distill", "prepare_data", "generate")
@@ -43,6 +43,8 @@ MAY_KNOW = {
     "safetensors": {"scripts.model.huggingface"},
     "tokenizers": {"ds.tokenizer", "ds.encoder", "scripts.prepare_data", "scripts.generate"},
     "tiktoken": {"ds.encoder"},
+    "wandb": {"scripts.run.tracker"},
+    "trackio": {"scripts.run.tracker"},
     "np.memmap": {"ds.shards"},
     "transformers": set(),
 }

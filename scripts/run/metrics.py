@@ -1,12 +1,14 @@
-"""The logs of a run: metrics.jsonl, TensorBoard, the picture, the lines on the terminal. Makes the records of a train step."""
+"""The logs of a run: metrics.jsonl, TensorBoard, a tracker, pictures, lines on the terminal. Makes records of a train step."""
 
 import json
 import math
 import os
+import subprocess  # nosec B404
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
@@ -14,12 +16,12 @@ from tqdm import tqdm
 
 from ds.loader import Order, digest_hex, rows_read
 from scripts import memory, report
-from scripts.config import GIB, TrainingConfig
+from scripts.config import GIB, TRACKER_END_SECONDS, TrainingConfig
 from scripts.engine import watch
 from scripts.engine.distributed import say
 from scripts.plan.machine import peak_bytes
 from scripts.report import printable
-from scripts.run import run_dir
+from scripts.run import run_dir, tracker
 from scripts.run.page import page
 from scripts.run.run_dir import read_metrics
 from scripts.run.state import Progress, Run, Step, data_order
@@ -157,7 +159,9 @@ def summary(config: TrainingConfig) -> str:
 
 @contextmanager
 def reporting(run: Run) -> Iterator[Report]:
-    """Gives a function that takes records: on rank 0 to metrics.jsonl, TensorBoard and the terminal, on other ranks nowhere."""
+    """Gives a function that takes records: on rank 0 to metrics.jsonl, TensorBoard, the tracker and the terminal, on other
+    ranks nowhere. Draws them.
+    """
     if run.ranks.rank != 0:
         yield lambda record: None
         return
@@ -166,13 +170,14 @@ def reporting(run: Run) -> Iterator[Report]:
         total=config.num_tokens, initial=config.tokens_before(run.first_step), unit="token", unit_scale=True,
         dynamic_ncols=True, disable=not sys.stderr.isatty(),
     )  # fmt: skip
-    with bar, _tensorboard(run) as plot:
+    with bar, _tensorboard(run) as plot, _tracked(run) as track:
 
         def take(record: dict) -> None:
             unwritten.append(record)
             if append_metrics(config, unwritten):
                 unwritten.clear()
             plot(record)
+            track(record)
             try:
                 _show(record, config, bar)
             except (OSError, UnicodeEncodeError):
@@ -222,6 +227,63 @@ def _tensorboard(run: Run) -> Iterator[Report]:
     yield plot
     for board in list(boards):
         attempt(board.close)
+
+
+@contextmanager
+def _tracked(run: Run) -> Iterator[Report]:
+    """Gives a function that hands the numbers of records to the process of `tracker`. Its end is not that of the training."""
+    config = run.config
+    processes: list[subprocess.Popen] = []
+
+    def lose(fault: object) -> None:
+        processes.clear()
+        log = run_dir.tracker_log_path(config)
+        said = log.read_text(errors="replace").split("\n") if log.exists() else []
+        words = next((line for line in reversed(said) if line.strip()), fault)
+        say(run.ranks, f"{config.tracker} gets no more numbers: {printable(str(words))}; more in {log}")
+
+    def track(record: dict) -> None:
+        if record["kind"] not in ("train", "eval"):
+            return
+        numbers = {f"{record['kind']}/{name}": value for name, value in scalars(record).items()}
+        for process in list(processes):
+            try:
+                _hand_on(process, {"step": record["step"], "numbers": numbers})
+            except OSError as fault:
+                lose(fault)
+
+    try:
+        processes += [_start_tracker(config)] if config.tracker is not None else []
+    except OSError as fault:
+        lose(fault)
+    try:
+        yield track
+    finally:
+        for process in list(processes):
+            try:
+                process.communicate(timeout=TRACKER_END_SECONDS)
+            except subprocess.TimeoutExpired:
+                say(run.ranks, f"{config.tracker} is still sending numbers; its process {process.pid} ends by itself")
+            if process.returncode:
+                lose(f"status {process.returncode}")
+
+
+def _start_tracker(config: TrainingConfig) -> subprocess.Popen:
+    folder = Path(config.run_dir).absolute()
+    opening = {"tracker": config.tracker, "identity": run_dir.tracker_identity(config), "name": folder.name}
+    opening |= {"folder": str(folder), "config": run_dir.config_record(config)}
+    command = [sys.executable, "-P", str(tracker.__file__)]
+    with run_dir.tracker_log_path(config).open("wb") as log:
+        process = subprocess.Popen(  # nosec B603
+            command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+        )
+    _hand_on(process, opening)
+    return process
+
+
+def _hand_on(process: subprocess.Popen, line: dict) -> None:
+    if process.stdin is not None:
+        write_all(process.stdin.fileno(), memoryview(_lines([line]).encode()))
 
 
 def _draw(config: TrainingConfig) -> None:

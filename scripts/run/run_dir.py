@@ -2,10 +2,12 @@
 
 import json
 import os
+import secrets
 import shutil
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 from scripts.config import RUN_DIR_POLL_SECONDS, TrainingConfig
 from scripts.model.huggingface import parse_json, read_json
@@ -71,7 +73,7 @@ def stored_config(folder: Path) -> TrainingConfig:
     if not (folder / "config.json").exists():
         raise ValueError("no run: it holds no config.json")
     stored = config_record(TrainingConfig()) | AS_BEFORE | read_json(folder / "config.json") | {"run_dir": str(folder)}
-    named = {field.name: stored[field.name] for field in fields(TrainingConfig)}
+    named: dict[str, Any] = {field.name: stored[field.name] for field in fields(TrainingConfig)}
     return TrainingConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in named.items()})
 
 
@@ -139,6 +141,19 @@ def picture_path(config: TrainingConfig) -> Path:
 def page_path(config: TrainingConfig) -> Path:
     """The run's report.html."""
     return Path(config.run_dir) / "report.html"
+
+
+def tracker_log_path(config: TrainingConfig) -> Path:
+    """What the tracker's library said in the run's last launch."""
+    return Path(config.run_dir) / "tracker.log"
+
+
+def tracker_identity(config: TrainingConfig) -> str:
+    """The name that no other run has at a tracker. It is made once, and stays and goes with run_dir."""
+    path = Path(config.run_dir) / "tracker-id"
+    if not path.exists():
+        write_text(path, secrets.token_hex(4))
+    return path.read_text().strip()
 
 
 def comparison_path(folder: Path) -> Path:
