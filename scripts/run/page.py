@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import fields
 from html import escape
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from scripts import report
 from scripts.config import TrainingConfig
@@ -191,13 +191,13 @@ def _memory(events: list[dict]) -> str:
 
 
 def _comparison(config: TrainingConfig, records: list[dict], alone: report.Alone | None) -> str:
-    return "" if config.teacher_dir is None else _pre("\n".join(report.comparison(config, records, alone)))
+    return "" if config.teacher_dir is None else _pre("\n".join(report.comparison(config, records, alone)), "table")
 
 
 def _samples(samples: list[dict]) -> str:
     told, left = [each for each in samples if each.get("text") is not None], max(0, len(samples) - MOST_SAMPLES)
     words = [f"<p>The last {MOST_SAMPLES} of {len(samples)}; the others are in metrics.jsonl.</p>"] if left else []
-    return "".join([*words, *(f"<h3>Step {each['step']:,}</h3>{_pre(each['text'])}" for each in told[-MOST_SAMPLES:])])
+    return "".join([*words, *(f"<h3>Step {each['step']:,}</h3>{_pre(each['text'], 'text')}" for each in told[-MOST_SAMPLES:])])
 
 
 def _events(config: TrainingConfig, records: list[dict]) -> str:
@@ -230,8 +230,8 @@ def _configuration(config: TrainingConfig) -> str:
     return f"{changed}<details><summary>{len(rows[False])} fields with their defaults</summary>{others}</details>"
 
 
-def _pre(text: Any) -> str:
-    return f"<pre>{escape(text)}</pre>"
+def _pre(text: str, kind: str) -> str:
+    return f'<pre class="{kind}">{escape(text)}</pre>'
 
 
 HINT = """<p class="hint">Hover for the numbers of a step. Drag over a curve to zoom, double click for all of it.
@@ -248,11 +248,11 @@ PAGE = """<!DOCTYPE html>
 
 STYLE = """
 :root { --ground: #fff; --panel: #f6f7f9; --text: #1d2329; --quiet: #5d6873; --rule: #dde2e7; --train: #8b99a7; --held: #c2410c;
-  --teacher: #7c3aed; --rate: #1d4ed8; --norm: #4d7c0f; --speed: #0f766e; --source0: #0891b2; --source1: #7c3aed;
-  --source2: #65a30d; --source3: #db2777; --source4: #a16207; --source5: #334155; --source6: #92400e; --source7: #166534; }
+  --teacher: #475569; --rate: #1d4ed8; --norm: #4d7c0f; --speed: #0f766e; --source0: #0891b2; --source1: #7c3aed;
+  --source2: #65a30d; --source3: #db2777; --source4: #a16207; --source5: #be123c; --source6: #92400e; --source7: #166534; }
 @media (prefers-color-scheme: dark) { :root { --ground: #14181d; --panel: #1d232a; --text: #e6e9ec; --quiet: #9aa6b2;
-  --rule: #333c46; --train: #75828f; --held: #fb923c; --teacher: #c4b5fd; --rate: #7aa2ff; --norm: #a3d65c; --speed: #4fd1c5;
-  --source0: #22d3ee; --source1: #c4b5fd; --source2: #bef264; --source3: #f9a8d4; --source4: #fde047; --source5: #cbd5e1;
+  --rule: #333c46; --train: #75828f; --held: #fb923c; --teacher: #cbd5e1; --rate: #7aa2ff; --norm: #a3d65c; --speed: #4fd1c5;
+  --source0: #22d3ee; --source1: #c4b5fd; --source2: #bef264; --source3: #f9a8d4; --source4: #fde047; --source5: #fda4af;
   --source6: #fdba74; --source7: #86efac; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--text); font: 15px/1.5 system-ui, sans-serif; }
@@ -268,13 +268,14 @@ dd { margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums; }
 figure { margin: 0; min-width: 0; }
 figure:first-child { grid-column: 1 / -1; }
 figcaption b { color: var(--text); font-size: .95rem; }
-figcaption span { white-space: nowrap; }
+figcaption span { display: inline-block; max-width: 100%; overflow-wrap: anywhere; }
+figcaption span span { display: inline; }
 svg { display: block; width: 100%; touch-action: pan-y; cursor: crosshair; user-select: none; }
 svg text { fill: var(--quiet); font-size: 11px; }
 .key { display: inline-block; width: 14px; height: 3px; margin: 0 5px 3px 12px; vertical-align: middle; }
 .told { min-height: 1.5em; font-size: .87rem; font-variant-numeric: tabular-nums; }
 pre { overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .82rem; margin: .3em 0; }
-section > pre:only-of-type { white-space: pre; overflow-wrap: normal; }
+pre.table { white-space: pre; overflow-wrap: normal; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; vertical-align: top; padding: 3px 12px 3px 0; border-bottom: 1px solid var(--rule); }
 th { font-weight: 500; }
