@@ -68,8 +68,8 @@ def opened(name: str, folder: Path) -> subprocess.Popen:
     opening = {"tracker": name, "identity": "abcd1234", "name": "run", "folder": str(folder / "run"), "config": {"seed": 0}}
     environment, nothing = clean_environment() | settings_of(folder), subprocess.DEVNULL
     command = [sys.executable, "-P", str(tracker.__file__)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": nothing, "stderr": nothing}
-    process = subprocess.Popen(command, env=environment, bufsize=0, **pipes)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, env=environment, bufsize=0, stdin=pipe, stdout=nothing, stderr=nothing)
     hand_on(process, opening)
     return process
 

@@ -73,8 +73,9 @@ def stored_config(folder: Path) -> TrainingConfig:
     if not (folder / "config.json").exists():
         raise ValueError("no run: it holds no config.json")
     stored = config_record(TrainingConfig()) | AS_BEFORE | read_json(folder / "config.json") | {"run_dir": str(folder)}
-    named: dict[str, Any] = {field.name: stored[field.name] for field in fields(TrainingConfig)}
-    return TrainingConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in named.items()})
+    values = {field.name: stored[field.name] for field in fields(TrainingConfig)}
+    named: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return TrainingConfig(**named)
 
 
 def hold_run(config: TrainingConfig, wait_seconds: float) -> int | None:
