@@ -1,6 +1,6 @@
-"""A process of its own that hands a run's numbers to Weights & Biases or trackio: what those libraries print, wait for, hold in
-memory or fail at stays out of the training. It imports nothing of the house.
+"""A process of its own that hands a run's numbers to Weights & Biases or trackio. Imports nothing of the house.
 
+What those libraries print, wait for, hold in memory or fail at stays out of the training.
 Standard input has a JSON object a line: first what `begin` takes, then the "step" and the "numbers" of each record. Where it
 ends, the run ends there, too. The process outlives a launcher that ends all of a rank's children.
 """
