@@ -219,9 +219,14 @@ def time_words(config: TrainingConfig, world_size: int, local_size: int, device_
     """How long a run takes on its ranks, at what speed, and how much of it the teacher alone takes."""
     per_second = tokens_per_second(config, world_size, local_size, device_type, rates)
     first = teacher_seconds(config, world_size, rates)
-    duration, before = (_duration(each) for each in (hours(config, per_second, first), first / 3600))
+    whole, before = (duration(each) for each in (hours(config, per_second, first), first / 3600))
     alone = f", {before} of it the teacher alone," if first else ""
-    return f"about {duration}{alone} for {config.num_steps:,} steps at {per_second:,.0f} tokens/s"
+    return f"about {whole}{alone} for {config.num_steps:,} steps at {per_second:,.0f} tokens/s"
+
+
+def duration(num_hours: float) -> str:
+    """Hours for a person, minutes where there are few."""
+    return f"{num_hours:,.1f} hours" if num_hours >= 2 else f"{num_hours * 60:,.1f} minutes"
 
 
 def main() -> None:
@@ -397,10 +402,6 @@ def _verdict(kind: str, needed: int, free: int, why: str) -> str:
 def _why(need: Need) -> str:
     kind = _largest_kind(need.moment)
     return f"{need.phase}, {gib(need.moment.parts[kind])} of it {kind}"
-
-
-def _duration(num_hours: float) -> str:
-    return f"{num_hours:,.1f} hours" if num_hours >= 2 else f"{num_hours * 60:,.1f} minutes"
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
-"""Records of metrics.jsonl -> pictures and words for people. Owns matplotlib; knows no run directory and no model."""
+"""Records of metrics.jsonl -> pictures and words for people, of one run or of several. Owns matplotlib; knows no model."""
 
 import json
 import math
 import os
+import sys
+import textwrap
 import warnings
+from itertools import cycle, product
 from pathlib import Path
+from statistics import multimode
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
@@ -14,14 +18,16 @@ from matplotlib.ticker import EngFormatter
 
 from ds.corpus import Tally, no_text
 from ds.pieces import LENGTH_CLASSES, SPLITS, held_out_sources
-from scripts.config import FEW_DOCUMENTS, NUM_NAMED_DOCUMENTS, TrainingConfig
-from scripts.memory import comparison_words
+from scripts.config import FEW_DOCUMENTS, NUM_NAMED_DOCUMENTS, PRETRAIN, TrainingConfig, refuse_arguments, refusing
+from scripts.memory import comparison_words, duration
+from scripts.run import run_dir
 
 TRAIN, HELD_OUT, RATE, NORM = "#9aa7b4", "#c2410c", "#1d4ed8", "#4d7c0f"
 SOURCES = ("#0891b2", "#7c3aed", "#65a30d", "#db2777", "#ca8a04", "#1e293b", "#92400e", "#14532d")
 BEHIND = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1}
 
 SHOWN_CHARACTERS, SHOWN_NAME_CHARACTERS = 90, 36
+TABLE_COLUMNS = 100
 CUT_OR_NAME = "document_separator cuts a file into documents, and validation_corpus names held-out files"
 NOTES = {
     "faulty": "faulty rows skipped",
@@ -44,6 +50,97 @@ class Alone(NamedTuple):
 
     run_dir: str
     records: list[dict]
+
+
+class Compared(NamedTuple):
+    """A run beside others: its folder's name, what it was configured to do, what it logged, and how much it has trained."""
+
+    name: str
+    config: TrainingConfig
+    records: list[dict]
+    tokens: int
+    seconds: float
+
+
+def compare(folder: str | Path) -> Path:
+    """Prints a table of all runs whose folders stand in `folder`, and draws their curves into the picture that it returns.
+
+    A folder without a run, or with a damaged one, is named and left out. Raises ValueError where no run is left.
+    """
+    runs = []
+    for path in sorted(path for path in Path(folder).glob("[!.]*") if path.is_dir()):
+        try:
+            runs.append(_read_run(path))
+        except (OSError, ValueError) as fault:
+            print(f"left out: {printable(f'{path.name}: {fault}')}")
+    if not runs:
+        raise ValueError(f"{str(folder)!r} holds no run; deepspeed scripts/train_pretrain.py makes one")
+    _draw_runs(runs, picture := run_dir.comparison_path(Path(folder)))
+    print("\n".join([*comparison_table(runs), "", f"  picture: {picture}"]))
+    return picture
+
+
+def _read_run(folder: Path) -> Compared:
+    config = run_dir.stored_config(folder)
+    records = run_dir.read_metrics(config)
+    try:
+        tokens = max((each["tokens"] for each in records if each["kind"] != "event"), default=0)
+        run = Compared(printable(folder.name), config, records, tokens, training_seconds(records))
+    except (KeyError, TypeError) as fault:
+        raise ValueError(f"a line of its log is not what a run writes: {fault!r}") from None
+    if not tokens:
+        raise ValueError("no step is logged yet")
+    return run
+
+
+def comparison_table(runs: list[Compared]) -> list[str]:
+    """Lines of at most TABLE_COLUMNS: a head, and for each run its numbers and the fields in which it differs from most."""
+    lines = [f"  {'run':<26}{'parameters':>12}{'tokens':>12}{'bits per byte':>15}{'tokens/s':>11}{'trained for':>16}"]
+    for name, config, records, tokens, seconds in runs:
+        bits, short = _last_held_out(records).get("val_bits_per_byte"), textwrap.shorten(name, 24, placeholder="…")
+        size, read = (EngFormatter(places=1, sep=" ")(number) for number in (config.num_parameters, tokens))
+        speed, took = (f"{tokens / seconds:,.0f}", duration(seconds / 3600)) if seconds else ("-", "-")
+        lines.append(f"  {short:<26}{size:>12}{read:>12}{'-' if bits is None else f'{bits:.3f}':>15}{speed:>11}{took:>16}")
+        words = ", ".join(f"{field}={printable(repr(value))}" for field, value in _differences(config, runs).items())
+        lines += textwrap.wrap(words, TABLE_COLUMNS, initial_indent="      ", subsequent_indent="      ")
+    return lines
+
+
+def _differences(config: TrainingConfig, runs: list[Compared]) -> dict[str, object]:
+    """The fields whose values fewer than the most runs have; where as many have another, all are told."""
+    described, found = [run_dir.config_record(run.config) for run in runs], {}
+    for name, value in run_dir.config_record(config).items():
+        if name != "run_dir" and multimode(json.dumps(each[name]) for each in described) != [json.dumps(value)]:
+            found[name] = value
+    return found
+
+
+def _draw_runs(runs: list[Compared], picture: Path) -> None:
+    """Held-out bits per byte of all runs where any has them, else nats per token, else the training loss, against tokens."""
+    units = {"val_bits_per_byte": "held out (bits per byte)", "val_loss": "held out (nats per token)"}
+    logged = {name for run in runs for each in run.records for name, value in each.items() if value is not None}
+    name = next((name for name in units if name in logged), "loss")
+    legend_inches = 0.3 * math.ceil(len(runs) / 3)
+    figure = Figure(figsize=(9, 5 + legend_inches), dpi=120)
+    figure.subplots_adjust(left=0.1, right=0.97, top=0.96, bottom=(0.7 + legend_inches) / (5 + legend_inches))
+    axes = figure.subplots()
+    for run, (style, color) in zip(runs, cycle(product(("-", "--", ":"), SOURCES)), strict=False):
+        found = [each for each in run.records if each["kind"] != "event" and each.get(name) is not None]
+        label = _end_of(run.name if found else f"{run.name} (not evaluated)").replace("$", r"\$")
+        line = {"color": color, "linestyle": style, "linewidth": 1.2, "marker": "" if name == "loss" else "."}
+        axes.plot(_values(found, "tokens"), _values(found, name), label=f"\u200b{label}", **line)
+    axes.set(xlabel="tokens read", ylabel=units.get(name, "training loss (nats per token)"))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.grid(alpha=0.25)
+    figure.legend(loc="lower center", ncols=3, frameon=False, fontsize=9)
+    _print_png(figure, picture)
+
+
+def training_seconds(records: list[dict]) -> float:
+    """Seconds that the steps of a run took, without evaluations and saves: a line stands for the steps since the one before."""
+    train = [record for record in records if record["kind"] == "train"]
+    steps = [0, *(record["step"] for record in train)]
+    return math.fsum(each["seconds"] * (each["step"] - before) for each, before in zip(train, steps, strict=False))
 
 
 def draw_losses(metrics: Path, picture: Path) -> None:
@@ -112,7 +209,7 @@ def held_out_words(record: dict) -> str:
     if record["val_loss"] is None:
         return "not finite"
     by_source = record.get("val_loss_by_source", {})
-    short = zip(_short_names([*by_source]), by_source.values(), strict=True)
+    short = zip(short_names([*by_source]), by_source.values(), strict=True)
     of_each = ", ".join(f"{name} {math.nan if value is None else value:.3f}" for name, value in short)
     words = f"{record['val_loss']:.3f} nats per token" + ("" if bits is None else f", {bits:.3f} bits per byte")
     return f"{words} ({of_each})" if 0 < len(of_each) <= SHOWN_CHARACTERS else words
@@ -133,8 +230,10 @@ def indented(text: str | None) -> str:
     return "\n".join(f"    {line}" for line in (text or "").splitlines())
 
 
-def summary(config: TrainingConfig, records: list[dict], *, picture: Path, saved: Path | None, alone: Alone | None) -> str:
-    """What a person wants to know at the end of a run, from all its `records`, its loss curve and its newest checkpoint.
+def summary(
+    config: TrainingConfig, records: list[dict], *, pictures: list[Path], saved: Path | None, alone: Alone | None
+) -> str:
+    """What a person wants to know at the end of a run, from all its `records`, where it is drawn, and its newest checkpoint.
 
     A student with a teacher is compared with it, and with the same student without a teacher, if `alone` is given.
     """
@@ -145,11 +244,11 @@ def summary(config: TrainingConfig, records: list[dict], *, picture: Path, saved
     samples = [indented(record["text"]) for record in records if record.get("event") == "sample"]
     lines += ["  sample:", samples[-1]] if samples else []
     lines += [f"  {comparison_words(record)}" for record in records if record.get("event") == "memory"][-1:]
-    lines += [f"  picture: {picture}"]
+    lines += [f"  pictures: {', '.join(map(str, pictures))}"]
     lines += [f"  checkpoint (opens in transformers): {saved}"] if saved else []
     if config.teacher_dir is None:
         return "\n".join([*lines, '  next: echo "def" | python scripts/generate.py'])
-    return "\n".join([*lines, *_comparison_with_teacher(config, records, alone)])
+    return "\n".join([*lines, *comparison(config, records, alone)])
 
 
 def table(rows: list[Row]) -> list[str]:
@@ -188,8 +287,8 @@ def _end_of(name: str) -> str:
     return name if len(name) <= SHOWN_NAME_CHARACTERS else f"…{name[1 - SHOWN_NAME_CHARACTERS :]}"
 
 
-def _short_names(names: list[str]) -> list[str]:
-    """The same without the folders that all begin with and the parts that all end in."""
+def short_names(names: list[str]) -> list[str]:
+    """Names of sources without the folders that all begin with and the parts that all end in."""
     start = os.path.commonprefix(names).rfind("/") + 1
     rests = [name[start:] for name in names]
     num_same = os.path.commonprefix([rest[::-1] for rest in rests]).rfind("/") + 1
@@ -267,7 +366,8 @@ def _print_png(figure: Figure, picture: Path) -> None:
     draft.rename(picture)
 
 
-def _comparison_with_teacher(config: TrainingConfig, records: list[dict], alone: Alone | None) -> list[str]:
+def comparison(config: TrainingConfig, records: list[dict], alone: Alone | None) -> list[str]:
+    """The lines of a student's table: its teacher, itself, and the same student without a teacher."""
     teacher = next((record for record in records if record.get("event") == "teacher"), {})
     rows = [Row("teacher", teacher.get("num_parameters", 0), teacher, teacher.get("folder", ""))]
     rows += [Row("student", config.num_parameters, _last_held_out(records), config.run_dir)]
@@ -319,7 +419,7 @@ def _plot_sources(axes: Axes, held_out: list[dict]) -> None:
     """The held-out loss of each source, of as many as there are colours."""
     tokens, by_source = _values(held_out, "tokens"), [record.get("val_loss_by_source", {}) for record in held_out]
     names = list(dict.fromkeys(name for each in by_source for name in each))
-    for name, short, color in zip(names, _short_names(names), SOURCES, strict=False):
+    for name, short, color in zip(names, short_names(names), SOURCES, strict=False):
         losses, label = _values([{name: each.get(name)} for each in by_source], name), short.replace("$", r"\$")
         axes.plot(tokens, losses, color=color, linewidth=1, marker=".", label=f"held out, {label}")
     if len(names) > len(SOURCES):
@@ -336,3 +436,14 @@ def _plot_line(axes: Axes, records: list[dict], name: str, *, unit: str, color: 
 
 def _values(records: list[dict], name: str) -> list[float]:
     return [math.nan if record[name] is None else record[name] for record in records]
+
+
+def main() -> None:
+    """Compares every run beside that of PRETRAIN."""
+    with refusing():
+        refuse_arguments(sys.argv[1:])
+        compare(Path(PRETRAIN.run_dir).parent)
+
+
+if __name__ == "__main__":
+    main()

@@ -361,7 +361,7 @@ def test_a_damaged_line_of_the_log_is_named(copied_run, line):
     with run_dir.metrics_path(copied_run).open("a") as file:
         file.write(line + "\n")
     with pytest.raises(ValueError, match=r"metrics\.jsonl: line \d+ ") as refusal:
-        log.read_metrics(copied_run)
+        run_dir.read_metrics(copied_run)
     assert "\n" not in str(refusal.value)
 
 
@@ -794,9 +794,9 @@ if rank == 0:
     lines = 0
     while metrics.append_metrics(config, [{"step": lines, "text": "x" * 1000}, {"step": lines, "text": "y" * 300}]):
         lines += 2
-    whole = len(metrics.read_metrics(config)), run_dir.metrics_path(config).read_bytes()[-1:] == b"\\n"
+    whole = len(run_dir.read_metrics(config)), run_dir.metrics_path(config).read_bytes()[-1:] == b"\\n"
     free()
-    again = metrics.append_metrics(config, [{"step": lines}]), len(metrics.read_metrics(config))
+    again = metrics.append_metrics(config, [{"step": lines}]), len(run_dir.read_metrics(config))
     report["metrics"] = [lines, *whole, *again]
     fill(0)
     try:

@@ -15,11 +15,11 @@ ROOMS = {
     "model": {"decoder", "documents", "operations", "losses", "sampling", "activation_offload", "huggingface"},
     "plan": {"budget", "footprint", "machine"},
     "engine": {"distributed", "watch", "toolchain", "truth_check", "offload", "updates"},
-    "run": {"state", "setup", "run_dir", "metrics", "checkpoint", "storage", "evaluate", "teacher"},
+    "run": {"state", "setup", "run_dir", "metrics", "checkpoint", "storage", "evaluate", "teacher", "page", "tracker"},
 }
 FOLDERS = tuple(ROOMS)
 ENTRIES = ("train_pretrain", "train_distill", "prepare_data", "generate", "export_gguf")
-BESIDE = {"memory": "plan", "report": "plan"}
+BESIDE = {"memory": "plan", "report": "run"}
 ENTRIES_IMPORT = {
     "scripts.train_pretrain": {"scripts.trainer", "scripts.prepare_data", "scripts.run.state", "scripts.engine.distributed"},
     "scripts.train_distill": {"scripts.trainer", "scripts.prepare_data", "scripts.run.state", "scripts.engine.distributed"},
@@ -39,13 +39,15 @@ WITHIN = {
 MAY_KNOW = {
     "deepspeed": {"scripts.trainer", "scripts.engine.offload", "scripts.engine.distributed"},
     "os.environ": {"scripts.config", "scripts.engine.distributed"},
-    "sys.argv": {f"scripts.{name}" for name in (*ENTRIES, "memory")},
+    "sys.argv": {f"scripts.{name}" for name in (*ENTRIES, *BESIDE)},
     "matplotlib": {"scripts.report"},
     "safetensors": {"scripts.model.huggingface"},
     "tokenizers": {"ds.tokenizer", "ds.encoder", "scripts.prepare_data", "scripts.generate", "scripts.export_gguf"},
     "tiktoken": {"ds.encoder"},
     "gguf": {"scripts.export_gguf"},
     "prompt_toolkit": {"scripts.generate"},
+    "wandb": {"scripts.run.tracker"},
+    "trackio": {"scripts.run.tracker"},
     "np.memmap": {"ds.shards"},
     "transformers": set(),
 }
@@ -240,7 +242,8 @@ NOT_SETTINGS = {
         "(BYTES_A_TOKEN, LONGEST_WARMUP_STEPS)", "SOLD_CARDS",
     },
     "scripts.plan.machine": {"LARGEST_LIMIT", "BACKWARD_SHARE", "NOTABLE_SWAP_BYTES"},
-    "scripts.report": {"(SHOWN_CHARACTERS, SHOWN_NAME_CHARACTERS)", "BEHIND"},
+    "scripts.report": {"(SHOWN_CHARACTERS, SHOWN_NAME_CHARACTERS)", "TABLE_COLUMNS", "BEHIND"},
+    "scripts.run.page": {"(MOST_POINTS, MOST_SAMPLES, MOST_EVENTS)", "NUM_COLORS"},
     "scripts.run.teacher": {"LEAST_BLOCK_TOKENS"},
     "scripts.memory": {"NAME_COLUMNS", "NUMBER_COLUMNS"},
     "scripts.engine.watch": {"STOPPED", "FAILED", "READ_BYTES"},

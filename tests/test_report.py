@@ -1,6 +1,9 @@
-"""Laws of scripts/report.py: a picture of whatever the metrics hold, that shows them all and is never half-written."""
+"""Laws of scripts/report.py: a picture of whatever the metrics hold, that shows them all and is never half-written; of several
+runs, what tells them apart.
+"""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib.image
@@ -15,9 +18,11 @@ from scripts.report import (  # fmt: skip
     HELD_OUT,
     NORM,
     RATE,
+    TABLE_COLUMNS,
     TRAIN,
     Alone,
     Row,
+    compare,
     data_notes,
     data_table,
     draw_data,
@@ -27,6 +32,7 @@ from scripts.report import (  # fmt: skip
     line_of,
     summary,
     table,
+    training_seconds,
 )  # fmt: skip
 
 LINES = 40
@@ -246,12 +252,12 @@ LOSSES = """
   held out after:  2.100 nats per token, 2.500 bits per byte"""
 END = """
   host memory: 1.50 GiB planned, 1.25 GiB measured
-  picture: run/loss.png"""
+  pictures: run/loss.png, run/report.html"""
 
 
 def test_a_run_ends_with_its_losses_its_last_sample_its_memory_and_what_to_do_next():
     records = [*EVALUATED, event(3) | {"text": "not the last"}, memory(9.0), event(9) | {"text": "def f\n  g"}, memory(1.25)]
-    told = summary(TrainingConfig(), records, picture=Path("run/loss.png"), saved=None, alone=None)
+    told = summary(TrainingConfig(), records, pictures=[Path("run/loss.png"), Path("run/report.html")], saved=None, alone=None)
     assert told == f'{LOSSES}\n  sample:\n    def f\n      g{END}\n  next: echo "def" | python scripts/generate.py'
 
 
@@ -259,7 +265,9 @@ def test_a_run_ends_with_its_losses_its_last_sample_its_memory_and_what_to_do_ne
 def test_a_student_ends_with_a_comparison(alone):
     config = TrainingConfig(teacher_dir="there")
     records = [TEACHER | {"folder": "there", "num_parameters": 2_360_000}, *EVALUATED, memory(1.25)]
-    told = summary(config, records, picture=Path("run/loss.png"), saved=Path("run/step-9"), alone=alone)
+    told = summary(
+        config, records, pictures=[Path("run/loss.png"), Path("run/report.html")], saved=Path("run/step-9"), alone=alone
+    )
     head = f"{LOSSES}{END}\n  checkpoint (opens in transformers): run/step-9\n"
     assert told.startswith(head)
     _, teacher, student, last = told.removeprefix(head).splitlines()
@@ -274,8 +282,8 @@ def test_a_student_ends_with_a_comparison(alone):
 
 
 def test_a_run_without_any_record_still_names_its_picture():
-    told = summary(TrainingConfig(), [], picture=Path("loss.png"), saved=None, alone=None)
-    assert told.splitlines()[:2] == ["", "  picture: loss.png"]
+    told = summary(TrainingConfig(), [], pictures=[Path("loss.png")], saved=None, alone=None)
+    assert told.splitlines()[:2] == ["", "  pictures: loss.png"]
 
 
 DATA = {
@@ -338,3 +346,104 @@ def test_without_documents_the_cause_is_told():
     for words, met in causes.items():
         with pytest.raises(ValueError, match=words):
             data_notes(TrainingConfig(), nothing, met)
+
+
+def run_in(folder: Path, records: list[dict], **changes) -> Path:
+    """A folder as a run leaves it, but for its checkpoints."""
+    folder.mkdir(parents=True)
+    config = TrainingConfig(run_dir="elsewhere", **changes)
+    (folder / "config.json").write_text(json.dumps(asdict(config)))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def test_runs_are_compared_by_their_numbers_and_by_the_fields_in_which_they_differ(tmp_path, capsys):
+    for name, rate in (("first", 6e-3), ("second", 6e-3), ("third", 1e-2)):
+        run_in(tmp_path / name, EVALUATED, learning_rate=rate)
+    run_in(tmp_path / ("long" * 20), EVALUATED, corpus=("/data/" + "x y" * 60,), num_steps=77, seed=1)
+    picture = compare(tmp_path)
+    told = capsys.readouterr().out
+    lines = dict(line.split(maxsplit=1) for line in told.splitlines() if line.startswith("  ") and line[2] != " ")
+    assert lines["first"].split() == ["1.9", "M", "319.5", "k", "2.500", "16,384", "0.3", "minutes"]
+    parts = told.replace("\n      ", " ").split("\n")
+    (third,) = [line for line in parts if line.startswith("  third")]
+    assert third.endswith(" learning_rate=0.01") and told.count("learning_rate") == 1 and told.count("run_dir") == 0
+    assert "num_steps=77, seed=1" in told.replace("\n     ", "")
+    assert max(map(len, told.splitlines()[:-1])) <= TABLE_COLUMNS
+    assert picture == tmp_path / "compare.png" and matplotlib.image.imread(picture).shape[0] > 500
+
+
+def test_of_two_runs_both_values_are_told(tmp_path, capsys):
+    for name, rate in (("first", 6e-3), ("second", 1e-2)):
+        run_in(tmp_path / name, EVALUATED, learning_rate=rate)
+    compare(tmp_path)
+    told = capsys.readouterr().out
+    assert "learning_rate=0.006" in told and "learning_rate=0.01" in told
+
+
+DAMAGED = {
+    "no number": json.dumps({"kind": "train", "step": 1}) + "\n",
+    "no kind": json.dumps({"step": 1}) + "\n",
+    "no JSON": "{\n",
+    "no text": "\udcff\n",
+    "nothing": "",
+}
+
+
+def test_what_is_no_run_or_damaged_is_named_and_left_out(tmp_path, capsys):
+    run_in(tmp_path / "good", EVALUATED)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    for name, log in DAMAGED.items():
+        (run_in(tmp_path / name, []) / "metrics.jsonl").write_text(log, errors="surrogateescape")
+    (run_in(tmp_path / "other\nconfig", EVALUATED) / "config.json").write_text('{"schedule": "odd"}')
+    compare(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    left = [line for line in lines if line.startswith("left out: ")]
+    assert len(left) == len(DAMAGED) + 2 and all(any(name in line for line in left) for name in ["notes", *DAMAGED])
+    assert [line.split()[0] for line in lines if line.startswith("  ")] == ["run", "good", "picture:"]
+
+
+def test_a_half_written_last_line_is_no_damage(tmp_path, capsys):
+    with (run_in(tmp_path / "going", EVALUATED) / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "tr')
+    compare(tmp_path)
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_no_run_is_refused_in_one_line(tmp_path):
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(ValueError, match="holds no run; deepspeed scripts/train_pretrain.py makes one"):
+        compare(tmp_path)
+
+
+@pytest.mark.parametrize("bits", [2.5, None])
+def test_the_curves_of_runs_have_units_names_and_a_legend_beside_them(tmp_path, monkeypatch, bits):
+    figures: list[Figure] = []
+    monkeypatch.setattr("scripts.report.FigureCanvasAgg", lambda figure: (figures.append(figure), FigureCanvasAgg(figure))[1])
+    for number in range(12):
+        run_in(tmp_path / f"_$run_{number:02}", [record | ({"val_bits_per_byte": bits} if "val_loss" in record else {})
+               for record in EVALUATED])  # fmt: skip
+    run_in(tmp_path / "unevaluated", TRAINED)
+    compare(tmp_path)
+    (axes,), (legend,) = figures[-1].axes, figures[-1].legends
+    names = [text.get_text().strip("\u200b").replace("\\", "") for text in legend.get_texts()]
+    assert names == [*(f"_$run_{number:02}" for number in range(12)), "unevaluated (not evaluated)"]
+    assert axes.get_xlabel() == "tokens read"
+    assert axes.get_ylabel() == ("held out (nats per token)" if bits is None else "held out (bits per byte)")
+    assert np.array_equal(axes.lines[0].get_ydata(), [6.0, 2.1] if bits is None else [2.5, 2.5])
+    assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == 13
+    figures[-1].draw_without_rendering()
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+
+
+def test_runs_that_were_never_evaluated_are_drawn_by_their_training_loss(tmp_path, monkeypatch):
+    figures: list[Figure] = []
+    monkeypatch.setattr("scripts.report.FigureCanvasAgg", lambda figure: (figures.append(figure), FigureCanvasAgg(figure))[1])
+    run_in(tmp_path / "run", TRAINED)
+    compare(tmp_path)
+    assert figures[-1].axes[0].get_ylabel() == "training loss (nats per token)" and len(figures[-1].axes[0].lines) == 1
+
+
+def test_training_takes_the_seconds_of_all_steps_also_of_those_between_two_lines():
+    assert training_seconds([train(10, seconds=2.0), held_out(15), train(20, seconds=3.0), train(25, seconds=1.0)]) == 55.0

@@ -296,7 +296,7 @@ def test_the_loss_falls_and_held_out_loss_is_better_at_the_end(finished_run):
 
 def test_a_run_directory_holds_what_the_design_names(finished_run):
     names = {path.name for path in Path(finished_run.run_dir).iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "loss.png", "tensorboard", "checkpoints"}
+    assert names == {"config.json", "metrics.jsonl", "loss.png", "report.html", "tensorboard", "checkpoints"}
 
 
 def test_the_train_line_has_the_fields_of_the_contract(finished_run):

@@ -34,8 +34,16 @@ from scripts.model.huggingface import (
     transformers_config,
 )
 from scripts.plan.footprint import checkpoint_bytes
-from scripts.run.metrics import best_step, evaluations, read_metrics, sync_metrics
-from scripts.run.run_dir import FOLDERS, checkpoint_folders, checkpoints_dir, config_record, link_best, metrics_path
+from scripts.run.metrics import best_step, evaluations, sync_metrics
+from scripts.run.run_dir import (
+    FOLDERS,
+    checkpoint_folders,
+    checkpoints_dir,
+    config_record,
+    link_best,
+    metrics_path,
+    read_metrics,
+)
 from scripts.run.state import decay_start
 from scripts.run.storage import DIGEST_BYTES, HASH_BYTES, FileRecord, find_changed, forget_pages, write_safetensors, write_text
 

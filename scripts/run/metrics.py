@@ -1,12 +1,14 @@
-"""The logs of a run: metrics.jsonl, TensorBoard, the picture, the lines on the terminal. Makes the records of a train step."""
+"""The logs of a run: metrics.jsonl, TensorBoard, a tracker, pictures, lines on the terminal. Makes records of a train step."""
 
 import json
 import math
 import os
+import subprocess  # nosec B404
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
@@ -14,13 +16,15 @@ from tqdm import tqdm
 
 from ds.loader import Order, digest_hex, rows_read
 from scripts import memory, report
-from scripts.config import GIB, TrainingConfig
+from scripts.config import GIB, TRACKER_END_SECONDS, TrainingConfig
 from scripts.engine import watch
 from scripts.engine.distributed import say
 from scripts.model.huggingface import parse_json
 from scripts.plan.machine import peak_bytes
 from scripts.report import printable
-from scripts.run import run_dir
+from scripts.run import run_dir, tracker
+from scripts.run.page import page
+from scripts.run.run_dir import read_metrics
 from scripts.run.state import Progress, Run, Step, data_order
 from scripts.run.storage import write_all, write_text
 
@@ -39,13 +43,6 @@ def append_metrics(config: TrainingConfig, records: list[dict]) -> bool:
             os.truncate(path, num_bytes)
         return False
     return True
-
-
-def read_metrics(config: TrainingConfig) -> list[dict]:
-    """Every whole line of metrics.jsonl; ValueError when one is no record of a step."""
-    path = run_dir.metrics_path(config)
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [_parse_record(line, f"{path}: line {number}") for number, line in enumerate(lines, 1) if line.endswith("\n")]
 
 
 def rewind_metrics(config: TrainingConfig, steps_done: int, is_evaluated: bool) -> None:
@@ -168,15 +165,15 @@ def finite(number: float) -> float | None:
 
 def summary(config: TrainingConfig) -> str:
     """What a person wants to know at the end, from the run's own files."""
-    same = run_dir.same_without_teacher(config) if config.teacher_dir is not None else None
-    alone = None if same is None else report.Alone(same.run_dir, read_metrics(same))
-    picture, saved = run_dir.picture_path(config), run_dir.newest_folder(config)
-    return report.summary(config, read_metrics(config), picture=picture, saved=saved, alone=alone)
+    pictures, saved = [run_dir.picture_path(config), run_dir.page_path(config)], run_dir.newest_folder(config)
+    return report.summary(config, read_metrics(config), pictures=pictures, saved=saved, alone=_alone(config))
 
 
 @contextmanager
 def reporting(run: Run) -> Iterator[Report]:
-    """Gives a function that takes records: on rank 0 to metrics.jsonl, TensorBoard and the terminal, on other ranks nowhere."""
+    """Gives a function that takes records: on rank 0 to metrics.jsonl, TensorBoard, the tracker and the terminal, on other
+    ranks nowhere. Draws them.
+    """
     if run.ranks.rank != 0:
         yield lambda record: None
         return
@@ -185,13 +182,14 @@ def reporting(run: Run) -> Iterator[Report]:
         total=config.num_tokens, initial=config.tokens_before(run.first_step), unit="token", unit_scale=True,
         dynamic_ncols=True, disable=not sys.stderr.isatty(),
     )  # fmt: skip
-    with bar, _tensorboard(run) as plot:
+    with bar, _tensorboard(run) as plot, _tracked(run) as track:
 
         def take(record: dict) -> None:
             unwritten.append(record)
             if append_metrics(config, unwritten):
                 unwritten.clear()
             plot(record)
+            track(record)
             try:
                 _show(record, config, bar)
             except (OSError, UnicodeEncodeError):
@@ -205,13 +203,6 @@ def reporting(run: Run) -> Iterator[Report]:
 
 def _lines(records: Iterable[dict]) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
-
-
-def _parse_record(line: str, source: str) -> dict:
-    record = parse_json(line.encode(), source)
-    if not isinstance(record.get("step"), int):
-        raise ValueError(f"{source} names no step")
-    return record
 
 
 def _show(record: dict, config: TrainingConfig, bar: tqdm) -> None:
@@ -250,9 +241,71 @@ def _tensorboard(run: Run) -> Iterator[Report]:
         attempt(board.close)
 
 
-def _draw(config: TrainingConfig) -> None:
-    picture = run_dir.picture_path(config)
+@contextmanager
+def _tracked(run: Run) -> Iterator[Report]:
+    """Gives a function that hands the numbers of records to the process of `tracker`. Its end is not that of the training."""
+    config = run.config
+    processes: list[subprocess.Popen] = []
+
+    def lose(fault: object) -> None:
+        processes.clear()
+        log = run_dir.tracker_log_path(config)
+        said = log.read_text(errors="replace").split("\n") if log.exists() else []
+        words = next((line for line in reversed(said) if line.strip()), fault)
+        say(run.ranks, f"{config.tracker} gets no more numbers: {printable(str(words))}; more in {log}")
+
+    def track(record: dict) -> None:
+        if record["kind"] not in ("train", "eval"):
+            return
+        numbers = {f"{record['kind']}/{name}": value for name, value in scalars(record).items()}
+        for process in list(processes):
+            try:
+                _hand_on(process, {"step": record["step"], "numbers": numbers})
+            except OSError as fault:
+                lose(fault)
+
     try:
-        report.draw_losses(run_dir.metrics_path(config), picture)
+        processes += [_start_tracker(config)] if config.tracker is not None else []
     except OSError as fault:
-        watch.say(f"{picture} is not drawn: {fault}", sys.stdout)
+        lose(fault)
+    try:
+        yield track
+    finally:
+        for process in list(processes):
+            try:
+                process.communicate(timeout=TRACKER_END_SECONDS)
+            except subprocess.TimeoutExpired:
+                say(run.ranks, f"{config.tracker} is still sending numbers; its process {process.pid} ends by itself")
+            if process.returncode:
+                lose(f"status {process.returncode}")
+
+
+def _start_tracker(config: TrainingConfig) -> subprocess.Popen:
+    folder = Path(config.run_dir).absolute()
+    opening = {"tracker": config.tracker, "identity": run_dir.tracker_identity(config), "name": folder.name}
+    opening |= {"folder": str(folder), "config": run_dir.config_record(config)}
+    command = [sys.executable, "-P", str(tracker.__file__)]
+    with run_dir.tracker_log_path(config).open("wb") as log:
+        process = subprocess.Popen(  # nosec B603
+            command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+        )
+    _hand_on(process, opening)
+    return process
+
+
+def _hand_on(process: subprocess.Popen, line: dict) -> None:
+    if process.stdin is not None:
+        write_all(process.stdin.fileno(), memoryview(_lines([line]).encode()))
+
+
+def _draw(config: TrainingConfig) -> None:
+    try:
+        report.draw_losses(run_dir.metrics_path(config), run_dir.picture_path(config))
+        write_text(run_dir.page_path(config), page(config, read_metrics(config), _alone(config)))
+    except (OSError, ValueError) as fault:  # its own disk is full, or the run without a teacher beside it is damaged
+        watch.say(f"{config.run_dir} has no new pictures: {fault}", sys.stdout)
+
+
+def _alone(config: TrainingConfig) -> report.Alone | None:
+    same = run_dir.same_without_teacher(config) if config.teacher_dir is not None else None
+    return None if same is None else report.Alone(same.run_dir, read_metrics(same))

@@ -2,13 +2,15 @@
 
 import json
 import os
+import secrets
 import shutil
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 from scripts.config import RUN_DIR_POLL_SECONDS, TrainingConfig
-from scripts.model.huggingface import read_json
+from scripts.model.huggingface import parse_json, read_json
 from scripts.run.storage import lock, lock_words, write_text
 
 MEMORY_FIELDS = ("micro_batch_rows", "accumulate_on", "accumulation_precision", "activation_checkpointing", "loss_chunk_rows")
@@ -66,6 +68,16 @@ def _differing(config: TrainingConfig) -> dict[str, list]:
     return {name: values for name, values in both.items() if values[0] != values[1]}
 
 
+def stored_config(folder: Path) -> TrainingConfig:
+    """The configuration of the run in a folder, wherever that is now. Raises OSError or ValueError where there is none."""
+    if not (folder / "config.json").exists():
+        raise ValueError("no run: it holds no config.json")
+    stored = config_record(TrainingConfig()) | AS_BEFORE | read_json(folder / "config.json") | {"run_dir": str(folder)}
+    values = {field.name: stored[field.name] for field in fields(TrainingConfig)}
+    named: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return TrainingConfig(**named)
+
+
 def hold_run(config: TrainingConfig, wait_seconds: float) -> int | None:
     """Locks run_dir for this process and returns the descriptor of the lock; None when run_dir is not there.
 
@@ -108,9 +120,46 @@ def metrics_path(config: TrainingConfig) -> Path:
     return Path(config.run_dir) / "metrics.jsonl"
 
 
+def read_metrics(config: TrainingConfig) -> list[dict]:
+    """Every whole line of metrics.jsonl; ValueError when one is no record of a step."""
+    path = metrics_path(config)
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [_parse_record(line, f"{path}: line {number}") for number, line in enumerate(lines, 1) if line.endswith("\n")]
+
+
+def _parse_record(line: str, source: str) -> dict:
+    record = parse_json(line.encode(), source)
+    if not isinstance(record.get("step"), int):
+        raise ValueError(f"{source} names no step")
+    return record
+
+
 def picture_path(config: TrainingConfig) -> Path:
     """The run's loss.png."""
     return Path(config.run_dir) / "loss.png"
+
+
+def page_path(config: TrainingConfig) -> Path:
+    """The run's report.html."""
+    return Path(config.run_dir) / "report.html"
+
+
+def tracker_log_path(config: TrainingConfig) -> Path:
+    """What the tracker's library said in the run's last launch."""
+    return Path(config.run_dir) / "tracker.log"
+
+
+def tracker_identity(config: TrainingConfig) -> str:
+    """The name that no other run has at a tracker. It is made once, and stays and goes with run_dir."""
+    path = Path(config.run_dir) / "tracker-id"
+    if not path.exists():
+        write_text(path, secrets.token_hex(4))
+    return path.read_text().strip()
+
+
+def comparison_path(folder: Path) -> Path:
+    """The picture of all runs in a folder."""
+    return folder / "compare.png"
 
 
 def best_link(config: TrainingConfig) -> Path:

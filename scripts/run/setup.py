@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from glob import has_magic
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,6 +156,15 @@ def refuse_on_this_machine(config: TrainingConfig, world_size: int) -> None:
                 raise ValueError(f"corpus: {path!r} is not there; name a file, folder or glob that exists")
 
 
+def refuse_missing_tracker(config: TrainingConfig) -> None:
+    """Raises ValueError where the package of `tracker` is not installed. A folder of its name is not the package."""
+    try:
+        if config.tracker is not None:
+            version(config.tracker)
+    except PackageNotFoundError:
+        raise ValueError(f'tracker={config.tracker!r} is not installed; pip install -e ".[trackers]"') from None
+
+
 def _refuse_alone(config: TrainingConfig, ranks: Ranks) -> Teacher | None:
     """All that a rank can refuse alone, without loading anything. The teacher, if there is one."""
     distributed.set_up_cuda()
@@ -163,6 +173,8 @@ def _refuse_alone(config: TrainingConfig, ranks: Ranks) -> Teacher | None:
     refuse_on_this_device(config, device_of(ranks))
     toolchain.refuse_missing_compilers(config)
     run_dir.refuse_other_run(config)
+    if ranks.rank == 0:
+        refuse_missing_tracker(config)
     teacher = find_teacher(config)
     _refuse_too_large(config, ranks, room_in_all)
     return teacher

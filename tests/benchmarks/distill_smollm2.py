@@ -37,8 +37,7 @@ from scripts.engine.distributed import leaving  # noqa: E402
 from scripts.generate import open_model  # noqa: E402
 from scripts.model.losses import distillation_loss, label_loss, likeliest  # noqa: E402
 from scripts.prepare_data import open_data  # noqa: E402
-from scripts.run.metrics import read_metrics  # noqa: E402
-from scripts.run.run_dir import newest_folder  # noqa: E402
+from scripts.run.run_dir import newest_folder, read_metrics  # noqa: E402
 
 RESULT = Path(__file__).parent / "results" / "distill_smollm2.json"
 FOLDER = ROOT / "runs" / "smollm2"

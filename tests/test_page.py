@@ -1,0 +1,259 @@
+"""Laws of scripts/run/page.py: all that a run tells is on one page, which a browser shows at any width without a network."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from conftest import metrics
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scripts.config import TrainingConfig
+from scripts.report import Alone
+from scripts.run.page import Point, bars, page, seconds_by_part, thinned
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: apt-get install chromium")
+HOSTILE = "</script><script>document.title = 'taken'</script><img src=x onerror=alert(1)>&amp;\u2028\"'`${1}"
+
+
+def train(step: int, **changes) -> dict:
+    numbers = {
+        "loss": 8.0 / step,
+        "grad_norm": 1.0 + step % 3,
+        "learning_rate": 1e-3,
+        "seconds": 0.5,
+        "tokens_per_second": 4096.0,
+    }
+    return {"kind": "train", "step": step, "tokens": step * 2048} | numbers | changes
+
+
+def held_out(step: int, **changes) -> dict:
+    numbers = {"val_loss": 6.0 - step / 50, "val_bits_per_byte": 2.5 - step / 100}
+    return {"kind": "eval", "step": step, "tokens": step * 2048} | numbers | changes
+
+
+def event(step: int, name: str, **fields) -> dict:
+    return {"kind": "event", "step": step, "event": name} | fields
+
+
+CONFIG = TrainingConfig(run_dir="runs/a & b", num_steps=120, teacher_dir="there", corpus=(HOSTILE,))
+DOCUMENTS = [{"document": 17, "beginning": HOSTILE}]
+RECORDS = [
+    event(0, "started", ranks=2, rows_per_step=8),
+    event(0, "teacher", val_loss=3.5, val_bits_per_byte=1.5, folder="there", num_parameters=2_360_000),
+    held_out(0, val_loss_by_source={HOSTILE: 6.1, "web": 5.9, "</script><b>": 6.0}),
+    *(train(step, loss=None if step == 7 else 8.0 / step) for step in range(1, 61)),
+    event(7, "skipped", loss=None, documents=DOCUMENTS),
+    held_out(60, val_loss_by_source={HOSTILE: 5.1, "web": 4.9}),
+    event(60, "sample", text=f"first {HOSTILE}"),
+    event(60, "saved", checkpoint="runs/a/checkpoints/step-00000060"),
+    event(60, "started", ranks=1, rows_per_step=8),
+    *(train(step) for step in range(61, 121)),
+    event(90, "spike", loss=9.0, documents=DOCUMENTS),
+    event(100, "save_failed", fault="the disk is full"),
+    held_out(120),
+    event(120, "sample", text="second"),
+    event(120, "saved", checkpoint="runs/a/checkpoints/step-00000120"),
+    event(120, "memory", gpu_planned_gib=6.5, gpu_peak_gib=6.25, host_planned_gib=20.5, host_peak_gib=19.75),
+]
+PAGE = page(CONFIG, RECORDS, Alone("runs/alone", [held_out(120)]))
+
+
+def words_of(text: str) -> str:
+    """What a person reads of a page, without the curves."""
+    body = re.sub(r"<(script|style)\b.*?</\1>", "", text, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]*>", " ", body)))
+
+
+def test_the_page_tells_what_a_person_asks_of_a_run():
+    told = words_of(PAGE)
+    expected = [
+        "runs/a & b", "120 of 120", "3.600", "1.300", "4,096", "1.0 minutes", "6.50 GiB", "6.25 GiB", "20.50 GiB", "19.75 GiB",
+        "started, ranks: 2", "continued after step 60, ranks: 1", "the disk is full; training goes on",
+        "skipped, its gradients are not finite; documents: 17", "the loss jumped to 9.000; documents: 17",
+        "2 checkpoints saved", "runs/a/checkpoints/step-00000060", "without teacher", "2.36 M", "runs/alone", "num_steps 120",
+    ]  # fmt: skip
+    assert [each for each in expected if each not in told] == []
+    assert told.index("Step 60 first") < told.index("Step 120 second")
+
+
+def test_fields_that_differ_from_the_defaults_come_first_and_all_others_are_folded():
+    shown, folded = PAGE[PAGE.index("<h2>Configuration") :].split("<details>")
+    named = {name: set(re.findall(r"<th>(\w+)</th>", part)) for name, part in (("shown", shown), ("folded", folded))}
+    assert named["shown"] == {"run_dir", "num_steps", "teacher_dir", "corpus"}
+    assert named["folded"] | named["shown"] == {*TrainingConfig.__dataclass_fields__} and not named["folded"] & named["shown"]
+
+
+def test_text_of_documents_samples_and_paths_is_data_and_never_markup():
+    assert HOSTILE not in PAGE and PAGE.count(html.escape(HOSTILE)) == 1
+    assert "<img" not in PAGE and PAGE.count("<script") == PAGE.count("</script>") == 2
+    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', PAGE)
+    names = [curve["name"] for curve in json.loads(data)[0]["curves"]]
+    assert {"held out, web", "held out, </script><b>"} <= {*names} and not {"<", ">", "&"} & set(data)
+
+
+def test_a_section_without_records_is_left_out_and_the_page_of_nothing_is_a_page():
+    headings = {title for title in re.findall("<h2>(.*?)</h2>", page(TrainingConfig(), [], None))}
+    assert headings == {"Configuration"}
+    assert "Where the time of a step goes" not in PAGE and "<h2>Compared with the teacher" in PAGE
+
+
+def test_time_of_a_step_is_the_mean_of_what_train_lines_tell_and_of_what_is_between_them():
+    records = [
+        train(1, seconds_by_part={"data": 0.25, "forward": 1.0}),
+        train(2, seconds_by_part={"data": 0.75, "forward": 2.0}),
+        held_out(2, seconds=3.0),
+        event(2, "saved", seconds=1.0),
+    ]
+    assert seconds_by_part(records) == {"data": 0.5, "forward": 1.5, "evaluation": 1.5, "saving": 0.5}
+    assert "Where the time of a step goes" in page(TrainingConfig(), records, None)
+    assert [*map(float, re.findall(r"width:([\d.]+)%", bars({"a": 1.0, "<b>": 4.0}, "s", 1)))] == [25.0, 100.0]
+
+
+values = st.one_of(st.none(), st.floats(-1e6, 1e6))
+
+
+@given(st.lists(values, max_size=400), st.integers(6, 60))
+def test_thinned_curves_keep_their_ends_their_extremes_and_their_gaps_in_order(numbers, most):
+    whole = [Point(step * 10, step, value) for step, value in enumerate(numbers)]
+    kept = thinned(whole, most)
+    assert len(kept) <= max(most, 0) and [*kept] == sorted(set(kept), key=lambda point: point.step) and set(kept) <= set(whole)
+    assert kept[:1] == whole[:1] and kept[-1:] == whole[-1:]
+    known, left = ([point.value for point in points if point.value is not None] for points in (whole, kept))
+    assert not known or (min(known), max(known)) == (min(left), max(left))
+    assert len(left) < len(kept) if len(known) < len(whole) else True
+
+
+def test_a_run_of_a_hundred_thousand_lines_gives_a_small_page():
+    records = [train(step) | {"loss": 2.0 + (step * 7919 % 1000) / 1000} for step in range(1, 100_001)]
+    records += [event(step, "sample", text="x" * 500) for step in range(0, 100_000, 50)]
+    records += [event(step, "spike", loss=9.0, documents=DOCUMENTS * 3) for step in range(0, 100_000, 20)]
+    records += [event(step, "saved", checkpoint="runs/pretrain/checkpoints/step-00000001") for step in range(0, 100_000, 20)]
+    text = page(TrainingConfig(), records, None)
+    assert len(text.encode()) < 2e6
+    (data,) = re.findall(r'id="data">(.*?)</script>', text)
+    values = [value for _, _, value in json.loads(data)[0]["curves"][0]["points"]]
+    assert (min(values), max(values)) == (2.0, 2.999)
+
+
+class Seen(NamedTuple):
+    """What a browser makes of a page: what a script in it found, and its console."""
+
+    found: dict
+    console: list[str]
+
+
+LOOK = """<script>
+function move(kind, x) {
+  const svg = document.querySelector("svg"), box = svg.getBoundingClientRect();
+  svg.dispatchEvent(new PointerEvent(kind, {clientX: box.left + 58 + x * (box.width - 68), bubbles: true}));
+}
+const curve = () => document.querySelector("svg path[d]").getAttribute("d");
+const labels = () => [...document.querySelectorAll("svg")].map(svg => [...svg.querySelectorAll("text")].at(-1).textContent);
+const told = () => [...document.querySelectorAll(".told")].map(each => each.textContent);
+const found = {width: innerWidth, title: document.title, empty: told(), before: curve(), labels: labels()};
+move("pointermove", 0.5);
+found.hovered = told();
+move("pointerdown", 0.5); move("pointermove", 0.75);
+found.band = +document.querySelector("svg rect[fill-opacity]").getAttribute("width");
+move("pointerup", 0.75);
+found.zoomed = curve();
+found.zoomedLabels = labels();
+document.querySelector("svg").dispatchEvent(new MouseEvent("dblclick", {bubbles: true}));
+found.reset = curve();
+const all = [...document.querySelectorAll("body *")].filter(each => !each.closest("pre, svg"));
+found.wide = [document.documentElement.scrollWidth, ...all.map(each => Math.ceil(each.getBoundingClientRect().right))];
+found.requests = performance.getEntriesByType("resource").map(entry => entry.name);
+found.captions = [...document.querySelectorAll("figcaption")].map(each => each.textContent);
+found.ground = getComputedStyle(document.body).backgroundColor;
+found.text = getComputedStyle(document.body).color;
+const output = parent.document.body.appendChild(parent.document.createElement("output"));
+output.textContent = `FOUND${JSON.stringify(found)}END`;
+</script>"""
+
+
+def browsed(folder: Path, text: str, width: int, *options: str) -> Seen:
+    """The page in a frame of this width, for a window of Chromium is never narrower than 500 pixels."""
+    inner = html.escape(text.replace("</body>", f"{LOOK}</body>"))
+    shown = chromium(folder, f'<iframe style="width:{width}px;height:900px" srcdoc="{inner}"></iframe>', *options)
+    (found,) = re.findall(r"<output>FOUND(.*?)END</output>", shown.stdout, re.DOTALL) or [shown.stderr]
+    return Seen(json.loads(html.unescape(found)), console_of(shown))
+
+
+def chromium(folder: Path, text: str, *options: str) -> subprocess.CompletedProcess:
+    (folder / "page.html").write_text(text)
+    quiet = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
+    shown = (f"--user-data-dir={folder / 'profile'}", "--window-size=1600,900", "--enable-logging=stderr", "--v=0", *options)
+    command = [str(CHROMIUM), *quiet, *shown, "--dump-dom", (folder / "page.html").as_uri()]
+    return subprocess.run(command, text=True, capture_output=True, timeout=300)
+
+
+def console_of(shown: subprocess.CompletedProcess) -> list[str]:
+    return [line for line in shown.stderr.splitlines() if ":CONSOLE" in line]
+
+
+@pytest.fixture(scope="module", params=[400, 1400])
+def seen(request, tmp_path_factory) -> Seen:
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium: apt-get install chromium")
+    return browsed(tmp_path_factory.mktemp("page"), PAGE, request.param)
+
+
+def test_a_browser_has_nothing_to_complain_of_and_asks_nothing_of_a_network(seen):
+    assert seen.console == [] and seen.found["requests"] == [] and seen.found["title"] == "runs/a & b"
+
+
+def test_each_curve_stands_under_its_name_and_unit(seen):
+    names = [re.split(r"[,(]", caption)[0] for caption in seen.found["captions"]]
+    assert len(names) == 5 and names[1:] == ["Held out", "Learning rate", "Gradient norm", "Speed"]
+    assert seen.found["captions"][0].startswith("Loss, nats per tokentraining objectiveheld out")
+
+
+def test_hovering_tells_the_numbers_of_the_nearest_step_in_every_chart(seen):
+    loss, _, rate, norm, speed = seen.found["hovered"]
+    assert set(seen.found["empty"]) == {""}
+    assert loss.startswith("step 60, 122.9 k tokens: training objective 0.1333, held out 4.8, held out, the teacher 3.5")
+    assert rate.endswith("learning rate 0.001") and norm.endswith("gradient norm 1") and speed.endswith("tokens/s 4.096 k")
+
+
+def test_dragging_zooms_every_chart_and_a_double_click_shows_all_again(seen):
+    found = seen.found
+    assert found["band"] > 50 and found["zoomed"] != found["before"] == found["reset"]
+    assert all(before != after for before, after in zip(found["labels"], found["zoomedLabels"], strict=True))
+
+
+def test_nothing_is_wider_than_the_window(seen):
+    assert seen.found["width"] in (400, 1400) and max(seen.found["wide"]) <= seen.found["width"]
+
+
+@needs_chromium
+def test_a_browser_in_the_dark_gets_light_words_on_dark_ground(tmp_path):
+    seen = browsed(tmp_path, PAGE, 400, "--blink-settings=preferredColorScheme=0")
+    ground, text = (sum(map(int, re.findall(r"\d+", seen.found[name])[:3])) / 765 for name in ("ground", "text"))
+    assert ground < 0.2 < 0.8 < text and seen.console == []
+
+
+@needs_chromium
+def test_a_page_that_asked_something_of_a_network_would_be_seen(tmp_path):
+    text = PAGE.replace("</main>", '<img src="https://example.org/a.png"></main>')
+    assert len(browsed(tmp_path, text, 400).console) == 1
+
+
+@needs_chromium
+def test_a_browser_shows_the_page_of_a_run_that_has_done_nothing(tmp_path):
+    shown = chromium(tmp_path, page(TrainingConfig(), [], None))
+    assert console_of(shown) == [] and "</html>" in shown.stdout
+
+
+def test_a_finished_run_has_the_page_of_all_its_records(finished_runs):
+    config = finished_runs[1, "labels"]
+    text = (Path(config.run_dir) / "report.html").read_text()
+    assert text == page(config, metrics(config), None)
+    assert "8 of 8" in words_of(text) and replace(config, run_dir="x") != config
