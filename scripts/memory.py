@@ -225,8 +225,10 @@ def time_words(config: TrainingConfig, world_size: int, local_size: int, device_
 
 
 def duration(num_hours: float) -> str:
-    """Hours for a person, minutes where there are few."""
-    return f"{num_hours:,.1f} hours" if num_hours >= 2 else f"{num_hours * 60:,.1f} minutes"
+    """Hours for a person, minutes or seconds where there are few."""
+    if num_hours >= 2:
+        return f"{num_hours:,.1f} hours"
+    return f"{num_hours * 60:,.1f} minutes" if num_hours >= 1 / 30 else f"{num_hours * 3600:,.0f} seconds"
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from scripts.run import checkpoint, setup
 from scripts.run.evaluate import bad_step_records, evaluation_record, sample_record
 from scripts.run.metrics import Report, gradient_norm, memory_record, repeat_records, reporting, summary, train_record
 from scripts.run.state import (
+    Clock,
     Progress,
     Run,
     Step,
@@ -100,18 +101,25 @@ def run_step(run: Run, objective: Objective, step: int) -> Step:
     set_learning_rate(run.engine, learning_rate_at(step, run.config))
     offload.set_step_rows(run.engine, run.config.rows_of_step(step))
     num_skipped_before, losses, digests, crossing = run.engine.skipped_steps, [], np.zeros((2, 4), dtype=np.int64), 0
+    clock = Clock()
     for batch in step_batches(run, step):
         digests += (digest_rows(batch.rows, batch.ids), digest_rows(batch.rows, batch.windows[:, None]))
         crossing += count_crossing(batch.ids, run.data.end_of_text_id)
-        losses.append(run_micro_batch(run.engine, objective, _objective_inputs(run, batch), run.config))
-    return reduce_over_ranks(run, torch.stack(losses), digests, crossing, run.engine.skipped_steps > num_skipped_before)
+        inputs = _objective_inputs(run, batch)
+        clock.tick("data")
+        losses.append(run_micro_batch(run.engine, objective, inputs, run.config, clock.tick))
+    is_skipped = run.engine.skipped_steps > num_skipped_before
+    return reduce_over_ranks(run, torch.stack(losses), digests, crossing, is_skipped)._replace(seconds_by_part=clock.seconds())
 
 
-def run_micro_batch(engine, objective: Objective, inputs: list[Any], config: TrainingConfig) -> Tensor:
-    """Forward, backward, and the update when this is a step's last micro-batch: its mean loss in nats, ()."""
+def run_micro_batch(engine, objective: Objective, inputs: list[Any], config: TrainingConfig, tick: Callable) -> Tensor:
+    """Forward, backward, and the update when this is a step's last micro-batch: its mean loss in nats, (). `tick` ends each."""
     loss = objective(engine, *inputs, config)
+    tick("forward")
     engine.backward(loss)
+    tick("backward, gradients down")
     engine.step()
+    tick("update, weights up")
     return loss.detach()
 
 
@@ -133,7 +141,7 @@ def reduce_over_ranks(run: Run, losses: Tensor, digests: np.ndarray, num_crossin
     return Step(
         loss=float(of_all.mean()), losses=of_all.reshape(ranks.world_size, -1), tokens_digest=tokens_digest,
         windows_digest=windows_digest, is_skipped=is_skipped, is_stop_requested=bool(stop),
-        crossing_share=float(crossing) / (of_all.size * run.config.micro_batch_rows),
+        crossing_share=float(crossing) / (of_all.size * run.config.micro_batch_rows), seconds_by_part={},
     )  # fmt: skip
 
 
@@ -170,7 +178,7 @@ def train_tiny(
             while is_skipped and tries < truth_check.MOST_TRIES:
                 tries, num_skipped_before = tries + 1, engine.skipped_steps
                 for windows in batches:
-                    run_micro_batch(engine, next_token, [windows], tiny)
+                    run_micro_batch(engine, next_token, [windows], tiny, lambda _: None)
                 is_skipped = engine.skipped_steps > num_skipped_before
             norms.append(math.nan if is_skipped else gradient_norm(engine))
         return truth_check.Trained(offload.full_masters(engine, model), norms)
@@ -193,10 +201,10 @@ def evaluate_and_sample(run: Run, steps_done: int, report: Report) -> bool:
     """Evaluates and samples where that is due; whether any was. Every rank must call this."""
     config = run.config
     evaluates, samples = (is_due(steps_done, every, config) for every in (config.eval_every_steps, config.sample_every_steps))
-    if evaluates:
-        report(evaluation_record(run, steps_done))
-    if samples:
-        report(sample_record(run, steps_done))
+    for is_wanted, made in ((evaluates, evaluation_record), (samples, sample_record)):
+        if is_wanted:
+            started = time.perf_counter()
+            report(made(run, steps_done) | {"seconds": time.perf_counter() - started})
     return evaluates or samples
 
 
@@ -211,8 +219,9 @@ def save(run: Run, steps_done: int, progress: Progress, report: Report) -> check
     state = {"step": steps_done, "tokens": config.tokens_before(steps_done), "data_fingerprint": run.data.fingerprint}
     state |= {"tokenizer_fingerprint": run.data.train.fingerprint, "progress": progress_record(progress)}
     state |= {} if run.teaching is None else {"teacher_fingerprint": run.teaching.fingerprint}
+    started = time.perf_counter()
     saved = checkpoint.save(run.engine, config, run.data.tokenizer_json, run.data.end_of_text_id, state)
-    outcome = {"event": "saved", "checkpoint": str(saved.folder)}
+    outcome = {"event": "saved", "checkpoint": str(saved.folder), "seconds": time.perf_counter() - started}
     failure = {"event": "save_failed", "fault": saved.fault}
     report({"kind": "event", "step": steps_done} | (outcome if saved.fault is None else failure))
     return saved

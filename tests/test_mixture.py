@@ -182,7 +182,9 @@ def test_documents_of_a_skipped_step_are_those_that_its_windows_hold(mixed):
     losses, nothing = np.zeros((1, 8)), np.zeros(4, np.int64)
     losses[0, 3] = math.nan
     for step in range(200):
-        taken = Step(math.nan, losses, nothing, nothing, crossing_share=0.0, is_skipped=True, is_stop_requested=False)
+        taken = Step(
+            math.nan, losses, nothing, nothing, crossing_share=0.0, is_skipped=True, is_stop_requested=False, seconds_by_part={}
+        )
         (record,) = bad_step_records(run, step, taken, Progress())
         held = set()
         for window in step_windows(step, order)[6:8].tolist():

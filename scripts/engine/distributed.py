@@ -15,9 +15,10 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from functools import cache
+from io import StringIO
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from types import ModuleType
@@ -128,7 +129,7 @@ def join(config: TrainingConfig, ranks: Ranks) -> None:
         torch.cuda.set_device(device)
     offload.keep_to_device(deepspeed.accelerator.get_accelerator(), device)
     backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(minutes=config.rank_timeout_minutes)
-    with _refusing_taken_port():
+    with _refusing_taken_port(), redirect_stdout(StringIO()):  # DeepSpeed prints what it has built
         deepspeed.init_distributed(backend, verbose=False, timeout=timeout)
     wait_for_all()
     offload.forget_shared_memory(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], ranks.rank)

@@ -109,6 +109,7 @@ def train_record(run: Run, steps_done: int, taken: Step, progress: Progress, *, 
         "tokens_hash": digest_hex(np.array(progress.tokens_digest)),
         "windows_hash": digest_hex(np.array(progress.windows_digest)),
         "crossing_share": taken.crossing_share,
+        "seconds_by_part": taken.seconds_by_part,
     }
     if not config.is_mixture:
         return record

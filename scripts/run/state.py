@@ -1,7 +1,10 @@
 """What the training loop works on and remembers: a run, its progress, one step. Knows no files and no DeepSpeed."""
 
 import math
+import time
+from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,13 +34,38 @@ class Progress(NamedTuple):
     is_evaluated: bool = True
 
 
+@dataclass
+class Clock:
+    """Where the time of a step goes. On a GPU events count, so that nothing waits for it."""
+
+    marks: list[tuple[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.tick("start")
+
+    def tick(self, part: str) -> None:
+        """The time since the last call, or since this clock was made, was that of `part`."""
+        mark: Any = time.perf_counter()
+        if torch.cuda.is_available():
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        self.marks.append((part, mark))
+
+    def seconds(self) -> dict[str, float]:
+        """The seconds of each part; on a GPU only once all work until the last call is done."""
+        found: dict[str, float] = defaultdict(float)
+        for (_, before), (part, after) in zip(self.marks, self.marks[1:], strict=False):
+            found[part] += after - before if isinstance(after, float) else before.elapsed_time(after) / 1000
+        return dict(found)
+
+
 class Step(NamedTuple):
     """One optimizer update, over all ranks.
 
     The mean `loss` in nats; `losses` (ranks, micro-batches) in nats; `tokens_digest` and `windows_digest` (4,) int64 of the
     rows that were read; `crossing_share`: the share of its windows that hold the end of a document and the begin of another;
     `is_skipped`: whether DeepSpeed left the update out because a gradient was not finite; `is_stop_requested`: whether a stop
-    was requested of any rank.
+    was requested of any rank; `seconds_by_part`: where its time went on this rank.
     """
 
     loss: float
@@ -47,6 +75,7 @@ class Step(NamedTuple):
     crossing_share: float
     is_skipped: bool
     is_stop_requested: bool
+    seconds_by_part: dict[str, float]
 
 
 class Teaching(NamedTuple):
