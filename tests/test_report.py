@@ -364,7 +364,7 @@ def test_runs_are_compared_by_their_numbers_and_by_the_fields_in_which_they_diff
     picture = compare(tmp_path)
     told = capsys.readouterr().out
     lines = dict(line.split(maxsplit=1) for line in told.splitlines() if line.startswith("  ") and line[2] != " ")
-    assert lines["first"].split() == ["1.9", "M", "319.5", "k", "2.500", "16,384", "0.3", "minutes"]
+    assert lines["first"].split() == ["1.9", "M", "319.5", "k", "2.500", "16,384", "20", "seconds"]
     parts = told.replace("\n      ", " ").split("\n")
     (third,) = [line for line in parts if line.startswith("  third")]
     assert third.endswith(" learning_rate=0.01") and told.count("learning_rate") == 1 and told.count("run_dir") == 0
