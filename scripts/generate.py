@@ -4,11 +4,13 @@ Knows folders, text and the terminal; how ids are sampled is in scripts/model/sa
 """
 
 import os
+import signal
 import sys
 from codecs import getincrementaldecoder
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple, TextIO
@@ -117,12 +119,13 @@ def named_checkpoint(config: TrainingConfig) -> Path:
     return folder
 
 
-def write_text(loaded: Loaded, prompt: bytes, config: TrainingConfig, pace: Pace) -> None:
+def write_text(loaded: Loaded, prompt: bytes, config: TrainingConfig, pace: Pace, interrupts: list[int]) -> None:
     """Writes a prompt and its continuation to standard output, as `config` samples it and while it is sampled, up to the first
-    of `sample_stop`. A terminal gets whole characters that only write, all else gets the bytes. Counts tokens in `pace`.
+    of `sample_stop` or until there is one of `interrupts`. A terminal gets whole characters that only write, all else gets the
+    bytes. Counts tokens in `pace`.
     """
     pieces = _paced(stream(loaded, prompt, config.sample_tokens, sampling=sampling_of(config), seed=config.seed), pace)
-    pieces = before_stop(pieces, stop_bytes(config))
+    pieces = before_stop(takewhile(lambda _: not interrupts, pieces), stop_bytes(config))
     if sys.stdout.isatty():
         prompt = _styled(BOLD, visible(prompt.decode(errors="replace")), sys.stdout).encode()
         pieces = (visible(text).encode() for text in whole_characters(pieces))
@@ -143,11 +146,9 @@ def converse(loaded: Loaded, config: TrainingConfig) -> None:
             prompt = session.prompt().encode(errors="surrogateescape")
         except EOFError:
             return
-        try:
-            write_text(loaded, prompt, config, pace)
-            print(flush=True)
-        except KeyboardInterrupt:
-            print(flush=True)
+        with _noting_interrupts() as interrupts:
+            write_text(loaded, prompt, config, pace, interrupts)
+        print(flush=True)
         _say_pace(pace)
 
 
@@ -155,7 +156,7 @@ def continue_lines(loaded: Loaded, config: TrainingConfig, lines: Iterable[bytes
     """Continues each line, one after another, with an empty line after each text. At the end it says how fast."""
     pace = Pace()
     for line in lines:
-        write_text(loaded, line.rstrip(b"\r\n"), config, pace)
+        write_text(loaded, line.rstrip(b"\r\n"), config, pace, [])
         print("\n", flush=True)
     _say_pace(pace)
 
@@ -175,6 +176,17 @@ def main() -> None:
         except BrokenPipeError:
             # Nobody reads on; what is left must go somewhere, or the interpreter complains when it ends.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def _noting_interrupts() -> Iterator[list[int]]:
+    """Gives a list to which each Ctrl-C adds. As an exception it would be lost in a callback."""
+    found: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: found.append(number))
+    try:
+        yield found
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _paced(pieces: Iterable[bytes], pace: Pace) -> Iterator[bytes]:

@@ -663,7 +663,7 @@ from scripts.model.decoder import empty_model, initialise, parameter_groups
 from scripts.model.huggingface import load_weights
 from scripts.run import checkpoint, metrics, run_dir, storage
 fields = json.loads({fields!r})
-fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude", "validation_corpus")}}
+fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude", "validation_corpus", "sample_stop")}}
 config = TrainingConfig(**fields)
 torch.use_deterministic_algorithms(True)
 deepspeed.init_distributed("gloo", verbose=False)

@@ -283,7 +283,7 @@ from scripts.engine.distributed import leaving
 from tracker import engine_peaks
 
 fields = json.loads({json.dumps(asdict(config))!r})
-fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude", "validation_corpus")}}
+fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude", "validation_corpus", "sample_stop")}}
 if __name__ == "__main__":
     with leaving():
         print(json.dumps(engine_peaks(TrainingConfig(**fields))), flush=True)

@@ -315,7 +315,7 @@ if __name__ == "__main__":
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
     torch.set_num_threads(1)
     fields = json.loads({fields!r})
-    fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude", "validation_corpus")}}
+    fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude", "validation_corpus", "sample_stop")}}
     bf16 = TrainingConfig(**fields)
     fp32, bf16_on_gpu = replace(bf16, precision="fp32"), replace(bf16, accumulate_on="gpu", accumulation_precision="bf16")
     muon, short = replace(fp32, optimizer="muon"), {{"optimizer": "muon", "optimizer_state_precision": "bf16"}}

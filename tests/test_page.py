@@ -75,7 +75,7 @@ def words_of(text: str) -> str:
 def test_the_page_tells_what_a_person_asks_of_a_run():
     told = words_of(PAGE)
     expected = [
-        "runs/a & b", "120 of 120", "3.600", "1.300", "4,096", "1.0 minutes", "6.50 GiB", "6.25 GiB", "20.50 GiB", "19.75 GiB",
+        "runs/a & b", "120 of 120", "3.600", "1.300", "4,096", "60 seconds", "6.50 GiB", "6.25 GiB", "20.50 GiB", "19.75 GiB",
         "started, ranks: 2", "continued after step 60, ranks: 1", "the disk is full; training goes on",
         "skipped, its gradients are not finite; documents: 17", "the loss jumped to 9.000; documents: 17",
         "2 checkpoints saved", "runs/a/checkpoints/step-00000060", "without teacher", "2.36 M", "runs/alone", "num_steps 120",

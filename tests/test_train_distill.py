@@ -40,7 +40,7 @@ ENTRY = """
 import scripts.config, json
 from scripts.config import TrainingConfig
 fields = json.loads({fields!r})
-fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude", "validation_corpus")}}
+fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude", "validation_corpus", "sample_stop")}}
 scripts.config.DISTILL = TrainingConfig(**fields)
 from scripts import train_distill
 train_distill.main()

@@ -68,7 +68,7 @@ def poisoned(engine, windows, config):
 
 if __name__ == "__main__":
     for fields in json.loads({described!r}):
-        fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude", "validation_corpus")}}
+        fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude", "validation_corpus", "sample_stop")}}
         config = TrainingConfig(**fields)
         run, objective = trainer.set_up(config, prepare, label), objective_of(config) if config.teacher_dir else next_token
         losses = [trainer.run_step(run, objective, step).loss for step in range({steps})]
@@ -77,7 +77,7 @@ if __name__ == "__main__":
             weights = {{name: weight.detach().clone() for name, weight in run.engine.module.named_parameters()}}
             save_file(weights, config.run_dir + ".safetensors", {{"losses": json.dumps(losses)}})
     for fields in json.loads({trained!r}):
-        fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude", "validation_corpus")}}
+        fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude", "validation_corpus", "sample_stop")}}
         trainer.train(trainer.set_up(TrainingConfig(**fields), prepare), poisoned)
     watch.end(0)
 """
@@ -296,14 +296,14 @@ def test_the_loss_falls_and_held_out_loss_is_better_at_the_end(finished_run):
 
 def test_a_run_directory_holds_what_the_design_names(finished_run):
     names = {path.name for path in Path(finished_run.run_dir).iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "loss.png", "report.html", "tensorboard", "checkpoints"}
+    assert names == {"config.json", "metrics.jsonl", "loss.png", "report.html", "tensorboard", "checkpoints", "best"}
 
 
 def test_the_train_line_has_the_fields_of_the_contract(finished_run):
     line = next(line for line in metrics(finished_run) if line["kind"] == "train")
     assert list(line) == [
         "kind", "step", "tokens", "loss", "grad_norm", "learning_rate", "tokens_per_second", "seconds", "gpu_peak_gib",
-        "host_peak_gib", "tokens_hash", "windows_hash", "crossing_share",
+        "host_peak_gib", "tokens_hash", "windows_hash", "crossing_share", "seconds_by_part",
     ]  # fmt: skip
     assert line["tokens"] == finished_run.tokens_per_step
 

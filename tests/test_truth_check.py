@@ -169,7 +169,7 @@ if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)
     report = {{}}
     for name, fields in json.loads({described!r}).items():
-        fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude", "validation_corpus")}}
+        fields |= {{name: tuple(fields[name]) for name in ("corpus", "corpus_exclude", "validation_corpus", "sample_stop")}}
         config = TrainingConfig(**fields)
         started = time.process_time()
         without, before = losses(config), states()

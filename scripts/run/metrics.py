@@ -303,8 +303,8 @@ def _draw(config: TrainingConfig) -> None:
     try:
         report.draw_losses(run_dir.metrics_path(config), run_dir.picture_path(config))
         write_text(run_dir.page_path(config), page(config, read_metrics(config), _alone(config)))
-    except (OSError, ValueError) as fault:  # its own disk is full, or the run without a teacher beside it is damaged
-        watch.say(f"{config.run_dir} has no new pictures: {fault}", sys.stdout)
+    except Exception as fault:  # a full disk, or a log that somebody has changed: no picture is worth a training
+        watch.say(f"{config.run_dir} has no new pictures: {fault!r}", sys.stdout)
 
 
 def _alone(config: TrainingConfig) -> report.Alone | None:

@@ -34,7 +34,7 @@ import json, sys
 from scripts.config import TrainingConfig
 from scripts.train_pretrain import pretrain
 fields = json.loads(sys.argv[1])
-fields |= {name: tuple(fields[name]) for name in ("corpus", "corpus_exclude", "validation_corpus")}
+fields |= {name: tuple(fields[name]) for name in ("corpus", "corpus_exclude", "validation_corpus", "sample_stop")}
 pretrain(TrainingConfig(**fields))
 """
 
