@@ -325,6 +325,7 @@ def _forked(work, num_changes: int) -> int:
         os._exit(0)
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_of_publishing_and_pruning_leaves_what_was_there(copied_run):
     folder = newest_folder(copied_run)
     draft = folder.with_name(f".{folder.name}.draft")

@@ -496,6 +496,7 @@ def test_preset_edited_to_a_bad_value_gives_one_line_and_status_2(tmp_path):
 COMMANDS = ("memory", "prepare_data", "generate", "train_pretrain", "train_distill")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("names", "pasted", "line"), [
     (COMMANDS, "PRETRAIN = replace(PRETRAIN, num_steps=-1)", "num_steps=-1 is below 1; nearest is 1"),
     (["memory"], 'PRETRAIN = TrainingConfig("runs/books")', "TrainingConfig('runs/books') names no field; write field=value"),

@@ -302,6 +302,7 @@ export_gguf.main()
     return subprocess.run(words, env=clean_environment(), capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_file_and_refuses_arguments(one):
     run = replace(one.model.config, run_dir=str(one.file.parent))
     refused = command(run, "--outtype", "q8_0")

@@ -369,6 +369,7 @@ ENTER, NEW_LINE, UP, CTRL_C, CTRL_D = "\r", "\x1b\r", "\x1b[A", "\x03", "\x04"
 READY, BOLD, DIM, PLAIN = "\x1b[?2004h", "\x1b[1m", "\x1b[2m", "\x1b[0m"
 
 
+@pytest.mark.slow
 def test_a_conversation_at_a_terminal(installed):
     """A text that a Ctrl-C ends, a prompt of two lines, the same again from the history, a stop text; then Ctrl-D."""
     with at_a_terminal(installed) as (terminal, process):
@@ -419,6 +420,7 @@ def test_lines_of_a_pipe_are_continued_in_their_order_as_if_each_came_alone(load
     assert written == b"".join(alone) and said.count(b"\n") == 1
 
 
+@pytest.mark.slow
 def test_a_closed_output_pipe_ends_the_program_quietly(installed, tmp_path):
     (tmp_path / "prompts").write_text("A\n\n" + "a\n" * 9)
     with (tmp_path / "prompts").open() as prompts, (tmp_path / "said").open("w") as said:

@@ -123,6 +123,7 @@ def cells(line: str) -> list[float]:
     return [float(cell[0]) * UNITS[cell[1]] if cell else 0.0 for cell in words]
 
 
+@pytest.mark.slow
 def test_command_prints_both_presets_and_ends_well():
     command = [sys.executable, str(REPOSITORY / "scripts" / "memory.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=clean_environment(), check=False)
@@ -201,6 +202,7 @@ def test_start_says_the_plan_in_one_line(starved):
     assert re.search(r"\S+ [GM]iB of \S+ [GM]iB free host memory \(.+\), about \S+ \S+ for 6 steps at \S+ tokens/s", line)
 
 
+@pytest.mark.slow
 def test_a_model_far_too_large_is_refused_before_anything_is_loaded(tmp_path):
     config = tiny_config(
         tmp_path, hidden_size=8192, num_layers=80, num_heads=64, num_kv_heads=8, mlp_size=28672, vocab_size=32000

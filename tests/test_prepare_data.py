@@ -517,6 +517,7 @@ def test_bad_preset_is_refused_in_one_line(tmp_path):
     assert done.stderr.startswith("refused: num_steps=0 is below 1") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_command_prepares_the_preset_once(tmp_path, config):
     folder = repository_with(tmp_path / "repository", f"PRETRAIN = {config!r}")
     done = run(folder)

@@ -250,6 +250,7 @@ def test_a_rank_is_refused_before_the_ranks_have_met_for_its_card_or_for_none(tm
     assert "Traceback" not in result.stdout, result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["prepare_data", "generate"])
 def test_a_ctrl_c_ends_a_command_in_one_line(name, tmp_path):
     """Interrupted where its work begins. Neither command loads DeepSpeed, which would say a line of its own."""
@@ -263,6 +264,7 @@ from scripts import {name}
     assert result.returncode == 130 and result.stdout == "Stopped; the same command begins again\n", result.stdout
 
 
+@pytest.mark.slow
 def test_a_flag_is_refused_with_a_pointer_to_the_configuration(tmp_path):
     entry = str(REPOSITORY / "scripts" / "train_pretrain.py")
     result = subprocess.run(

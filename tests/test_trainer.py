@@ -575,6 +575,7 @@ def objective(engine, windows, config):
 """
 
 
+@pytest.mark.slow
 def test_too_many_skipped_steps_in_a_row_stop_the_run_with_the_last_good_checkpoint_named(tmp_path):
     config = tiny_config(tmp_path, num_steps=40, max_skipped_steps=3)
     (result,) = launch(tmp_path, training_script(config, OVERFLOWING), ["python"])
