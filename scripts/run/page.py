@@ -341,6 +341,7 @@ function draw(drawing) {
   }
   for (const tokens of ticks(range[0], range[1], Math.max(2, width / 130)))
     make("text", {x: drawing.x(tokens), y: height - 6, "text-anchor": "middle"}, svg).textContent = short(tokens);
+  make("text", {x: left - 12, y: height - 6, "text-anchor": "end"}, svg).textContent = "tokens";
   const clip = make("clipPath", {id: "clip" + drawings.indexOf(drawing)}, svg);
   make("rect", {x: left - 4, y: 0, width: right - left + 8, height: bottom + 4}, clip);
   const inner = make("g", {"clip-path": `url(#${clip.id})`, fill: "none", "stroke-width": 1.5}, svg);
