@@ -357,3 +357,11 @@ def test_an_engine_that_loses_micro_batches_is_refused_before_the_first_step(tmp
     refusal = [line for line in result.stdout.splitlines() if line.startswith("refused: ")]
     assert result.returncode == 2 and len(refusal) == 1 and "update" in refusal[0], result.stdout
     assert "Traceback" not in result.stdout and not Path(config.run_dir).exists()
+
+
+@pytest.mark.slow
+def test_a_run_works_without_home_and_in_folders_with_spaces(tmp_path):
+    folder = tmp_path / "a folder" / "of mine"
+    config = tiny_config(folder, num_steps=1, warmup_steps=0)
+    output = expect_success(launch(folder, training_script(config, ""), ["env", "-u", "HOME", *LAUNCHERS[1]]))
+    assert "Finished: 1 steps" in output and newest_folder(config) is not None
