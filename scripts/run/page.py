@@ -339,9 +339,9 @@ function draw(drawing) {
     make("line", {x1: left, x2: right, y1: y(value), y2: y(value), stroke: "var(--rule)"}, svg);
     make("text", {x: left - 6, y: y(value) + 4, "text-anchor": "end"}, svg).textContent = short(value);
   }
+  make("text", {x: left - 12, y: height - 6, "text-anchor": "end"}, svg).textContent = "tokens";
   for (const tokens of ticks(range[0], range[1], Math.max(2, width / 130)))
     make("text", {x: drawing.x(tokens), y: height - 6, "text-anchor": "middle"}, svg).textContent = short(tokens);
-  make("text", {x: left - 12, y: height - 6, "text-anchor": "end"}, svg).textContent = "tokens";
   const clip = make("clipPath", {id: "clip" + drawings.indexOf(drawing)}, svg);
   make("rect", {x: left - 4, y: 0, width: right - left + 8, height: bottom + 4}, clip);
   const inner = make("g", {"clip-path": `url(#${clip.id})`, fill: "none", "stroke-width": 1.5}, svg);
