@@ -92,6 +92,7 @@ def test_a_checkpoint_describes_itself_and_a_person_may_write_into_that(copied_r
     card.write_text(text + "more")
     assert checkpoint.find_fault(newest_folder(copied_run)) is None
     licensed = model_card(replace(copied_run, model_license="apache-2.0"), 8, None)
+    assert "not evaluated" in model_card(copied_run, 8, {"step": 8, "val_loss": 1.0, "val_bits_per_byte": None})
     assert ModelCard(licensed).data.to_dict()["license"] == "apache-2.0" and "not evaluated" in licensed
 
 
@@ -99,6 +100,7 @@ def test_a_damaged_line_of_the_log_ends_no_save(copied_run):
     good = [row[:2] for row in held_out(copied_run)]
     with run_dir.metrics_path(copied_run).open("a") as file:
         file.write('{"kind": "eval", "step"\n{"kind": "eval", "step": "x", "val_loss": 1.0}\n[1, "eval"]\n')
+        file.write('{"kind": "eval", "step": 8, "val_loss": "x"}\n')
     assert [(line["step"], line["val_loss"]) for line in log.evaluations(copied_run)] == good
     assert log.best_step(copied_run) == min(good[1:], key=lambda row: row[1])[0]
 

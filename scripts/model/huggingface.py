@@ -120,7 +120,7 @@ def model_card(config: TrainingConfig, step: int, held_out: dict | None) -> str:
     kind, tokens = "Qwen3" if config.qk_norm else "Llama", config.tokens_before(step)
     licence = f"license: {json.dumps(config.model_license)}\n" if config.model_license else ""
     loss, (nats, bits) = "not evaluated", ((held_out or {}).get(name) for name in ("val_loss", "val_bits_per_byte"))
-    if held_out is not None and nats is not None:
+    if held_out is not None and isinstance(nats, float) and isinstance(bits, float):
         loss = f"{nats:.4f} nats per token, {bits:.4f} bits per byte (after {held_out['step']:,} steps)"
     told = {
         "Model": f"{kind}, {config.num_parameters:,} parameters, {config.num_layers} blocks of width {config.hidden_size}",

@@ -80,7 +80,7 @@ def evaluations(config: TrainingConfig) -> list[dict]:
             record = parse_json(line.encode(), "") if '"eval"' in line else {}
         except ValueError:
             continue
-        if record.get("kind") == "eval" and isinstance(record.get("step"), int) and record.get("val_loss") is not None:
+        if record.get("kind") == "eval" and isinstance(record.get("step"), int) and isinstance(record.get("val_loss"), float):
             found.append(record)
     return found
 
