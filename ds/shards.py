@@ -57,6 +57,14 @@ class Shard(NamedTuple):
             return np.empty(0, kind)
         return np.memmap(self.path, kind, "r", HEADER.size, (self.num_tokens,)).view(np.ndarray)
 
+    def read(self, tokens: slice) -> np.ndarray:
+        """The ids of some tokens: (N,) uint16 or uint32, read from the file. Raises ValueError if it ends before them."""
+        start, num_tokens = HEADER.size + tokens.start * self.token_bytes, tokens.stop - tokens.start
+        ids = np.fromfile(self.path, f"<u{self.token_bytes}", num_tokens, offset=start)
+        if len(ids) < num_tokens:
+            raise ValueError(f"{self.path} ends before byte {start + num_tokens * self.token_bytes}; {REMEDY}")
+        return ids
+
 
 class ShardPart(NamedTuple):
     """Some of the tokens of a stream: the number of their shard, and where in it they are."""
@@ -91,13 +99,16 @@ class TokenStream:
     def read(self, start: int, stop: int) -> np.ndarray:
         """The ids from `start` to before `stop`: (stop - start,) int64, across shard borders."""
         ids, at = np.empty(stop - start, np.int64), 0
-        for part in self.parts(start, stop):
-            ids[at : at + len(part)] = part
-            at += len(part)
+        for part in self.places(start, stop):
+            found = self.shards[part.shard].read(part.tokens)
+            ids[at : at + len(found)] = found
+            at += len(found)
         return ids
 
     def parts(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        """The same ids as each shard holds them: memory-mapped views (N,) uint16 or uint32, nothing is copied."""
+        """The same ids as each shard holds them: memory-mapped views (N,) uint16 or uint32, nothing is copied. For long
+        stretches: to map a file takes longer than to read a window.
+        """
         return (self.shards[part.shard].ids[part.tokens] for part in self.places(start, stop))
 
     def places(self, start: int, stop: int) -> Iterator[ShardPart]:

@@ -81,6 +81,16 @@ def test_failed_write_leaves_the_old_shard_and_nothing_else(tmp_path):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_shard_that_is_cut_while_it_is_read_is_named(tmp_path):
+    write_shard(tmp_path / "a.bin", np.arange(100), 300, PRINT)
+    stream = TokenStream((open_shard(tmp_path / "a.bin"),), PRINT)
+    os.truncate(tmp_path / "a.bin", 128 + 50)
+    assert stream.read(0, 25).tolist() == list(range(25))
+    for start, stop in ((10, 50), (24, 26), (90, 100)):
+        with pytest.raises(ValueError, match=rf"a\.bin ends before byte {128 + 2 * stop}; delete"):
+            stream.read(start, stop)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> bytes:
     path = tmp_path_factory.mktemp("whole") / "a.bin"
