@@ -79,7 +79,7 @@ NUM_MULTIPROCESSORS = 192
 # An estimate for cards on PCIe, not measured. Between A100s with NVLink it was 544 to 688 MB (NVIDIA/nccl, issue 964).
 NCCL_COMMUNICATOR_BYTES = 256 * MIB
 ALLOCATOR_SLACK_SHARE = 0.02
-PROGRAM_BYTES = {"cuda": 2304 * MIB, "cpu": 544 * MIB}
+PROGRAM_BYTES = {"cuda": 2304 * MIB, "cpu": 480 * MIB}
 DATA_BYTES = 64 * MIB
 FILE_PIECES_BYTES = 64 * MIB
 PRODUCT_EFFICIENCY_SHARE = 0.6

@@ -9,12 +9,7 @@ import warnings
 from itertools import cycle, product
 from pathlib import Path
 from statistics import multimode
-from typing import NamedTuple
-
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ds.corpus import Tally, no_text
 from ds.pieces import LENGTH_CLASSES, SPLITS, held_out_sources
@@ -22,12 +17,14 @@ from scripts.config import FEW_DOCUMENTS, NUM_NAMED_DOCUMENTS, PRETRAIN, Trainin
 from scripts.memory import comparison_words, duration
 from scripts.run import run_dir
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 TRAIN, HELD_OUT, RATE, NORM = "#9aa7b4", "#c2410c", "#1d4ed8", "#4d7c0f"
 SOURCES = ("#0891b2", "#7c3aed", "#65a30d", "#db2777", "#ca8a04", "#1e293b", "#92400e", "#14532d")
 BEHIND = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1}
-
-SHOWN_CHARACTERS, SHOWN_NAME_CHARACTERS = 90, 36
-TABLE_COLUMNS = 100
+SHOWN_CHARACTERS, SHOWN_NAME_CHARACTERS, TABLE_COLUMNS = 90, 36, 100
 CUT_OR_NAME = "document_separator cuts a file into documents, and validation_corpus names held-out files"
 NOTES = {
     "faulty": "faulty rows skipped",
@@ -98,7 +95,7 @@ def comparison_table(runs: list[Compared]) -> list[str]:
     lines = [f"  {'run':<26}{'parameters':>12}{'tokens':>12}{'bits per byte':>15}{'tokens/s':>11}{'trained for':>16}"]
     for name, config, records, tokens, seconds in runs:
         bits, short = _last_held_out(records).get("val_bits_per_byte"), textwrap.shorten(name, 24, placeholder="…")
-        size, read = (EngFormatter(places=1, sep=" ")(number) for number in (config.num_parameters, tokens))
+        size, read = (_in_thousands(places=1)(number) for number in (config.num_parameters, tokens))
         speed, took = (f"{tokens / seconds:,.0f}", duration(seconds / 3600)) if seconds else ("-", "-")
         lines.append(f"  {short:<26}{size:>12}{read:>12}{'-' if bits is None else f'{bits:.3f}':>15}{speed:>11}{took:>16}")
         words = ", ".join(f"{field}={printable(repr(value))}" for field, value in _differences(config, runs).items())
@@ -108,11 +105,9 @@ def comparison_table(runs: list[Compared]) -> list[str]:
 
 def _differences(config: TrainingConfig, runs: list[Compared]) -> dict[str, object]:
     """The fields whose values fewer than the most runs have; where as many have another, all are told."""
-    described, found = [run_dir.config_record(run.config) for run in runs], {}
-    for name, value in run_dir.config_record(config).items():
-        if name != "run_dir" and multimode(json.dumps(each[name]) for each in described) != [json.dumps(value)]:
-            found[name] = value
-    return found
+    described, own = [run_dir.config_record(run.config) for run in runs], run_dir.config_record(config)
+    most = {name: multimode(json.dumps(each[name]) for each in described) for name in own if name != "run_dir"}
+    return {name: own[name] for name, values in most.items() if values != [json.dumps(own[name])]}
 
 
 def _draw_runs(runs: list[Compared], picture: Path) -> None:
@@ -121,7 +116,7 @@ def _draw_runs(runs: list[Compared], picture: Path) -> None:
     logged = {name for run in runs for each in run.records for name, value in each.items() if value is not None}
     name = next((name for name in units if name in logged), "loss")
     legend_inches = 0.3 * math.ceil(len(runs) / 3)
-    figure = Figure(figsize=(9, 5 + legend_inches), dpi=120)
+    figure = _figure(5 + legend_inches)
     figure.subplots_adjust(left=0.1, right=0.97, top=0.96, bottom=(0.7 + legend_inches) / (5 + legend_inches))
     axes = figure.subplots()
     for run, (style, color) in zip(runs, cycle(product(("-", "--", ":"), SOURCES)), strict=False):
@@ -130,7 +125,7 @@ def _draw_runs(runs: list[Compared], picture: Path) -> None:
         line = {"color": color, "linestyle": style, "linewidth": 1.2, "marker": "" if name == "loss" else "."}
         axes.plot(_values(found, "tokens"), _values(found, name), label=f"\u200b{label}", **line)
     axes.set(xlabel="tokens read", ylabel=units.get(name, "training loss (nats per token)"))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.xaxis.set_major_formatter(_in_thousands())
     axes.grid(alpha=0.25)
     figure.legend(loc="lower center", ncols=3, frameon=False, fontsize=9)
     _print_png(figure, picture)
@@ -152,16 +147,15 @@ def draw_losses(metrics: Path, picture: Path) -> None:
     train = [record for record in records if record["kind"] == "train"]
     held_out = [record for record in records if record["kind"] == "eval"]
     teacher = next((record for record in records if record.get("event") == "teacher"), None)
-    figure = Figure(figsize=(9, 8), dpi=120)
+    figure = _figure(8)
     figure.subplots_adjust(left=0.13, right=0.97, bottom=0.07, top=0.97, hspace=0.13)
     loss, rate, norm = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
     _plot_losses(loss, train, held_out, teacher)
     _plot_line(rate, train, "learning_rate", unit="learning rate", color=RATE)
     _plot_line(norm, train, "grad_norm", unit="gradient norm", color=NORM)
     rate.set_ylim(bottom=0)
-    norm.set_ylim(bottom=0)
-    norm.set_xlabel("tokens read")
-    norm.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    norm.set(ylim=(0, None), xlabel="tokens read")
+    norm.xaxis.set_major_formatter(_in_thousands())
     _print_png(figure, picture)
 
 
@@ -205,10 +199,9 @@ def train_words(record: dict) -> str:
 
 def held_out_words(record: dict) -> str:
     """Nats and bits of an evaluation, no bits where its text has no byte, and the nats of each source where there are few."""
-    bits = record["val_bits_per_byte"]
+    bits, by_source = record["val_bits_per_byte"], record.get("val_loss_by_source", {})
     if record["val_loss"] is None:
         return "not finite"
-    by_source = record.get("val_loss_by_source", {})
     short = zip(short_names([*by_source]), by_source.values(), strict=True)
     of_each = ", ".join(f"{name} {math.nan if value is None else value:.3f}" for name, value in short)
     words = f"{record['val_loss']:.3f} nats per token" + ("" if bits is None else f", {bits:.3f} bits per byte")
@@ -237,8 +230,7 @@ def summary(
 
     A student with a teacher is compared with it, and with the same student without a teacher, if `alone` is given.
     """
-    held_out = [record for record in records if record["kind"] == "eval"]
-    lines = [""]
+    lines, held_out = [""], [record for record in records if record["kind"] == "eval"]
     if held_out:
         lines += [f"  held out before: {held_out_words(held_out[0])}", f"  held out after:  {held_out_words(held_out[-1])}"]
     samples = [indented(record["text"]) for record in records if record.get("event") == "sample"]
@@ -323,26 +315,23 @@ def data_table(manifest: dict, seconds: float) -> str:
 
 def draw_data(manifest: dict, picture: Path) -> None:
     """Draws how long the documents are, and the training tokens of each entry of the corpus, into a PNG file."""
-    sources = manifest["sources"]
-    bars_inches = 0.4 + 0.3 * len(sources)
-    figure = Figure(figsize=(9, 5 + bars_inches), dpi=120)
+    sources, bars_inches = manifest["sources"], 0.4 + 0.3 * len(manifest["sources"])
+    figure = _figure(5 + bars_inches)
     lengths, tokens = figure.subplots(2, 1, height_ratios=(3.5, bars_inches))
     figure.subplots_adjust(left=0.1, right=0.97, bottom=0.6 / (5 + bars_inches), top=0.95, hspace=1.6 / (4 + bars_inches))
     _plot_lengths(lengths, manifest)
-    places = range(len(sources))
-    tokens.barh(places, [each["num_tokens"] for each in sources], color=TRAIN)
-    for place, each in zip(places, sources, strict=True):
+    tokens.barh(range(len(sources)), [each["num_tokens"] for each in sources], color=TRAIN)
+    for place, each in enumerate(sources):
         name = each["name"] if len(each["name"]) <= SHOWN_CHARACTERS else f"…{each['name'][1 - SHOWN_CHARACTERS :]}"
         tokens.text(0.01, place, printable(name), transform=tokens.get_yaxis_transform(), va="center", parse_math=False)
-    tokens.set_yticks([])
     tokens.invert_yaxis()
     tokens.set_title("What the training tokens come from", loc="left")
-    tokens.set_xlabel("tokens")
-    tokens.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    tokens.set(yticks=[], xlabel="tokens")
+    tokens.xaxis.set_major_formatter(_in_thousands())
     _print_png(figure, picture)
 
 
-def _plot_lengths(axes: Axes, manifest: dict) -> None:
+def _plot_lengths(axes: "Axes", manifest: dict) -> None:
     for split, color, label in zip(SPLITS, (TRAIN, HELD_OUT), ("training", "held out"), strict=True):
         classes = {int(number): count for number, count in manifest[split]["lengths"].items()}
         starts = [2 ** (number / LENGTH_CLASSES) for number in classes]
@@ -351,18 +340,29 @@ def _plot_lengths(axes: Axes, manifest: dict) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log", nonpositive="clip")
     axes.set_ylim(bottom=0.5)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
-    axes.yaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.xaxis.set_major_formatter(_in_thousands())
+    axes.yaxis.set_major_formatter(_in_thousands())
     axes.set_title("How long the documents are", loc="left")
-    axes.set_xlabel("characters")
-    axes.set_ylabel("documents")
+    axes.set(xlabel="characters", ylabel="documents")
     axes.legend(frameon=False)
 
 
-def _print_png(figure: Figure, picture: Path) -> None:
+def _figure(inches: float) -> "Figure":
+    from matplotlib.figure import Figure  # here, because no first step shall wait half a second for it
+
+    return Figure(figsize=(9, inches), dpi=120)
+
+
+def _in_thousands(**options) -> Any:
+    from matplotlib.ticker import EngFormatter
+
+    return EngFormatter(sep=" ", **options)
+
+
+def _print_png(figure: "Figure", picture: Path) -> None:
     draft = picture.with_name(f".{picture.name}.draft")
     with warnings.catch_warnings(action="ignore"):  # of letters that its font has not
-        FigureCanvasAgg(figure).print_png(draft)
+        figure.savefig(draft, format="png")
     draft.rename(picture)
 
 
@@ -396,7 +396,7 @@ def _named_documents(record: dict) -> str:
     return f"documents: {', '.join(named[:NUM_NAMED_DOCUMENTS])}{more}"
 
 
-def _plot_losses(axes: Axes, train: list[dict], held_out: list[dict], teacher: dict | None) -> None:
+def _plot_losses(axes: "Axes", train: list[dict], held_out: list[dict], teacher: dict | None) -> None:
     label = "training" if teacher is None else "training objective, with the teacher"
     _plot_line(axes, train, "loss", unit="loss (nats per token)", color=TRAIN, label=label)
     if teacher is not None and teacher.get("val_loss") is not None:
@@ -415,7 +415,7 @@ def _plot_losses(axes: Axes, train: list[dict], held_out: list[dict], teacher: d
     axes.legend(edgecolor="none", framealpha=0.7)
 
 
-def _plot_sources(axes: Axes, held_out: list[dict]) -> None:
+def _plot_sources(axes: "Axes", held_out: list[dict]) -> None:
     """The held-out loss of each source, of as many as there are colours."""
     tokens, by_source = _values(held_out, "tokens"), [record.get("val_loss_by_source", {}) for record in held_out]
     names = list(dict.fromkeys(name for each in by_source for name in each))
@@ -426,7 +426,7 @@ def _plot_sources(axes: Axes, held_out: list[dict]) -> None:
         axes.plot([], [], linestyle="none", label=f"and {len(names) - len(SOURCES)} more in metrics.jsonl")
 
 
-def _plot_line(axes: Axes, records: list[dict], name: str, *, unit: str, color: str, label: str | None = None) -> None:
+def _plot_line(axes: "Axes", records: list[dict], name: str, *, unit: str, color: str, label: str | None = None) -> None:
     marker = "." if len(records) == 1 else None
     axes.plot(_values(records, "tokens"), _values(records, name), color=color, linewidth=1, marker=marker, label=label)
     axes.set_ylabel(unit)

@@ -157,8 +157,10 @@ truth_check.refuse_untrue_updates = lambda *_: None
 
 
 LEFT_OVER = """
-import gc, os
+import gc, os, sys
 gc.collect()
+slow = {"torch._dynamo", "torch._inductor", "sympy", "transformers", "triton"} & {*sys.modules}
+assert not slow, f"{slow} take seconds to load, and nothing here needs them"
 kinds = ("DeepSpeedEngine", "DeepSpeedZeroOptimizer", "Decoder")
 left = [type(each).__name__ for each in gc.get_objects() if type(each).__name__ in kinds]
 open(f"left-{os.environ['RANK']}", "w").write(" ".join(left))

@@ -11,8 +11,7 @@ from conftest import expect_success, launch, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scripts.engine.offload import ROW_ELEMENTS, sum_of_squares
-from scripts.engine.updates import StagingRing
+from scripts.engine.updates import ROW_ELEMENTS, StagingRing, sum_of_squares
 
 PATH_SCRIPT = """
 import gc, json, math, os, sys, threading, time

@@ -9,7 +9,6 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ds.corpus import Tally
@@ -99,6 +98,15 @@ def test_events_change_nothing_and_the_same_metrics_give_the_same_picture(tmp_pa
     assert not np.array_equal(first, drawn(tmp_path, EVALUATED[:-2]))
 
 
+def kept_figures(monkeypatch) -> list[Figure]:
+    """Every figure that is written from now on, as it is written."""
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **options: (figures.append(self), savefig(self, *args, **options))
+    )
+    return figures
+
+
 def test_a_loss_that_is_not_finite_leaves_the_rest_visible(tmp_path):
     broken = train(20, loss=float("nan"), grad_norm=float("inf"))
     picture = drawn(tmp_path, [*TRAINED[:18], broken, *TRAINED[20:]])
@@ -106,13 +114,7 @@ def test_a_loss_that_is_not_finite_leaves_the_rest_visible(tmp_path):
 
 
 def test_axes_say_what_they_show_in_which_unit(tmp_path, monkeypatch):
-    figures: list[Figure] = []
-
-    def seen(figure: Figure) -> FigureCanvasAgg:
-        figures.append(figure)
-        return FigureCanvasAgg(figure)
-
-    monkeypatch.setattr("scripts.report.FigureCanvasAgg", seen)
+    figures = kept_figures(monkeypatch)
     drawn(tmp_path, EVALUATED)
     loss, rate, norm = figures[-1].axes
     assert [axes.get_ylabel() for axes in (loss, rate, norm)] == ["loss (nats per token)", "learning rate", "gradient norm"]
@@ -125,8 +127,7 @@ def test_axes_say_what_they_show_in_which_unit(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("num_sources", [2, 8, 11])
 def test_each_source_has_a_line_as_far_as_there_are_colours(tmp_path, monkeypatch, num_sources):
-    figures: list[Figure] = []
-    monkeypatch.setattr("scripts.report.FigureCanvasAgg", lambda figure: (figures.append(figure), FigureCanvasAgg(figure))[1])
+    figures = kept_figures(monkeypatch)
     losses = {f"/data/$web_{number}^2/*.txt": number + 0.5 for number in range(num_sources)}
     drawn(tmp_path, [record | ({"val_loss_by_source": losses} if record["kind"] == "eval" else {}) for record in EVALUATED])
     lines = figures[-1].axes[0].lines
@@ -187,8 +188,7 @@ TEACHER = {"kind": "event", "step": 0, "event": "teacher", "val_loss": 2.0, "val
 
 
 def test_the_teachers_held_out_loss_is_a_line_across_the_picture(tmp_path, monkeypatch):
-    figures: list[Figure] = []
-    monkeypatch.setattr("scripts.report.FigureCanvasAgg", lambda figure: (figures.append(figure), FigureCanvasAgg(figure))[1])
+    figures = kept_figures(monkeypatch)
     for records in ([TEACHER, *EVALUATED], [TEACHER | {"val_loss": None}, *EVALUATED]):
         drawn(tmp_path, records)
     whole, without = (figure.axes[0].lines for figure in figures)
@@ -419,8 +419,7 @@ def test_no_run_is_refused_in_one_line(tmp_path):
 
 @pytest.mark.parametrize("bits", [2.5, None])
 def test_the_curves_of_runs_have_units_names_and_a_legend_beside_them(tmp_path, monkeypatch, bits):
-    figures: list[Figure] = []
-    monkeypatch.setattr("scripts.report.FigureCanvasAgg", lambda figure: (figures.append(figure), FigureCanvasAgg(figure))[1])
+    figures = kept_figures(monkeypatch)
     for number in range(12):
         run_in(tmp_path / f"_$run_{number:02}", [record | ({"val_bits_per_byte": bits} if "val_loss" in record else {})
                for record in EVALUATED])  # fmt: skip
@@ -438,8 +437,7 @@ def test_the_curves_of_runs_have_units_names_and_a_legend_beside_them(tmp_path, 
 
 
 def test_runs_that_were_never_evaluated_are_drawn_by_their_training_loss(tmp_path, monkeypatch):
-    figures: list[Figure] = []
-    monkeypatch.setattr("scripts.report.FigureCanvasAgg", lambda figure: (figures.append(figure), FigureCanvasAgg(figure))[1])
+    figures = kept_figures(monkeypatch)
     run_in(tmp_path / "run", TRAINED)
     compare(tmp_path)
     assert figures[-1].axes[0].get_ylabel() == "training loss (nats per token)" and len(figures[-1].axes[0].lines) == 1

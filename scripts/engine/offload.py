@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import cpuinfo
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from scripts import config as settings
 from scripts.config import PRECISIONS, TrainingConfig
@@ -29,7 +30,6 @@ from scripts.model.operations import product_dtype
 DEEPSPEED_VERSION = "0.19.8"
 MOMENTS, MOMENTUM = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-ROW_ELEMENTS = 2**10
 ReadSlice = Callable[[str, int, Tensor], None]
 
 
@@ -62,11 +62,14 @@ def forget_shared_memory(address: str, port: str, rank: int) -> None:
 
 
 def start_quickly() -> None:
-    """Spares two detours of DeepSpeed's. Each CPU Adam asks `cpuinfo` for the processor's maker, which takes a second: it is
-    asked once, in a thread. Each engine imports Muon, which loads torch's compiler, a second and 90 MiB: Muon is not compiled.
+    """Spares three detours. Each CPU Adam of DeepSpeed's asks `cpuinfo` for the processor's maker, which takes a second: it is
+    asked once, in a thread. Each engine imports Muon, and makes it ready for torch's compiler: it is not. torch loads its whole
+    compiler to tell it to leave an optimizer's methods alone (torch/_compile.py), two seconds and 70 MiB: it is not told.
     """
     from deepspeed.runtime import compiler
 
+    for marked in (Optimizer.add_param_group, Optimizer.zero_grad):
+        setattr(marked.__wrapped__, "__dynamo_disable", marked.__wrapped__)  # pyright: ignore[reportFunctionMemberAccess]
     cpuinfo.get_cpu_info = ThreadPoolExecutor(1).submit(cpuinfo.get_cpu_info).result
     compile_with = compiler.compile
     compiler.compile = lambda *_, **__: lambda function: function
@@ -154,19 +157,6 @@ def take_gradient(optimizer, sums: list[Tensor], send: Callable, weight, _: int)
         updates.add_to(gradient, sums[group][place], is_first)
     else:
         send(gradient, optimizer.single_partition_of_fp32_groups[group].grad[place], is_first)
-
-
-def sum_of_squares(vector: Tensor) -> Tensor:
-    """The sum of squares () float64 of `vector` (n,), without a copy where it is float32: float32 within a row of ROW_ELEMENTS,
-    float64 over rows.
-    """
-    total = torch.zeros((), dtype=torch.float64, device=vector.device)
-    for part in vector.split(settings.OPTIMIZER_CHUNK_ELEMENTS):
-        part, whole = part.float(), len(part) // ROW_ELEMENTS * ROW_ELEMENTS
-        rows = torch.linalg.vector_norm(part[:whole].view(-1, ROW_ELEMENTS), dim=1)
-        rest = torch.linalg.vector_norm(part[whole:])
-        total += rows.double().square().sum() + rest.double().square()
-    return total
 
 
 class GroupUpdates:
@@ -401,7 +391,7 @@ def _scaled_global_norm(optimizer, sums: list[Tensor], device: torch.device) -> 
     gradients = sums or [master.grad for master in optimizer.single_partition_of_fp32_groups]
     square = torch.zeros((), dtype=torch.float64, device=device)
     for gradient in gradients:
-        square += sum_of_squares(gradient)
+        square += updates.sum_of_squares(gradient)
     torch.distributed.all_reduce(square, group=optimizer.dp_process_group)
     norm = math.sqrt(square.item()) if square.isfinite() else -1.0
     return torch.tensor(norm, dtype=torch.float32)

@@ -143,18 +143,18 @@ def train_plain(plain: Decoder, windows: Tensor, tiny: TrainingConfig) -> list[f
     """Trains `plain` (float64) in place by torch alone, on all ranks' `windows`; returns the gradient norms before clipping.
     The forward reads the weights as the training dtype rounds them, as DeepSpeed's does.
     """
-    groups = parameter_groups(plain, tiny.weight_decay)
-    matrices = [p for group in groups if group["is_block"] and tiny.optimizer == "muon" for p in group["params"]]
-    others = [group for group in groups if not (group["is_block"] and matrices)]
-    optimizer = torch.optim.AdamW(others, LEARNING_RATE, (tiny.beta1, tiny.beta2), tiny.adam_eps)  # pyright: ignore
-    momenta, norms = [torch.zeros_like(matrix) for matrix in matrices], []
-    for batch in windows.flatten(1, 3):
+    groups, norms = parameter_groups(plain, tiny.weight_decay), []
+    moments = {weight: [torch.zeros_like(weight), torch.zeros_like(weight)] for weight in plain.parameters()}
+    for number, batch in enumerate(windows.flatten(1, 3), start=1):
         for part in batch.split(PLAIN_ROWS):
             (plain_loss(plain, part, tiny) * len(part) / len(batch)).backward()
         norms.append(float(nn.utils.clip_grad_norm_(plain.parameters(), tiny.max_grad_norm)))
-        optimizer.step()
-        for matrix, momentum in zip(matrices, momenta, strict=True):
-            _plain_muon(matrix, momentum, tiny)
+        for group in groups:
+            for weight in group["params"]:
+                if group["is_block"] and tiny.optimizer == "muon":
+                    _plain_muon(weight, moments[weight][0], tiny)
+                else:
+                    _plain_adam(weight, moments[weight], number, group["weight_decay"], tiny)
         plain.zero_grad()
     return norms
 
@@ -187,11 +187,7 @@ def plain_copy(model: Decoder) -> Decoder:
 @torch.no_grad()
 def _plain_muon(matrix: Tensor, momentum: Tensor, tiny: TrainingConfig) -> None:
     """One update of Muon in float64, as its paper writes it (Liu et al. 2025), on a momentum that is a weighted mean."""
-    beta, (a, b, c), gradient = (
-        tiny.muon_momentum,
-        NEWTON_SCHULZ,
-        torch.zeros_like(matrix) if matrix.grad is None else matrix.grad,
-    )
+    beta, (a, b, c), gradient = tiny.muon_momentum, NEWTON_SCHULZ, _gradient(matrix)
     momentum.mul_(beta).add_((1 - beta) * gradient)
     x = (1 - beta) * gradient + beta * momentum
     x = x / x.square().sum().sqrt().clamp(min=LEAST_NORM)
@@ -200,6 +196,20 @@ def _plain_muon(matrix: Tensor, momentum: Tensor, tiny: TrainingConfig) -> None:
         x = a * x + b * gram @ x + c * gram @ gram @ x
     decayed = matrix * (1 - LEARNING_RATE * tiny.weight_decay)
     matrix.copy_(decayed - LEARNING_RATE * RMS_OF_ADAMW * max(matrix.shape) ** 0.5 * x)
+
+
+@torch.no_grad()
+def _plain_adam(weight: Tensor, moments: list[Tensor], number: int, decay: float, tiny: TrainingConfig) -> None:
+    """Update `number` of AdamW, from 1 on, in float64, as its paper writes it (Loshchilov & Hutter 2019)."""
+    (mean, square), gradient = moments, _gradient(weight)
+    mean.mul_(tiny.beta1).add_((1 - tiny.beta1) * gradient)
+    square.mul_(tiny.beta2).add_((1 - tiny.beta2) * gradient.square())
+    size = (square / (1 - tiny.beta2**number)).sqrt() + tiny.adam_eps
+    weight.sub_(LEARNING_RATE * (decay * weight + mean / (1 - tiny.beta1**number) / size))
+
+
+def _gradient(weight: Tensor) -> Tensor:
+    return torch.zeros_like(weight) if weight.grad is None else weight.grad
 
 
 def _plain_block(x: Tensor, block: Block, tiny: TrainingConfig) -> Tensor:

@@ -22,6 +22,7 @@ from scripts import config as settings
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 LEAST_NORM = 1e-7
 RMS_OF_ADAMW = 0.2
+ROW_ELEMENTS = 2**10
 WORDS = 2**16
 HIGH_HALF = -WORDS
 
@@ -244,6 +245,19 @@ def words_of(draws: Draws, first: int, num: int, device: torch.device) -> Tensor
     keys = torch.tensor([_keys(draws, each) for each in range(number, -(-(first + num) // WORDS))], dtype=torch.int32)
     flips, factors, summands = keys.to(device).mT.unsqueeze(2)
     return (_table(device) ^ flips).mul_(factors).add_(summands).flatten()[place : place + num]
+
+
+def sum_of_squares(vector: Tensor) -> Tensor:
+    """The sum of squares () float64 of `vector` (n,), without a copy where it is float32: float32 within a row of ROW_ELEMENTS,
+    float64 over rows.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=vector.device)
+    for part in vector.split(settings.OPTIMIZER_CHUNK_ELEMENTS):
+        part, whole = part.float(), len(part) // ROW_ELEMENTS * ROW_ELEMENTS
+        rows = torch.linalg.vector_norm(part[:whole].view(-1, ROW_ELEMENTS), dim=1)
+        rest = torch.linalg.vector_norm(part[whole:])
+        total += rows.double().square().sum() + rest.double().square()
+    return total
 
 
 def bring_down(sums: list[Tensor], slots: list[Tensor], stream: torch.cuda.Stream | None) -> Iterator[Landed]:

@@ -138,8 +138,8 @@ class Decoder(nn.Module):
 def empty_model(config: TrainingConfig, device: torch.device) -> Decoder:
     """A decoder on `device` in the training dtype; its weights hold whatever was in memory."""
     with torch.device("meta"):
-        model = Decoder(config).to(config.dtype)
-    return model.to_empty(device=device)
+        model = Decoder(config)
+    return model._apply(lambda weight: torch.empty(weight.shape, dtype=config.dtype, device=device))
 
 
 @torch.no_grad()
