@@ -277,6 +277,16 @@ TORCHRUN = {
 }
 
 
+def on_a_small_disk(disk: Path, megabytes: int, command: list[str]) -> list[str]:
+    """`command` with a file system of its own at `disk`, which ends with it. Skips the test where that is not permitted."""
+    disk.mkdir()
+    own_mounts = ["unshare", "--user", "--map-root-user", "--mount"] if os.getuid() else ["unshare", "--mount"]
+    mount = f"mount -t tmpfs -o size={megabytes}m none {disk}"
+    if subprocess.run([*own_mounts, "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("this machine does not permit a file system of one's own (unshare, mount)")
+    return [*own_mounts, "sh", "-c", f'{mount} && exec "$@"', "sh", *command]
+
+
 @pytest.fixture(scope="session", params=[1, 2], ids=["1 rank", "2 ranks"])
 def num_ranks(request) -> int:
     return request.param

@@ -7,14 +7,24 @@ import os
 import pickle
 import shutil
 import struct
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SAVE_EVERY, STEPS, TORCHRUN, Planted, expect_success, held_out, launch, metrics, tiny_config
+from conftest import (
+    SAVE_EVERY,
+    STEPS,
+    TORCHRUN,
+    Planted,
+    expect_success,
+    held_out,
+    launch,
+    metrics,
+    on_a_small_disk,
+    tiny_config,
+)
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -825,13 +835,8 @@ FULL_DISK_STEPS = {
 def full_disk(tmp_path_factory) -> tuple[dict, dict]:
     """What happened on each of two ranks whose run directory is on a small disk of its own that fills up."""
     folder = tmp_path_factory.mktemp("full")
-    (folder / "disk").mkdir()
-    own_mounts = ["unshare", "--user", "--map-root-user", "--mount"] if os.getuid() else ["unshare", "--mount"]
-    mount = f"mount -t tmpfs -o size=12m none {folder / 'disk'}"
-    if subprocess.run([*own_mounts, "sh", "-c", mount], capture_output=True).returncode:
-        pytest.skip("this machine does not permit a file system of one's own (unshare, mount)")
+    command = on_a_small_disk(folder / "disk", 12, TORCHRUN[2])
     config = tiny_config(folder, run_dir=str(folder / "disk" / "run"), hidden_size=64, keep_checkpoints=1)
-    command = [*own_mounts, "sh", "-c", f'{mount} && exec "$@"', "sh", *TORCHRUN[2]]
     output = expect_success(launch(folder, engine_script(config, FULL_DISK), command))
     found = [line.split(f"REPORT{rank} ")[1] for rank in range(2) for line in output.splitlines() if f"REPORT{rank} " in line]
     return json.loads(found[0]), json.loads(found[1])

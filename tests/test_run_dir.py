@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from conftest import (
     launch,
     losses,
     metrics,
+    on_a_small_disk,
     pretrain_script,
     start,
     tiny_config,
@@ -198,14 +198,10 @@ if {frees}:
 @pytest.mark.slow
 @pytest.mark.parametrize("frees", [True, False], ids=["room is made", "a stop is asked for"])
 def test_a_last_save_without_room_waits_for_it(tmp_path, frees):
-    (tmp_path / "disk").mkdir()
-    own_mounts = ["unshare", "--user", "--map-root-user", "--mount"] if os.getuid() else ["unshare", "--mount"]
-    mount = f"mount -t tmpfs -o size=6m none {tmp_path / 'disk'}"
-    if subprocess.run([*own_mounts, "sh", "-c", mount], capture_output=True).returncode:
-        pytest.skip("this machine does not permit a file system of one's own (unshare, mount)")
+    command = on_a_small_disk(tmp_path / "disk", 6, ["python"])
     config = tiny_config(tmp_path, run_dir=str(tmp_path / "disk" / "run"), save_every_steps=SAVE_EVERY)
     code = training_script(config, "from scripts.run import setup\n" + FULL_AT_THE_END.format(frees=frees))
-    (process,) = start(tmp_path, code, [*own_mounts, "sh", "-c", f'{mount} && exec "$@"', "sh", "python"])
+    (process,) = start(tmp_path, code, command)
     assert process.stdout is not None
     with process.stdout:
         said = []
