@@ -101,7 +101,7 @@ def run_step(run: Run, objective: Objective, step: int) -> Step:
     set_learning_rate(run.engine, learning_rate_at(step, run.config))
     offload.set_step_rows(run.engine, run.config.rows_of_step(step))
     num_skipped_before, losses, digests, crossing = run.engine.skipped_steps, [], np.zeros((2, 4), dtype=np.int64), 0
-    clock = Clock()
+    clock = Clock(offload.seconds_within(run.engine))
     for batch in step_batches(run, step):
         digests += (digest_rows(batch.rows, batch.ids), digest_rows(batch.rows, batch.windows[:, None]))
         crossing += count_crossing(batch.ids, run.data.end_of_text_id)
@@ -117,9 +117,9 @@ def run_micro_batch(engine, objective: Objective, inputs: list[Any], config: Tra
     loss = objective(engine, *inputs, config)
     tick("forward")
     engine.backward(loss)
-    tick("backward, gradients down")
+    tick("backward")
     engine.step()
-    tick("update, weights up")
+    tick("weights up")
     return loss.detach()
 
 

@@ -50,7 +50,7 @@ def light(optimizer, sums, send, weight, group):
 
 
 def through_ring(optimizer, sums, send, weight, group):
-    take(optimizer, sums, optimizer._wait_for_offload_copies.__self__.send, weight, group)
+    take(optimizer, sums, optimizer._wait_for_offload_copies.args[-1].__self__.send, weight, group)
 
 
 def engine_of(config, kind, take_gradient=light, scaler=None):

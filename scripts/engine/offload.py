@@ -111,8 +111,8 @@ def replace_offload_path(engine, config: TrainingConfig) -> None:
     sizes = map(int, optimizer.partition_size if config.offload_optimizer and config.accumulate_on == "gpu" else ())
     sums = [torch.zeros(size, dtype=PRECISIONS[config.accumulation_precision], device=device) for size in sizes]
     staging = _share_staging(optimizer, config.dtype, device) if config.offload_optimizer else None
-    optimizer.group_updates = GroupUpdates(optimizer, config, device, sums)
-    optimizer._optimizer_step = optimizer.group_updates.update
+    optimizer.group_updates, optimizer.seconds = GroupUpdates(optimizer, config, device, sums), {}
+    optimizer._optimizer_step = partial(updates.timed, optimizer.seconds, "update", optimizer.group_updates.update)
     if staging is None:
         return
     optimizer.temp_grad_buffer_for_gpu_offload = optimizer.temp_grad_buffer_for_cpu_offload = torch.empty(0)
@@ -120,15 +120,17 @@ def replace_offload_path(engine, config: TrainingConfig) -> None:
     for group, master in enumerate(optimizer.single_partition_of_fp32_groups if sums else ()):
         optimizer.offload_gradient_dict[group], master.grad = [], None
     ring = StagingRing(staging.view(config.dtype), config.bucket_elements, device)
-    send = ring.send if device.type == "cuda" else updates.add_to
+    down, is_gpu = partial(updates.timed, optimizer.seconds, "gradients down"), device.type == "cuda"
+    take = partial(take_gradient, optimizer, sums, ring.send if is_gpu else updates.add_to)
     if world_size == 1:
-        optimizer.process_gradients = partial(_process_gradients, optimizer, sums, send)
+        optimizer.process_gradients = partial(_process_gradients, optimizer, take if is_gpu else partial(down, take))
         optimizer.reduce_ipg_grads = partial(ring.release, 0)
     else:
-        optimizer.copy_grads_in_partition = partial(take_gradient, optimizer, sums, send)
+        optimizer.copy_grads_in_partition = take if is_gpu else partial(down, take)
         optimizer.reduce_ipg_grads = partial(_reduce_ipg_grads, optimizer, ring)
-    optimizer._wait_for_offload_copies = ring.drain
-    optimizer.scaled_global_norm = partial(_scaled_global_norm, optimizer, sums, device)
+    optimizer._wait_for_offload_copies = partial(down, ring.drain)
+    norm = partial(_scaled_global_norm, optimizer, sums, device)
+    optimizer.scaled_global_norm = partial(updates.timed, optimizer.seconds, "norm", norm)
     optimizer.destroy = partial(_destroy, optimizer, ring)
 
 
@@ -138,6 +140,14 @@ def set_step_rows(engine, num_rows: int) -> None:
     """
     engine.set_train_batch_size(num_rows)
     engine.micro_steps, engine.optimizer.gradient_accumulation_steps = 0, engine.gradient_accumulation_steps()
+
+
+def seconds_within(engine) -> dict[str, float]:
+    """How long this process works on, or waits for, parts of the coming step by name; filled while it runs. On a GPU "gradients
+    down" is what is left to wait for after the backward, and on the host all of it, within the backward.
+    """
+    engine.optimizer.seconds.clear()
+    return engine.optimizer.seconds
 
 
 def staging_of(engine) -> list[Tensor]:
@@ -372,12 +382,12 @@ def _share_staging(optimizer, dtype: torch.dtype, device: torch.device) -> Tenso
     return staging
 
 
-def _process_gradients(optimizer, sums: list[Tensor], send: Callable, weight, group: int) -> None:
+def _process_gradients(optimizer, take: Callable, weight, group: int) -> None:
     """Replaces DeepSpeed's on one rank: a gradient is taken as soon as it is made, without a bucket."""
     if not optimizer.ready_for_gradients:
         optimizer.micro_step_id += 1
         optimizer.ready_for_gradients = True
-    take_gradient(optimizer, sums, send, weight, group)
+    take(weight, group)
 
 
 def _reduce_ipg_grads(optimizer, ring: StagingRing, comm_dtype: torch.dtype | None = None) -> None:

@@ -6,8 +6,9 @@ its updates as large as AdamW's. Letters: n elements of a flat vector, (R, C) a 
 
 import math
 import struct
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, partial
 from hashlib import blake2b
@@ -281,6 +282,14 @@ def bring_down(sums: list[Tensor], slots: list[Tensor], stream: torch.cuda.Strea
         yield place._replace(gradient=slot.float())
         if number + 2 < len(places):
             coming.append(_copy_down(places[number + 2].gradient, slots[number % 2], stream))
+
+
+def timed(seconds: dict[str, float], name: str, work: Callable, *arguments) -> Any:
+    """What `work(*arguments)` returns. The time that it took is added to that of `name`."""
+    started = time.perf_counter()
+    result = work(*arguments)
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
+    return result
 
 
 def add_to(source: Tensor, target: Tensor, is_first: bool, copied: torch.cuda.Event | None = None) -> None:

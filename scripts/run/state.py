@@ -17,6 +17,8 @@ from scripts.engine.watch import Watch
 from scripts.model.documents import Windows, windows_of
 from scripts.report import printable
 
+STEP_PARTS = ("data", "forward", "backward", "gradients down", "norm", "update", "weights up")
+
 
 class Progress(NamedTuple):
     """What the loop remembers from step to step. A checkpoint holds it too.
@@ -36,8 +38,11 @@ class Progress(NamedTuple):
 
 @dataclass
 class Clock:
-    """Where the time of a step goes. On a GPU events count, so that nothing waits for it."""
+    """Where the time of a step goes. On a GPU events count, so that nothing waits for it. `within` holds the seconds of parts
+    that lie in others; it may be filled until they are asked for.
+    """
 
+    within: dict[str, float] = field(default_factory=dict)
     marks: list[tuple[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -56,7 +61,10 @@ class Clock:
         found: dict[str, float] = defaultdict(float)
         for (_, before), (part, after) in zip(self.marks, self.marks[1:], strict=False):
             found[part] += after - before if isinstance(after, float) else before.elapsed_time(after) / 1000
-        return dict(found)
+        for part, seconds in self.within.items():
+            whole = "backward" if part == "gradients down" and not torch.cuda.is_available() else "weights up"
+            found[part], found[whole] = seconds, max(0.0, found[whole] - seconds)
+        return {part: found[part] for part in sorted(found, key=STEP_PARTS.index)}
 
 
 class Step(NamedTuple):
