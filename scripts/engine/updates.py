@@ -297,7 +297,8 @@ def add_to(source: Tensor, target: Tensor, is_first: bool, copied: torch.cuda.Ev
     if copied is not None:
         copied.synchronize()
     most = settings.GRADIENT_CACHE_ELEMENTS if source.device.type == "cpu" else len(source)
-    for part, place in zip(source.split(most), target.split(most), strict=True):
+    parts = zip(source.split(most), target.split(most), strict=True) if len(source) > most else ((source, target),)
+    for part, place in parts:
         if is_first:
             place.copy_(part)
         else:

@@ -1,0 +1,332 @@
+"""How fast a step is, what its time goes to, and what slows it: parts, each measured in turns on an idle machine.
+
+`python tests/benchmarks/speed.py PART...` measures the named parts and writes them to tests/benchmarks/results/speed.json; the
+parts are those of PARTS. Contenders live in processes of their own and take turns while the others sleep. nanoGPT is measured
+where its `model` can be imported, such as from a checkout on PYTHONPATH; its code is not here.
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from pretrain_vs_stock import machine
+
+from ds.shards import TokenStream, open_shard, write_shard
+from scripts import trainer
+from scripts.config import PRETRAIN
+from scripts.engine.updates import add_to, sum_of_squares
+from scripts.model.decoder import empty_model, initialise
+from scripts.model.documents import Windows
+from scripts.model.losses import next_token
+
+ROOT = Path(__file__).parents[2]
+RESULT = Path(__file__).parent / "results" / "speed.json"
+ROUNDS, SETTLING, STARTS = 11, 2, 5
+# nanoGPT's own example for a CPU: 4 blocks of width 128, 12 rows of 64 tokens (its README, "I only have a macbook").
+VOCABULARY, WIDTH, LAYERS, HEADS, CONTEXT, ROWS = 257, 128, 4, 4, 64, 12
+SMALL: dict[str, Any] = dict(
+    vocab_size=VOCABULARY, hidden_size=WIDTH, num_layers=LAYERS, num_heads=HEADS, num_kv_heads=HEADS, head_size=None,
+    mlp_size=344, qk_norm=False, tie_embeddings=True, context_length=CONTEXT, micro_batch_rows=ROWS, optimizer="adamw",
+    tokens_per_step=CONTEXT * ROWS, loss_chunk_rows=CONTEXT * ROWS, optimizer_state_precision="fp32", precision="fp32",
+)  # fmt: skip
+MICRO_BATCHES = 64
+ELEMENTS = 2**25
+LAUNCH = """
+import json, sys
+from scripts.config import TrainingConfig
+from scripts.train_pretrain import pretrain
+fields = json.loads(sys.argv[1])
+fields |= {name: tuple(fields[name]) for name in ("corpus", "corpus_exclude", "validation_corpus", "sample_stop")}
+pretrain(TrainingConfig(**fields))
+"""
+
+
+class Contender(NamedTuple):
+    """`make(*arguments)` builds a step, on each of `ranks` processes; `steps` of them are a turn; `cores` limits them."""
+
+    make: Callable[..., Callable[[], Any]]
+    arguments: tuple = ()
+    steps: int = 1
+    ranks: int = 1
+    cores: int | None = None
+
+
+class Measured(NamedTuple):
+    """Seconds of a contender's step, one number a round, and where they went, as far as it tells."""
+
+    seconds: list[float]
+    parts: list[dict[str, float]]
+
+
+def main() -> None:
+    kept = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    for name in sys.argv[1:]:
+        kept[name] = {"machine": machine(), **PARTS[name]()}
+        print(name, json.dumps(kept[name], indent=1))
+        RESULT.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def in_turns(contenders: dict[str, Contender], between: Callable[[], Any] | None = None) -> dict[str, Measured]:
+    """Every contender's steps: ROUNDS turns after SETTLING. With `between` as many follow it, under "NAME, after"."""
+    pipes, found = {name: started(contender) for name, contender in contenders.items()}, {}
+    for words in ("", *([] if between is None else [", after"])):
+        if words and between is not None:
+            between()
+        found |= {f"{name}{words}": Measured([], []) for name in pipes}
+        for turn in range(SETTLING + ROUNDS):
+            for name, own in pipes.items():
+                take_turn(own, found[f"{name}{words}"] if turn >= SETTLING else Measured([], []), contenders[name])
+    for pipe in (pipe for own in pipes.values() for pipe in own):
+        pipe.send("end")
+    return found
+
+
+def take_turn(pipes: list, found: Measured, contender: Contender) -> None:
+    for pipe in pipes:
+        pipe.send("turn")
+    told = [pipe.recv() for pipe in pipes]
+    found.seconds.append(max(seconds for seconds, _ in told) / contender.steps)
+    found.parts.append({name: value / contender.steps for name, value in told[0][1].items()})
+
+
+def started(contender: Contender) -> list:
+    """A pipe to each rank of a contender, which is ready."""
+    context, pipes, port = multiprocessing.get_context("spawn"), [], free_port()
+    for rank in range(contender.ranks):
+        pipe, theirs = context.Pipe()
+        context.Process(target=contend, args=(contender, rank, port, theirs), daemon=True).start()
+        pipes.append(pipe)
+    for pipe in pipes:
+        pipe.recv()
+    return pipes
+
+
+def contend(contender: Contender, rank: int, port: int, pipe) -> None:
+    """One rank of a contender: makes a turn whenever it is told to."""
+    if contender.cores is not None:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: contender.cores])
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": contender.ranks, "LOCAL_WORLD_SIZE": contender.ranks}
+    os.environ |= {name: str(number) for name, number in places.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    step = contender.make(*contender.arguments)
+    pipe.send("ready")
+    while pipe.recv() == "turn":
+        begun, parts = time.perf_counter(), {}
+        for _ in range(contender.steps):
+            for name, seconds in getattr(step(), "seconds_by_part", {}).items():
+                parts[name] = parts.get(name, 0.0) + seconds
+        pipe.send((time.perf_counter() - begun, parts))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def ours(changes: dict[str, Any]) -> Callable[[], Any]:
+    """The trainer's own step of the main job with `changes`, on random tokens."""
+    folder = Path(tempfile.mkdtemp())
+    config = replace(PRETRAIN, run_dir=str(folder / "run"), data_dir=str(folder), num_steps=10**6, **changes)
+    run: Any = trainer.set_up(config, lambda _: random_data(folder / f"{os.environ['RANK']}.bin", config.vocab_size))
+    steps = iter(range(config.num_steps))
+    return lambda: trainer.run_step(run, next_token, next(steps))
+
+
+def random_data(path: Path, vocab_size: int) -> Any:
+    write_shard(path, random_ids(vocab_size), vocab_size, "0" * 64)
+    stream = TokenStream((open_shard(path),), "0" * 64)
+    return type("Random", (), {"fingerprint": "", "train": stream, "end_of_text_id": 0})
+
+
+def random_ids(vocab_size: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(1, vocab_size, 400_000).astype(np.uint16)
+
+
+def bare(changes: dict[str, Any]) -> Callable[[], Any]:
+    """Forward and backward of such a model, and nothing around them."""
+    config = replace(PRETRAIN, **changes)
+    model = initialise(empty_model(config, torch.device("cpu")))
+    ids = random_ids(config.vocab_size)[: config.micro_batch_rows * (config.context_length + 1)].astype(np.int64)
+    windows = Windows(torch.from_numpy(ids).view(config.micro_batch_rows, -1))
+
+    class Engine:
+        module = model
+        __call__ = staticmethod(model)
+
+    def step() -> None:
+        next_token(Engine(), windows, config).backward()
+        model.zero_grad()
+
+    return step
+
+
+def nanogpt() -> Callable[[], Any]:
+    """nanoGPT's model, optimizer and the step of its train.py, in float32 as on any CPU without 16-bit products."""
+    from model import GPT, GPTConfig  # pyright: ignore[reportMissingImports]
+
+    shape = dict(block_size=CONTEXT, vocab_size=VOCABULARY, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH, dropout=0.0, bias=False)
+    model, path = GPT(GPTConfig(**shape)), Path(tempfile.mkdtemp()) / "train.bin"
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
+    random_ids(VOCABULARY).tofile(path)
+
+    def step() -> None:
+        data = np.memmap(path, dtype=np.uint16, mode="r")
+        begins = torch.randint(len(data) - CONTEXT, (ROWS,))
+        rows = torch.stack([torch.from_numpy(data[begin : begin + CONTEXT + 1].astype(np.int64)) for begin in begins])
+        _, loss = model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def small() -> dict[str, Any]:
+    """A model of 0.8 million parameters: tokens/s beside nanoGPT's, and the share of a step that is neither model nor Adam."""
+    contenders = {"tightfit": Contender(ours, (SMALL,), 10), "forward and backward alone": Contender(bare, (SMALL,), 10)}
+    if find_spec("model") is not None:
+        contenders["nanoGPT"] = Contender(nanogpt, (), 10)
+    found = in_turns(contenders)
+    seconds = {name: statistics.median(measured.seconds) for name, measured in found.items()}
+    parts = found["tightfit"].parts
+    update = statistics.median(each["update"] for each in parts)
+    around = seconds["tightfit"] - seconds["forward and backward alone"] - update
+    return {
+        "tokens_per_second": {name: round(CONTEXT * ROWS / value, 1) for name, value in seconds.items()},
+        "parts_ms": {name: round(1e3 * statistics.median(each[name] for each in parts), 3) for name in parts[0]},
+        "overhead_share": round(around / seconds["tightfit"], 3),
+        **({"speed_over_nanogpt": ratio(found["nanoGPT"], found["tightfit"])} if "nanoGPT" in found else {}),
+    }
+
+
+def ratio(over: Measured, under: Measured) -> float:
+    """The median over rounds of one contender's seconds over another's in the same round."""
+    return round(statistics.median(a / b for a, b in zip(over.seconds, under.seconds, strict=True)), 3)
+
+
+def accumulation() -> dict[str, Any]:
+    """Seconds a micro-batch with MICRO_BATCHES of them in a step, over those with one."""
+    size = PRETRAIN.micro_batch_rows * PRETRAIN.context_length
+    one, many = ({"tokens_per_step": count * size} for count in (1, MICRO_BATCHES))
+    found = in_turns({"one": Contender(ours, (one,), 16), "many": Contender(ours, (many,))})
+    return {
+        "micro_batches": MICRO_BATCHES,
+        "time_of_many_over_one": round(ratio(found["many"], found["one"]) / MICRO_BATCHES, 3),
+    }
+
+
+def ranks() -> dict[str, Any]:
+    """The main job's step by two ranks on two cores against one rank on one core."""
+    changes = {"micro_batch_rows": PRETRAIN.tokens_per_step // PRETRAIN.context_length // 2}
+    found = in_turns({"one": Contender(ours, (changes,), 4, cores=1), "two": Contender(ours, (changes,), 4, ranks=2, cores=2)})
+    return {"speed_of_two_over_one": ratio(found["one"], found["two"])}
+
+
+def company() -> dict[str, Any]:
+    """How much longer steps take while another process takes a core whole."""
+    burning = [sys.executable, "-c", "while True: pass"]
+    others: list[subprocess.Popen] = []
+    contenders = {"the main job": Contender(ours, ({},), 4), "0.8 million parameters": Contender(ours, (SMALL,), 10)}
+    try:
+        found = in_turns(contenders, lambda: others.append(subprocess.Popen(burning)))
+    finally:
+        for other in others:
+            other.kill()
+    return {
+        "time_with_a_core_taken": {
+            name: round(statistics.median(found[f"{name}, after"].seconds) / statistics.median(found[name].seconds), 2)
+            for name in contenders
+        }
+    }
+
+
+def host() -> dict[str, Any]:
+    """GB/s of the passes over host memory in a step, and their share of a STREAM triad's, by number of threads."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    master, gradient, halves = torch.randn(ELEMENTS), torch.randn(ELEMENTS), torch.randn(ELEMENTS, dtype=torch.bfloat16)
+    second, third = torch.randn(ELEMENTS), torch.empty(ELEMENTS)
+    weight = torch.randn(ELEMENTS)
+    weight.grad = gradient
+    adam = DeepSpeedCPUAdam([weight])
+    passes: dict[str, tuple[Callable[[], Any], int]] = {
+        "triad": (lambda: torch.add(master, second, alpha=3.0, out=third), 12),
+        "sum of gradients": (lambda: add_to(halves, gradient, False), 10),
+        "norm": (lambda: sum_of_squares(gradient), 4),
+        "AdamW": (adam.step, 28),
+        "cast for the copy up": (lambda: halves.copy_(master), 6),
+    }
+    found: dict[str, Any] = {}
+    for threads in sorted({1, torch.get_num_threads()}):
+        torch.set_num_threads(threads)
+        seconds: dict[str, list[float]] = {name: [] for name in passes}
+        for _ in range(SETTLING + ROUNDS):
+            for name, (work, _) in passes.items():
+                begun = time.perf_counter()
+                work()
+                seconds[name].append(time.perf_counter() - begun)
+        rates = {
+            name: size * ELEMENTS / 1e9 / statistics.median(seconds[name][SETTLING:]) for name, (_, size) in passes.items()
+        }
+        shares = {name: round(rate / rates["triad"], 2) for name, rate in rates.items()}
+        found[f"{threads} threads"] = {name: {"gb_per_s": round(rates[name], 1), "of_triad": shares[name]} for name in rates}
+    return found
+
+
+def start() -> dict[str, Any]:
+    """Seconds from a launch to the end of the first step of the main job's model, with data and extensions ready."""
+    folder = Path(tempfile.mkdtemp())
+    (folder / "text.txt").write_text("a line of text that is trained on\n" * 200)
+    config = replace(
+        PRETRAIN, corpus=(str(folder / "text.txt"),), data_dir=str(folder / "data"), validation_fraction=0.0, num_steps=10**6,
+        eval_every_steps=None, sample_every_steps=None, save_every_steps=None, run_dir=str(folder / "run"),
+    )  # fmt: skip
+    (folder / "launch.py").write_text(LAUNCH.replace("sys.argv[1]", repr(json.dumps(asdict(config)))))
+    commands = {"python": [sys.executable], "deepspeed": ["deepspeed"]}
+    found: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(1 + STARTS):
+        for name, command in commands.items():
+            found[name].append(until_first_step([*command, str(folder / "launch.py")], folder))
+    return {"seconds": {name: round(statistics.median(taken[1:]), 2) for name, taken in found.items()}}
+
+
+def until_first_step(command: list[str], folder: Path) -> float:
+    log = folder / "run" / "metrics.jsonl"
+    shutil.rmtree(log.parent, ignore_errors=True)
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    begun = time.perf_counter()
+    process = subprocess.Popen(
+        command, env=environment | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    while not log.exists() or '"kind": "train"' not in log.read_text():
+        assert process.poll() is None, "the run ended"
+        time.sleep(0.01)
+    taken = time.perf_counter() - begun
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return taken
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    each.__name__: each for each in (small, accumulation, ranks, company, host, start)
+}
+
+if __name__ == "__main__":
+    main()
