@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,8 +52,7 @@ def refuse_other_versions() -> None:
     """Raises ValueError unless the installed DeepSpeed is the one whose insides this module was written against."""
     installed = version("deepspeed").split("+")[0]
     if installed != DEEPSPEED_VERSION:
-        remedy = f"tightfit needs deepspeed=={DEEPSPEED_VERSION}: pip install -e ."
-        raise ValueError(f"deepspeed=={installed} is installed; {remedy}")
+        raise ValueError(f"deepspeed=={installed} is installed; tightfit needs {DEEPSPEED_VERSION}: pip install -e .")
 
 
 def forget_shared_memory(address: str, port: str, rank: int) -> None:
@@ -112,7 +111,8 @@ def replace_offload_path(engine, config: TrainingConfig) -> None:
     sums = [torch.zeros(size, dtype=PRECISIONS[config.accumulation_precision], device=device) for size in sizes]
     staging = _share_staging(optimizer, config.dtype, device) if config.offload_optimizer else None
     optimizer.group_updates, optimizer.seconds = GroupUpdates(optimizer, config, device, sums), {}
-    optimizer._optimizer_step = partial(updates.timed, optimizer.seconds, "update", optimizer.group_updates.update)
+    timed = partial(updates.timed, optimizer.seconds)
+    optimizer._optimizer_step = partial(timed, "update", optimizer.group_updates.update)
     if staging is None:
         return
     optimizer.temp_grad_buffer_for_gpu_offload = optimizer.temp_grad_buffer_for_cpu_offload = torch.empty(0)
@@ -120,7 +120,7 @@ def replace_offload_path(engine, config: TrainingConfig) -> None:
     for group, master in enumerate(optimizer.single_partition_of_fp32_groups if sums else ()):
         optimizer.offload_gradient_dict[group], master.grad = [], None
     ring = StagingRing(staging.view(config.dtype), config.bucket_elements, device)
-    down, is_gpu = partial(updates.timed, optimizer.seconds, "gradients down"), device.type == "cuda"
+    down, is_gpu = partial(timed, "gradients down"), device.type == "cuda"
     take = partial(take_gradient, optimizer, sums, ring.send if is_gpu else updates.add_to)
     if world_size == 1:
         optimizer.process_gradients = partial(_process_gradients, optimizer, take if is_gpu else partial(down, take))
@@ -129,8 +129,7 @@ def replace_offload_path(engine, config: TrainingConfig) -> None:
         optimizer.copy_grads_in_partition = take if is_gpu else partial(down, take)
         optimizer.reduce_ipg_grads = partial(_reduce_ipg_grads, optimizer, ring)
     optimizer._wait_for_offload_copies = partial(down, ring.drain)
-    norm = partial(_scaled_global_norm, optimizer, sums, device)
-    optimizer.scaled_global_norm = partial(updates.timed, optimizer.seconds, "norm", norm)
+    optimizer.scaled_global_norm = partial(timed, "norm", _scaled_global_norm, optimizer, sums, device)
     optimizer.destroy = partial(_destroy, optimizer, ring)
 
 
@@ -143,9 +142,7 @@ def set_step_rows(engine, num_rows: int) -> None:
 
 
 def seconds_within(engine) -> dict[str, float]:
-    """How long this process works on, or waits for, parts of the coming step by name; filled while it runs. On a GPU "gradients
-    down" is what is left to wait for after the backward, and on the host all of it, within the backward.
-    """
+    """Seconds of the coming step's parts, filled while it runs. On a GPU "gradients down" is what the backward leaves of it."""
     engine.optimizer.seconds.clear()
     return engine.optimizer.seconds
 
@@ -208,14 +205,17 @@ class GroupUpdates:
             self._landed = iter(())
 
     def _gradients(self, group: int) -> Iterator[Landed]:
-        """This rank's slice of a group's gradient, unscaled and clipped, in pieces that are good until the next."""
-        pieces = iter((Landed(group, 0, self._optimizer.single_partition_of_fp32_groups[group].grad),))
+        """This rank's slice of a group's gradient, unscaled and clipped, in pieces that are good until the next. On the host a
+        piece stays in a processor's cache until it is used.
+        """
+        own, factor = self._optimizer.single_partition_of_fp32_groups[group], 1.0 / self.divisor
+        pieces = iter((Landed(group, 0, own.grad),))
         if self._sums:
             pieces = islice(self._landed, -(-len(self._sums[group]) // settings.GRADIENT_PIECE_ELEMENTS))
-        for landed in pieces:
-            if self.divisor != 1.0:
-                landed.gradient.mul_(1.0 / self.divisor)
-            yield landed
+        for piece in chain.from_iterable(map(updates.cut, pieces)):
+            if factor != 1.0:
+                piece.gradient.mul_(factor)
+            yield piece
 
     def _adam(self, group: int) -> None:
         optimizer, config, is_short = self._optimizer, self._config, self._config.optimizer_state_precision == "bf16"

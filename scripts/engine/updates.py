@@ -284,6 +284,13 @@ def bring_down(sums: list[Tensor], slots: list[Tensor], stream: torch.cuda.Strea
             coming.append(_copy_down(places[number + 2].gradient, slots[number % 2], stream))
 
 
+def cut(landed: Landed) -> Iterator[Landed]:
+    """The same in pieces of as many elements as are worked on at once."""
+    most = _at_once(landed.gradient)
+    for number, part in enumerate(landed.gradient.split(most)):
+        yield Landed(landed.group, landed.start + number * most, part)
+
+
 def timed(seconds: dict[str, float], name: str, work: Callable, *arguments) -> Any:
     """What `work(*arguments)` returns. The time that it took is added to that of `name`."""
     started = time.perf_counter()
