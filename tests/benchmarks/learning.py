@@ -305,7 +305,13 @@ def summary(kept: dict[Row, dict]) -> dict[str, Any]:
     for text in TEXTS:
         names = dict.fromkeys(row.contender for row in kept if row.text == text)
         means = {name: mean_of(kept, text, name) for name in names}
-        found[text] = {"goal_of_the_ratio": GOAL, "contenders": means, "tokens_of_muon_over_adamw": ratio(kept, text)}
+        lengths = [row.length for row in kept if row[:3] == (text, "AdamW", 0) and row.rate == best_rate(kept, text, "AdamW")]
+        found[text] = {
+            "goal_of_the_ratio": GOAL,
+            "contenders": means,
+            "tokens_of_muon_over_adamw": ratio(kept, text),
+            "which_is_below": round(1 / max(lengths), 3) if lengths and ratio(kept, text) is None else None,
+        }
     return found
 
 
@@ -321,7 +327,8 @@ def mean_of(kept: dict[Row, dict], text: str, contender: str) -> dict[str, Any]:
 
 def ratio(kept: dict[Row, dict], text: str) -> float | None:
     """Muon's tokens over those that AdamW needs for the loss with which Muon ends, both with the first seed: between AdamW's
-    runs of several lengths the logarithm of tokens is interpolated over the loss. None where no run of AdamW gets there.
+    runs of several lengths the logarithm of tokens is interpolated over the loss. None where no run of AdamW gets there: then
+    it is below Muon's tokens over those of the longest.
     """
     muon = [row for row in kept if row[:3] == (text, "Muon, 16-bit moments", 0)]
     runs = sorted((row for row in kept if row[:3] == (text, "AdamW", 0)), key=lambda row: row.length)
