@@ -159,7 +159,7 @@ truth_check.refuse_untrue_updates = lambda *_: None
 LEFT_OVER = """
 import gc, os, sys
 gc.collect()
-slow = {"torch._dynamo", "torch._inductor", "sympy", "transformers", "triton"} & {*sys.modules}
+slow = {"torch._dynamo", "torch._inductor", "sympy", "transformers"} & {*sys.modules}
 assert not slow, f"{slow} take seconds to load, and nothing here needs them"
 kinds = ("DeepSpeedEngine", "DeepSpeedZeroOptimizer", "Decoder")
 left = [type(each).__name__ for each in gc.get_objects() if type(each).__name__ in kinds]
