@@ -74,7 +74,7 @@ WARM_UPS: dict[str, dict[str, Any]] = {
     },
     "Muon, 16-bit moments, momentum warm-up": {},
 }  # fmt: skip
-ADAMW_RATES, NANOCHAT_RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2), (0.01, 0.02, 0.04)
+ADAMW_RATES, NANOCHAT_RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2), (0.005, 0.01, 0.02, 0.04)
 LONGER = (1.0, 1.25, 1.5)
 ELEMENTS, ROUNDS, STALL_STEPS = 2**24, 7, 10_000
 STEPS_TIMED, SETTLING = 20, 3
