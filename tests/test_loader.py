@@ -65,6 +65,9 @@ class ArrayShard:
     def num_tokens(self) -> int:
         return len(self.ids)
 
+    def read(self, tokens: slice) -> np.ndarray:
+        return self.ids[tokens]
+
 
 def stream_of_arrays(parts: list[np.ndarray]) -> TokenStream:
     return TokenStream(cast(Any, tuple(map(ArrayShard, parts))), "")
