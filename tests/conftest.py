@@ -16,6 +16,7 @@ import pytest
 from hypothesis import settings
 
 from scripts.config import TrainingConfig
+from scripts.engine.watch import Watch
 
 settings.register_profile("default", deadline=None, max_examples=25)
 settings.register_profile("thorough", deadline=None, max_examples=100)
@@ -275,6 +276,13 @@ TORCHRUN = {
     1: ["torchrun", "--nproc-per-node", "1", "--master-port", "{port}"],
     2: ["torchrun", "--nproc-per-node", "2", "--master-port", "{port}"],
 }
+
+
+def ended_watch() -> Watch:
+    """The watch of a run that no test starts: it listens to no signal any more."""
+    watch = Watch(0, 0, 1, 60)
+    watch.close(clean=True)
+    return watch
 
 
 def on_a_small_disk(disk: Path, megabytes: int, command: list[str]) -> list[str]:

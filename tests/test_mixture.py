@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config, tiny_mixture
+from conftest import ended_watch, tiny_config, tiny_mixture
 
 from ds.loader import micro_batches, rows_read, spread_windows, step_windows
 from scripts.config import TrainingConfig
 from scripts.engine.distributed import Ranks
-from scripts.engine.watch import Watch
 from scripts.model.decoder import empty_model, initialise
 from scripts.prepare_data import Data, open_data, prepare
 from scripts.run.evaluate import HeldOut, bad_step_records, evaluate, held_out_fields, held_out_loss, mean_of
@@ -39,7 +38,7 @@ def model(mixed):
 
 def run_of(config: TrainingConfig, data: Data) -> Run:
     """A run as far as what it reads is concerned."""
-    return Run(config, ALONE, CPU, None, data, 0, Progress(), Watch(0, 0, 1, 60), None, None)
+    return Run(config, ALONE, CPU, None, data, 0, Progress(), ended_watch(), None, None)
 
 
 def own_text(config: TrainingConfig, source: int, data: Data) -> str:

@@ -20,6 +20,7 @@ from conftest import (
     STEPS,
     TORCHRUN,
     as_if_stopped_after,
+    ended_watch,
     expect_success,
     held_out,
     launch,
@@ -39,7 +40,6 @@ from transformers import AutoModelForCausalLM
 from ds.loader import micro_batches
 from scripts.config import PLACES, TrainingConfig
 from scripts.engine.distributed import Ranks
-from scripts.engine.watch import Watch
 from scripts.model.decoder import empty_model, initialise, parameter_groups
 from scripts.prepare_data import prepare
 from scripts.run.checkpoint import find_fault
@@ -341,7 +341,7 @@ def test_the_bar_on_a_terminal_counts_tokens_so_that_the_time_left_is_that_of_gr
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     config = tiny_config(tmp_path, run_dir=str(tmp_path), **GROWING)
     ranks = Ranks(rank=0, local_rank=0, world_size=1, local_size=1, num_launchers=1)
-    run = Run(config, ranks, torch.device("cpu"), None, None, 2, Progress(), Watch(0, 0, 1, 60), None, None)
+    run = Run(config, ranks, torch.device("cpu"), None, None, 2, Progress(), ended_watch(), None, None)
     line = {"kind": "train", "step": STEPS, "tokens": config.num_tokens, "loss": 2.0, "tokens_per_second": 9.0}
     with reporting(run) as report:
         report(line | {"grad_norm": 1.0, "learning_rate": 0.1})
