@@ -32,9 +32,9 @@ STANDARD_LIBRARY = sysconfig.get_path("stdlib") + "/**/*.py"
 AT_LEAST_ONE = (
     "tokens_per_shard", "tokenizer_sample_bytes", "context_length", "num_layers", "num_heads", "num_kv_heads", "hidden_size",
     "mlp_size", "tokens_per_step", "first_tokens_per_step", "batch_warmup_steps", "micro_batch_rows", "num_steps",
-    "decay_steps", "loss_chunk_rows", "log_every_steps", "eval_every_steps", "eval_tokens", "sample_every_steps",
-    "sample_tokens", "sample_top_k", "save_every_steps", "keep_checkpoints", "max_skipped_steps", "rank_timeout_minutes",
-    "shortest_document_characters", "longest_document_characters", "teacher_top_k",
+    "decay_steps", "muon_momentum_warmup_steps", "loss_chunk_rows", "log_every_steps", "eval_every_steps", "eval_tokens",
+    "sample_every_steps", "sample_tokens", "sample_top_k", "save_every_steps", "keep_checkpoints", "max_skipped_steps",
+    "rank_timeout_minutes", "shortest_document_characters", "longest_document_characters", "teacher_top_k",
 )  # fmt: skip
 OTHERS_AT_LEAST = {"warmup_steps": 0, "seed": 0, "spike_window_steps": 2, "silent_rank_seconds": 2, "head_size": 2}
 AT_LEAST = dict.fromkeys(AT_LEAST_ONE, 1) | OTHERS_AT_LEAST | {"vocab_size": 257}
@@ -43,7 +43,7 @@ LARGEST_SEED, LARGEST_NUMBER = 2**32 - 1, 1e300
 # Part of the data order: over any so many steps the share of each source is exact.
 WEIGHED_STEPS = 1000
 NOT_NEGATIVE = ("validation_fraction", "min_learning_rate", "weight_decay", "sample_temperature")
-BELOW_ONE = ("validation_fraction", "muon_momentum", "beta1", "beta2")
+BELOW_ONE = ("validation_fraction", "muon_momentum", "muon_first_momentum", "beta1", "beta2")
 
 # Settings of the system: waits, threads, buffers and estimates. Memory and time estimates enter the plan alone, no result.
 GIB, MIB = 2**30, 2**20
@@ -61,8 +61,7 @@ LAST_WORDS_SECONDS = 1.0
 SAY_SECONDS = 1.0
 VERDICT_SECONDS = 1.0
 CONNECT_SECONDS = 60.0
-LABEL_PROGRESS_SECONDS = 300
-TRACKER_END_SECONDS = 10
+LABEL_PROGRESS_SECONDS, TRACKER_END_SECONDS = 300, 10
 
 HASH_THREADS, VERIFY_THREADS, LOAD_THREADS = 2, 8, 2
 WRITE_BACK_BYTES = 32 * MIB
@@ -159,6 +158,8 @@ class TrainingConfig:
     optimizer: str = "muon"
     muon_learning_rate: float | None = None
     muon_momentum: float = 0.9
+    muon_first_momentum: float | None = 0.8
+    muon_momentum_warmup_steps: int | None = 100
     optimizer_state_precision: str = "bf16"
     beta1: float = 0.9
     beta2: float = 0.95
@@ -413,6 +414,10 @@ def _check_choices(config: TrainingConfig) -> None:
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise ValueError(f"{name}={getattr(config, name)!r} is unknown; one of {', '.join(map(repr, allowed))} works")
+    rate = config.muon_learning_rate
+    if rate is not None and config.optimizer != "muon":
+        raise ValueError(f'muon_learning_rate={rate} has no effect with optimizer="adamw"; set muon_learning_rate=None')
+    _check_pair(config, "muon_first_momentum", "muon_momentum_warmup_steps")
 
 
 def _check_accumulation(config: TrainingConfig) -> None:
@@ -479,15 +484,19 @@ def _fewer_rows(config: TrainingConfig, step_tokens: int, world_size: int) -> st
     return f", or set micro_batch_rows={smaller[-1]}" if smaller else ""
 
 
+def _check_pair(config: TrainingConfig, first: str, second: str) -> None:
+    values = getattr(config, first), getattr(config, second)
+    if values.count(None) == 1:
+        named, other = f"{first}={values[0]} and {second}={values[1]}", second if values[0] is None else first
+        raise ValueError(f"{named} go together; set {other}=None, or name both")
+
+
 def _check_batch(config: TrainingConfig) -> None:
-    first_tokens_per_step, batch_warmup_steps = config.first_tokens_per_step, config.batch_warmup_steps
-    if (first_tokens_per_step is None) != (batch_warmup_steps is None):
-        name = "batch_warmup_steps" if first_tokens_per_step is None else "first_tokens_per_step"
-        raise ValueError(f"{first_tokens_per_step=} and {batch_warmup_steps=} go together; set {name}=None, or name both")
+    batch_warmup_steps, eval_tokens, context_length = config.batch_warmup_steps, config.eval_tokens, config.context_length
+    _check_pair(config, "first_tokens_per_step", "batch_warmup_steps")
     config.accumulation_steps(1)
     if batch_warmup_steps is not None and batch_warmup_steps > config.num_steps:
         raise ValueError(f"{batch_warmup_steps=} outlasts num_steps={config.num_steps}; nearest is {config.num_steps}")
-    eval_tokens, context_length = config.eval_tokens, config.context_length
     if eval_tokens < context_length:
         raise ValueError(f"{eval_tokens=} is less than one window of {context_length=}; nearest is {context_length}")
 
@@ -505,12 +514,6 @@ def _check_schedule(config: TrainingConfig) -> None:
     if decay_steps is not None and warmup_steps + decay_steps > num_steps:
         nearest = num_steps - warmup_steps
         raise ValueError(f"{decay_steps=} after {warmup_steps=} outlasts {num_steps=}; nearest is {nearest}")
-
-
-def _check_optimizer(config: TrainingConfig) -> None:
-    rate = config.muon_learning_rate
-    if rate is not None and config.optimizer != "muon":
-        raise ValueError(f'muon_learning_rate={rate} has no effect with optimizer="adamw"; set muon_learning_rate=None')
 
 
 def _check_data(config: TrainingConfig) -> None:
@@ -591,17 +594,18 @@ def _check_use(config: TrainingConfig) -> None:
 
 LAWS = (
     _check_types, _check_ranges, _check_choices, _check_accumulation, _check_model, _check_rope_scaling, _check_batch,
-    _check_schedule, _check_optimizer, _check_data, _check_weights, _check_teacher, _check_use,
+    _check_schedule, _check_data, _check_weights, _check_teacher, _check_use,
 )  # fmt: skip
 
 FOR_CARDS = {
     "validation_fraction": 0.005, "vocab_size": 32768, "tokenizer_path": None, "begin_of_text": None, "end_of_text": None,
     "tokenizer_sample_bytes": 2**28, "qk_norm": True, "tie_embeddings": True, "init_std": 0.02, "schedule": "cosine",
     "warmup_steps": 1000, "decay_steps": None, "first_tokens_per_step": None, "batch_warmup_steps": None, "optimizer": "muon",
-    "muon_learning_rate": None, "muon_momentum": 0.95, "optimizer_state_precision": "bf16", "beta1": 0.9, "beta2": 0.95,
-    "precision": "bf16", "offload_optimizer": True, "accumulate_on": "cpu", "accumulation_precision": "fp32",
-    "loss_chunk_rows": 1024, "log_every_steps": 1, "eval_every_steps": 500, "eval_tokens": 2**20, "sample_every_steps": 500,
-    "save_every_steps": 500, "keep_checkpoints": 2, "init_from": None, "teacher_dir": None, "teacher_top_k": None,
+    "muon_learning_rate": None, "muon_momentum": 0.95, "muon_first_momentum": 0.85, "muon_momentum_warmup_steps": 300,
+    "optimizer_state_precision": "bf16", "beta1": 0.9, "beta2": 0.95, "precision": "bf16", "offload_optimizer": True,
+    "accumulate_on": "cpu", "accumulation_precision": "fp32", "loss_chunk_rows": 1024, "log_every_steps": 1, "eval_every_steps":
+    500, "eval_tokens": 2**20, "sample_every_steps": 500, "save_every_steps": 500, "keep_checkpoints": 2, "init_from": None,
+    "teacher_dir": None, "teacher_top_k": None,
 }  # fmt: skip
 
 PRETRAIN = TrainingConfig()

@@ -396,6 +396,27 @@ def test_a_run_from_before_muon_goes_on_with_adamw_in_float32_alone(tmp_path, ch
         run_dir.refuse_other_run(replace(config, **changes))
 
 
+def test_a_run_from_before_the_momentum_rose_goes_on_where_it_does_not(tmp_path):
+    constant = {"muon_first_momentum": None, "muon_momentum_warmup_steps": None}
+    config = tiny_config(tmp_path, run_dir=str(tmp_path), optimizer="muon", **constant)
+    stored = run_dir.config_record(config)
+    for name in constant:
+        del stored[name]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    run_dir.refuse_other_run(config)
+    with pytest.raises(ValueError, match=r"muon_first_momentum \(None there, 0\.5 here\)"):
+        run_dir.refuse_other_run(replace(config, muon_first_momentum=0.5, muon_momentum_warmup_steps=4))
+
+
+def test_muons_fields_may_differ_where_adamw_is_the_optimizer(tmp_path):
+    config = tiny_config(tmp_path, run_dir=str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(run_dir.config_record(config)))
+    changed = {"muon_momentum": 0.7, "muon_first_momentum": 0.6, "muon_momentum_warmup_steps": 7}
+    run_dir.refuse_other_run(replace(config, **changed))
+    with pytest.raises(ValueError, match="muon_momentum"):
+        run_dir.refuse_other_run(replace(config, **changed, optimizer="muon"))
+
+
 def test_a_field_that_is_newer_than_the_run_counts_as_its_default(tmp_path):
     config = tiny_config(tmp_path, save_every_steps=TrainingConfig.save_every_steps)
     run_dir.claim_run(config, 0)

@@ -120,6 +120,11 @@ BAD = [
     ("muon_learning_rate", {"optimizer": "adamw", "muon_learning_rate": 1e-3}),
     ("muon_momentum", {"muon_momentum": 1.0}),
     ("muon_momentum", {"muon_momentum": -0.1}),
+    ("muon_first_momentum", {"muon_first_momentum": 1.0}),
+    ("muon_first_momentum", {"muon_first_momentum": -0.1}),
+    ("muon_first_momentum", {"muon_momentum_warmup_steps": None}),
+    ("muon_momentum_warmup_steps", {"muon_first_momentum": None}),
+    ("muon_momentum_warmup_steps", {"muon_momentum_warmup_steps": 0}),
     ("optimizer_state_precision", {"optimizer_state_precision": "fp16"}),
     ("activation_checkpointing", {"activation_checkpointing": "full"}),
     ("accumulate_on", {"accumulate_on": "disk"}),
@@ -250,7 +255,7 @@ def test_share_of_a_source_that_a_refusal_names_is_valid(rows):
             for name in (
                 "hidden_size", "num_heads", "num_kv_heads", "head_size", "micro_batch_rows", "context_length", "eval_tokens",
                 "tokens_per_step", "first_tokens_per_step", "batch_warmup_steps", "num_steps", "warmup_steps", "decay_steps",
-                "validation_fraction", "vocab_size", "num_layers",
+                "validation_fraction", "vocab_size", "num_layers", "muon_momentum_warmup_steps",
             )
         },
     )

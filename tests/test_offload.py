@@ -135,8 +135,12 @@ def plain_steps(config, steps):
     if is_muon:
         rate = config.muon_learning_rate or config.learning_rate
         used.append(torch.optim.Muon(matrices, rate, config.weight_decay, config.muon_momentum, adjust_lr_fn="match_rms_adamw"))
-    for step in steps:
+    for number, step in enumerate(steps):
         plain.zero_grad()
+        if is_muon and config.muon_first_momentum is not None:
+            share = min(1.0, number / config.muon_momentum_warmup_steps)
+            momentum = (1 - share) * config.muon_first_momentum + share * config.muon_momentum
+            used[1].param_groups[0]["momentum"] = momentum
         for each in step:
             logits = torch.nn.functional.linear(plain(each[:, :-1]), plain.head)
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), each[:, 1:].flatten())

@@ -1,5 +1,7 @@
 """Laws of scripts/engine/updates.py: Muon is torch's, and 16-bit moments lose nothing on average."""
 
+from dataclasses import replace
+from itertools import pairwise
 from unittest.mock import patch
 
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz as newton_schulz
 
-from scripts.config import GRADIENT_CACHE_ELEMENTS, GRADIENT_PIECE_ELEMENTS, NEWTON_SCHULZ_ITERATIONS
+from scripts.config import GRADIENT_CACHE_ELEMENTS, GRADIENT_PIECE_ELEMENTS, NEWTON_SCHULZ_ITERATIONS, PRETRAIN
 from scripts.engine import updates
 from scripts.engine.updates import NEWTON_SCHULZ, WORDS, Adam, Draws, Matrix
 
@@ -203,6 +205,21 @@ def second_moment(num_steps: int, is_random: bool) -> float:
 def test_moments_do_not_stall_where_rounding_to_nearest_does():
     assert second_moment(10_000, is_random=True) == pytest.approx(1.0, abs=0.02)
     assert second_moment(10_000, is_random=False) < 0.7
+
+
+@given(first=st.floats(0, 0.99), last=st.floats(0, 0.99), num_steps=st.integers(1, 50))
+def test_the_momentum_goes_in_a_line_from_the_first_update_on_and_then_stays(first, last, num_steps):
+    config = replace(PRETRAIN, muon_momentum=last, muon_first_momentum=first, muon_momentum_warmup_steps=num_steps)
+    momenta = [updates.momentum_at(update, config) for update in range(num_steps + 3)]
+    assert momenta[0] == first
+    assert momenta[num_steps:] == [last] * 3
+    rises = [after - before for before, after in pairwise(momenta[: num_steps + 1])]
+    assert rises == pytest.approx([(last - first) / num_steps] * num_steps, abs=1e-12)
+
+
+def test_without_a_first_momentum_it_is_the_same_in_every_update():
+    config = replace(PRETRAIN, muon_first_momentum=None, muon_momentum_warmup_steps=None)
+    assert {updates.momentum_at(update, config) for update in range(300)} == {config.muon_momentum}
 
 
 @given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=4), dtype=DTYPES)

@@ -243,7 +243,7 @@ class GroupUpdates:
         for copied in self._copies:
             copied.synchronize()
         optimizer, config, state = self._optimizer, self._config, state_of(self._optimizer, self._config, group)
-        state["step"] += 1
+        beta, state["step"] = updates.momentum_at(state["step"], config), state["step"] + 1
         dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
         if config.offload_optimizer:
             staged = optimizer.param_buffer_of_bit16_for_cpu_offload_groups[group].view(dtype)
@@ -251,7 +251,7 @@ class GroupUpdates:
             staged = torch.empty(int(optimizer.partition_size[group]), dtype=dtype, device=self._device)
         for _, start, gradient in self._gradients(group):
             place = slice(start, start + len(gradient))
-            updates.take_momentum(gradient, state[MOMENTUM[0]][place], staged[place], config.muon_momentum)
+            updates.take_momentum(gradient, state[MOMENTUM[0]][place], staged[place], beta)
         matrices, products = matrices_of(optimizer, group), product_dtype(config.dtype, self._device)
         own, dp_group = staged, optimizer.real_dp_process_group[group]
         if staged.device != self._device:

@@ -105,7 +105,7 @@ def tiny_clone(config: TrainingConfig, world_size: int) -> TrainingConfig:
         tie_embeddings=True, micro_batch_rows=rows, tokens_per_step=rows * length * steps * world_size,
         first_tokens_per_step=None, batch_warmup_steps=None,
         loss_chunk_rows=rows * length, eval_tokens=length, teacher_dir=None, teacher_top_k=None, rope_scaling=None,
-        muon_learning_rate=None,
+        muon_learning_rate=None, muon_momentum_warmup_steps=None if config.muon_first_momentum is None else MOST_STEPS - 1,
     )  # fmt: skip
 
 
@@ -152,7 +152,7 @@ def train_plain(plain: Decoder, windows: Tensor, tiny: TrainingConfig) -> list[f
         for group in groups:
             for weight in group["params"]:
                 if group["is_block"] and tiny.optimizer == "muon":
-                    _plain_muon(weight, moments[weight][0], tiny)
+                    _plain_muon(weight, moments[weight][0], number, tiny)
                 else:
                     _plain_adam(weight, moments[weight], number, group["weight_decay"], tiny)
         plain.zero_grad()
@@ -185,9 +185,11 @@ def plain_copy(model: Decoder) -> Decoder:
 
 
 @torch.no_grad()
-def _plain_muon(matrix: Tensor, momentum: Tensor, tiny: TrainingConfig) -> None:
-    """One update of Muon in float64, as its paper writes it (Liu et al. 2025), on a momentum that is a weighted mean."""
-    beta, (a, b, c), gradient = tiny.muon_momentum, NEWTON_SCHULZ, _gradient(matrix)
+def _plain_muon(matrix: Tensor, momentum: Tensor, number: int, tiny: TrainingConfig) -> None:
+    """Update `number` of Muon, from 1 on, in float64, as its paper writes it (Liu et al. 2025). Momentum is a mean."""
+    first, beta, (a, b, c), gradient = tiny.muon_first_momentum, tiny.muon_momentum, NEWTON_SCHULZ, _gradient(matrix)
+    if first is not None and number < MOST_STEPS:
+        beta = first + (number - 1) / (MOST_STEPS - 1) * (beta - first)
     momentum.mul_(beta).add_((1 - beta) * gradient)
     x = (1 - beta) * gradient + beta * momentum
     x = x / x.square().sum().sqrt().clamp(min=LEAST_NORM)

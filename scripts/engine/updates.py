@@ -194,6 +194,14 @@ def scale_of(shape: torch.Size) -> float:
     return RMS_OF_ADAMW * math.sqrt(max(shape))
 
 
+def momentum_at(update: int, config: settings.TrainingConfig) -> float:
+    """Muon's momentum in an update, counted from 0: it rises in a line to `muon_momentum`, as in modded-nanogpt."""
+    first, num_steps = config.muon_first_momentum, config.muon_momentum_warmup_steps
+    if first is None or num_steps is None or update >= num_steps:
+        return config.muon_momentum
+    return first + update / num_steps * (config.muon_momentum - first)
+
+
 def take_momentum(gradient: Tensor, momentum: Tensor, target: Tensor, beta: float) -> None:
     """Moves `momentum` (n,) by 1 - beta towards `gradient` (n,) float32; Nesterov's look ahead is written to `target` (n,)."""
     split = (each.split(_at_once(gradient)) for each in (gradient, momentum, target))

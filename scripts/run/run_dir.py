@@ -23,9 +23,13 @@ USE_FIELDS = (
 MOVABLE_FIELDS = ("run_dir", "data_dir", *MEMORY_FIELDS, *USE_FIELDS)
 # A finished or stopped run goes on where these alone differ and its steps become more.
 GROWING_FIELDS = ("num_steps", "decay_steps")
+# They change nothing where AdamW is the optimizer.
+MUON_FIELDS = ("muon_learning_rate", "muon_momentum", "muon_first_momentum", "muon_momentum_warmup_steps")
 DISTILL_FIELDS = ("distill_weight", "distill_temperature", "distill_divergence")
 # What runs did before there were these fields, where the default is another now.
-AS_BEFORE = {"optimizer": "adamw", "optimizer_state_precision": "fp32"}
+AS_BEFORE = {
+    "optimizer": "adamw", "optimizer_state_precision": "fp32", "muon_first_momentum": None, "muon_momentum_warmup_steps": None,
+}  # fmt: skip
 FOLDERS = "step-" + "[0-9]" * 8
 
 
@@ -56,7 +60,7 @@ def shorter_run(config: TrainingConfig) -> TrainingConfig | None:
 
 
 def _differing(config: TrainingConfig) -> dict[str, list]:
-    """The fields in which the run in run_dir differs, but for MOVABLE_FIELDS: its value and ours.
+    """The fields in which the run in run_dir differs, but for MOVABLE_FIELDS and fields without effect: its value and ours.
 
     A field that the stored configuration does not name is newer than the run. It counts as AS_BEFORE or TrainingConfig has it.
     """
@@ -64,7 +68,8 @@ def _differing(config: TrainingConfig) -> dict[str, list]:
     if not path.exists():
         return {}
     ours, theirs = config_record(config), config_record(TrainingConfig()) | AS_BEFORE | read_json(path)
-    both = {name: [theirs.get(name), ours.get(name)] for name in {**ours, **theirs} if name not in MOVABLE_FIELDS}
+    idle = MUON_FIELDS if theirs["optimizer"] == ours["optimizer"] == "adamw" else ()
+    both = {name: [theirs.get(name), ours.get(name)] for name in {**ours, **theirs} if name not in (*MOVABLE_FIELDS, *idle)}
     return {name: values for name, values in both.items() if values[0] != values[1]}
 
 

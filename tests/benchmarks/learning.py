@@ -42,7 +42,6 @@ import matplotlib.pyplot as plt
 from ds.loader import micro_batches
 from scripts import trainer
 from scripts.config import PRETRAIN, TrainingConfig
-from scripts.engine import offload
 from scripts.engine.distributed import Ranks
 from scripts.engine.updates import Adam, Draws, adam_in_16_bits, descend, orthogonalise, take_momentum
 from scripts.model.decoder import empty_model, initialise, parameter_groups
@@ -59,20 +58,19 @@ RESULT, PICTURE = Path(__file__).parent / "results" / "learning.json", Path(__fi
 TEXTS = ("the standard library", "Python's documentation")
 SEEDS, EVAL_EVERY, GOAL = (0, 1, 2), 100, 0.75
 NANOCHAT = "nanochat's MuonAdamW"
+RISING, GROWING = "Muon, 16-bit moments, momentum warm-up", "Muon, 16-bit moments, batch warm-up"
+CONSTANT = {"muon_first_momentum": None, "muon_momentum_warmup_steps": None}
 OURS: dict[str, dict[str, Any]] = {
     "AdamW": {"optimizer": "adamw", "optimizer_state_precision": "fp32", "muon_learning_rate": None},
     "AdamW, 16-bit moments": {"optimizer": "adamw", "optimizer_state_precision": "bf16", "muon_learning_rate": None},
-    "Muon": {"optimizer": "muon", "optimizer_state_precision": "fp32"},
-    "Muon, 16-bit moments": {"optimizer": "muon", "optimizer_state_precision": "bf16"},
+    "Muon": {"optimizer": "muon", "optimizer_state_precision": "fp32", **CONSTANT},
+    "Muon, 16-bit moments": {"optimizer": "muon", "optimizer_state_precision": "bf16", **CONSTANT},
+    RISING: {"optimizer": "muon", "optimizer_state_precision": "bf16"},
 }
-# The same tokens in 38 steps more: the first 100 rise in four stages from a quarter of the batch. Momentum rises in as many.
-WARM_STEPS, FIRST_MOMENTUM = 100, 0.8
-WARM_UPS: dict[str, dict[str, Any]] = {
-    "Muon, 16-bit moments, batch warm-up": {
-        "first_tokens_per_step": PRETRAIN.tokens_per_step // 4, "batch_warmup_steps": WARM_STEPS,
-        "micro_batch_rows": PRETRAIN.tokens_per_step // PRETRAIN.context_length // 4, "num_steps": PRETRAIN.num_steps + 38,
-    },
-    "Muon, 16-bit moments, momentum warm-up": {},
+# The same tokens in 38 steps more: the first 100 rise in four stages from a quarter of the batch.
+BATCH_WARM_UP = {
+    "first_tokens_per_step": PRETRAIN.tokens_per_step // 4, "batch_warmup_steps": 100,
+    "micro_batch_rows": PRETRAIN.tokens_per_step // PRETRAIN.context_length // 4, "num_steps": PRETRAIN.num_steps + 38,
 }  # fmt: skip
 ADAMW_RATES, NANOCHAT_RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2), (0.005, 0.01, 0.02, 0.04)
 LONGER = (1.0, 1.25, 1.5)
@@ -141,7 +139,8 @@ def rows_of(text: str, kept: dict[Row, dict]):
     if find_spec("nanochat") is not None:
         yield from (Row(text, NANOCHAT, 0, rate) for rate in NANOCHAT_RATES)
         yield from (Row(text, NANOCHAT, seed, best_rate(kept, text, NANOCHAT)) for seed in SEEDS)
-    yield from (Row(text, name, 0, PRETRAIN.learning_rate) for name in WARM_UPS)
+    yield Row(text, GROWING, 0, PRETRAIN.learning_rate)
+    yield from (Row(text, RISING, seed, PRETRAIN.learning_rate) for seed in SEEDS)
 
 
 def best_rate(kept: dict[Row, dict], text: str, contender: str) -> float:
@@ -171,25 +170,10 @@ def train_row(row: Row, folder: Path, pipe) -> None:
     if row.contender == NANOCHAT:
         pipe.send(train_by_nanochat(config, row.rate))
         return
-    if "momentum" in row.contender:
-        warm_momentum(config)
     pretrain(config)
     lines = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
     names = ("tokens", "val_loss", "val_bits_per_byte")
     pipe.send([{name: line[name] for name in names} for line in lines if line["kind"] == "eval"])
-
-
-def warm_momentum(config: TrainingConfig) -> None:
-    """Lets the momentum of this process's training rise over its first updates."""
-    begin = offload.GroupUpdates._begin
-
-    def warmed(self, group: int):
-        share = min(1.0, offload.state_of(self._optimizer, config, group)["step"] / WARM_STEPS)
-        momentum = FIRST_MOMENTUM + share * (config.muon_momentum - FIRST_MOMENTUM)
-        self._config = replace(config, muon_momentum=momentum)
-        return begin(self, group)
-
-    offload.GroupUpdates._begin = warmed
 
 
 def config_of(row: Row, folder: Path) -> TrainingConfig:
@@ -202,13 +186,13 @@ def config_of(row: Row, folder: Path) -> TrainingConfig:
     data: dict[str, Any] = {"data_dir": str(folder / f"data-{text}")}
     if text == 1:
         data |= {"corpus": documentation(folder), "validation_fraction": DOCUMENTATION_HELD_OUT}
-    changes = (OURS | {name: OURS["Muon, 16-bit moments"] for name in WARM_UPS}).get(row.contender, OURS["AdamW"])
+    changes = (OURS | {GROWING: OURS["Muon, 16-bit moments"]}).get(row.contender, OURS["AdamW"])
     rate = PRETRAIN.learning_rate if row.contender == NANOCHAT else row.rate
     rates = {"learning_rate": rate, "min_learning_rate": rate * PRETRAIN.min_learning_rate / PRETRAIN.learning_rate}
     config = replace(
         PRETRAIN, **data, **changes, **rates, run_dir=str(folder / f"{text}-{name}"), seed=row.seed,
         eval_every_steps=EVAL_EVERY, sample_every_steps=None, save_every_steps=None,
-        **({"num_steps": steps} | WARM_UPS.get(row.contender, {})),
+        **({"num_steps": steps} | (BATCH_WARM_UP if row.contender == GROWING else {})),
     )  # fmt: skip
     length, validation = config.context_length, prepare(config).validation
     return replace(config, eval_tokens=0 if validation is None else validation.num_tokens // length * length)
@@ -344,18 +328,19 @@ def ratio(kept: dict[Row, dict], text: str) -> float | None:
 
 def draw(kept: dict[Row, dict], seconds: dict[str, float]) -> None:
     """Curves of the first seed: a column for each text, above against tokens, below against the time of their steps, from the
-    measured `seconds` a step of each contender.
+    measured `seconds` a step of each contender; who was not timed has tokens alone.
     """
     texts = [text for text in TEXTS if any(row.text == text for row in kept)]
     figure, axes = plt.subplots(2, len(texts), figsize=(6 * len(texts), 8), squeeze=False, layout="constrained")
     for column, text in enumerate(texts):
-        for contender in dict.fromkeys(row.contender for row in kept if row.text == text and row.contender in seconds):
+        for contender in dict.fromkeys(row.contender for row in kept if row.text == text):
             rate = best_rate(kept, text, contender)
             curve = kept[Row(text, contender, 0, rate)]["curve"][1:]
-            a_token = seconds[contender] / PRETRAIN.tokens_per_step / 60
+            a_token = seconds.get(contender, math.nan) / PRETRAIN.tokens_per_step / 60
             for panel, unit in zip(axes[:, column], (1e-6, a_token), strict=True):
-                x = [point["tokens"] * unit for point in curve]
-                panel.plot(x, [point["val_bits_per_byte"] for point in curve], label=f"{contender}, {rate:g}")
+                if not math.isnan(unit):
+                    x = [point["tokens"] * unit for point in curve]
+                    panel.plot(x, [point["val_bits_per_byte"] for point in curve], label=f"{contender}, {rate:g}")
         for panel, label in zip(axes[:, column], ("tokens, millions", "minutes of steps"), strict=True):
             panel.set(xlabel=label, ylabel="held-out bits per byte", title=text)
             panel.grid(alpha=0.3)
