@@ -331,7 +331,7 @@ def draw(kept: dict[Row, dict], seconds: dict[str, float]) -> None:
     measured `seconds` a step of each contender; who was not timed has tokens alone.
     """
     texts = [text for text in TEXTS if any(row.text == text for row in kept)]
-    figure, axes = plt.subplots(2, len(texts), figsize=(6 * len(texts), 8), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(2, len(texts), figsize=(6 * len(texts), 9), squeeze=False, layout="constrained")
     for column, text in enumerate(texts):
         for contender in dict.fromkeys(row.contender for row in kept if row.text == text):
             rate = best_rate(kept, text, contender)
@@ -344,7 +344,7 @@ def draw(kept: dict[Row, dict], seconds: dict[str, float]) -> None:
         for panel, label in zip(axes[:, column], ("tokens, millions", "minutes of steps"), strict=True):
             panel.set(xlabel=label, ylabel="held-out bits per byte", title=text)
             panel.grid(alpha=0.3)
-            panel.legend()
+            panel.legend(fontsize=7)
     figure.savefig(PICTURE, dpi=110)
 
 
