@@ -168,9 +168,9 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Normed:
         return Normed(*torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], gain, eps))
     normed = Normed(torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
     flat, outputs, scales = x.flatten(0, -2), normed.rows.flatten(0, -2), normed.scale.flatten(0, -2)
-    for rows in row_slices(len(flat), HOST_CHUNK_ROWS):
+    for rows in row_slices(len(flat), HOST_CHUNK_ROWS * _rows_of_token(x)):
         unit, scales[rows] = _unit_rows(flat[rows].float(), eps)
-        outputs[rows] = unit * gain.float()
+        outputs[rows] = unit.mul_(gain)
     return normed
 
 
@@ -180,7 +180,7 @@ def rms_norm_gradients(gradient: Tensor, x: Tensor, gain: Tensor, scale: Tensor)
         return NormGradients(*torch.ops.aten._fused_rms_norm_backward(gradient, x, [x.shape[-1]], scale, gain, [True, True]))
     grad_x, grad_gain = torch.empty_like(x), torch.zeros_like(gain, dtype=torch.float32)
     flat, gradients, scales, outputs = (each.flatten(0, -2) for each in (x, gradient, scale, grad_x))
-    for rows in row_slices(len(flat), HOST_CHUNK_ROWS):
+    for rows in row_slices(len(flat), HOST_CHUNK_ROWS * _rows_of_token(x)):
         unit, inner = flat[rows].float() * scales[rows], gradients[rows].to(torch.float32, copy=True)
         grad_gain += torch.linalg.vecdot(inner, unit, dim=0)
         outputs[rows] = _input_gradient_(inner.mul_(gain), unit, scales[rows])
@@ -245,9 +245,9 @@ class _HostNormedProducts(torch.autograd.Function):
         flat, matrices = x.flatten(0, -2), [weight.to(dtype) for weight in weights]
         outputs = [x.new_empty(len(flat), len(weight)) for weight in weights]
         for rows in row_slices(len(flat), HOST_CHUNK_ROWS):
-            normed = (_unit_rows(flat[rows].float(), eps).rows * gain.float()).to(dtype)
+            normed = _unit_rows(flat[rows].float(), eps).rows.mul_(gain).to(dtype)
             for output, matrix in zip(outputs, matrices, strict=True):
-                output[rows] = functional.linear(normed, matrix)
+                _write_product(output[rows], normed, matrix.T)
         return tuple(output.view(*x.shape[:-1], -1) for output in outputs)
 
     @staticmethod
@@ -258,11 +258,11 @@ class _HostNormedProducts(torch.autograd.Function):
         grad_gain, *grads = (torch.zeros_like(weight, dtype=torch.float32) for weight in (gain, *weights))
         for rows in row_slices(len(flat), HOST_CHUNK_ROWS):
             unit, scale = _unit_rows(flat[rows].float(), ctx.eps)
-            normed, inner = (unit * gain.float()).to(dtype), torch.zeros_like(unit)
+            normed, inner = (unit * gain).to(dtype), torch.zeros_like(unit)
             for gradient, matrix, grad in zip(gradients, matrices, grads, strict=True):
                 piece = gradient.flatten(0, -2)[rows].to(dtype)
-                grad += piece.T @ normed
-                inner += piece @ matrix
+                _add_product_(grad, piece.T, normed)
+                _add_product_(inner, piece, matrix)
             grad_gain += torch.linalg.vecdot(inner, unit, dim=0)
             grad_x.flatten(0, -2)[rows] = _input_gradient_(inner.mul_(gain), unit, scale)
         return grad_x, grad_gain.to(gain.dtype), None, *(grad.to(gain.dtype) for grad in grads)
@@ -297,7 +297,7 @@ class _HostGatedProduct(torch.autograd.Function):
         gates, ups, matrix = gate.flatten(0, -2), up.flatten(0, -2), weight.to(dtype)
         output = gate.new_empty(len(gates), len(weight))
         for rows in row_slices(len(gates), HOST_CHUNK_ROWS):
-            output[rows] = functional.linear(functional.silu(gates[rows].float()).mul_(ups[rows]).to(dtype), matrix)
+            _write_product(output[rows], functional.silu(gates[rows].float()).mul_(ups[rows]).to(dtype), matrix.T)
         return output.view(*gate.shape[:-1], -1)
 
     @staticmethod
@@ -309,7 +309,7 @@ class _HostGatedProduct(torch.autograd.Function):
         for rows in row_slices(len(gates), HOST_CHUNK_ROWS):
             wide_gate, wide_up, piece = gates[rows].float(), ups[rows].float(), gradient.flatten(0, -2)[rows].to(dtype)
             active, inner = functional.silu(wide_gate), (piece @ matrix).float()
-            grad += piece.T @ (active * wide_up).to(dtype)
+            _add_product_(grad, piece.T, (active * wide_up).to(dtype))
             grad_up.flatten(0, -2)[rows] = active.mul_(inner)
             grad_gate.flatten(0, -2)[rows] = torch.ops.aten.silu_backward(inner.mul_(wide_up), wide_gate)
         return grad_gate, grad_up, grad.to(weight.dtype)
@@ -371,8 +371,29 @@ class _HostAttention(torch.autograd.Function):
 
 def _unit_rows(x: Tensor, eps: float) -> Normed:
     """x / rms(x) and the scales 1 / rms(x), for x (rows, K) float32."""
-    scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return Normed(x * scale, scale)
+
+
+def _rows_of_token(x: Tensor) -> int:
+    """How many rows x has for each token: 1, or its heads in (B, T, H, K)."""
+    return math.prod(x.shape[2:-1])
+
+
+def _write_product(target: Tensor, left: Tensor, right: Tensor) -> None:
+    """Writes left @ right into `target`, without a copy if all have its dtype."""
+    if left.dtype == target.dtype:
+        torch.mm(left, right, out=target)
+    else:
+        target.copy_(left @ right)
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds left @ right to `total`, which is float32; in one pass if they are too."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def _input_gradient_(gradient: Tensor, unit: Tensor, scale: Tensor) -> Tensor:

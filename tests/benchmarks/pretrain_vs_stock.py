@@ -71,23 +71,29 @@ def ours(activation_checkpointing: str):
 
     from ds.shards import TokenStream, open_shard, write_shard
     from scripts import trainer
-    from scripts.config import TrainingConfig
     from scripts.model.losses import next_token
 
     folder = Path(tempfile.mkdtemp())
     ids = np.random.default_rng(0).integers(0, VOCABULARY, 400_000).astype(np.uint16)
     write_shard(folder / "train.bin", ids, VOCABULARY, "0" * 64)
     stream = TokenStream((open_shard(folder / "train.bin"),), "0" * 64)
-    config = TrainingConfig(
-        run_dir=str(folder / "run"), corpus=(str(folder),), vocab_size=VOCABULARY, hidden_size=WIDTH, num_layers=LAYERS,
-        num_heads=HEADS, num_kv_heads=KV_HEADS, mlp_size=MLP, context_length=CONTEXT, micro_batch_rows=ROWS, qk_norm=False,
-        tokens_per_step=TOKENS_PER_STEP, learning_rate=LEARNING_RATE, min_learning_rate=LEARNING_RATE / 10, optimizer="adamw",
-        optimizer_state_precision="fp32",
-        activation_checkpointing=activation_checkpointing, loss_chunk_rows=256, tie_embeddings=True,
-    )  # fmt: skip
+    config = our_config(folder, activation_checkpointing)
     run = trainer.set_up(config, lambda _: type("Random", (), {"fingerprint": "", "train": stream, "end_of_text_id": 0}))
     steps = iter(range(config.num_steps))
     return lambda: trainer.run_step(run, next_token, next(steps))  # pyright: ignore[reportArgumentType]
+
+
+def our_config(folder: Path, activation_checkpointing: str):
+    """The model that all contenders train, as ours, with its run in `folder`."""
+    from scripts.config import TrainingConfig
+
+    return TrainingConfig(
+        run_dir=str(folder / "run"), corpus=(str(folder),), vocab_size=VOCABULARY, hidden_size=WIDTH, num_layers=LAYERS,
+        num_heads=HEADS, num_kv_heads=KV_HEADS, mlp_size=MLP, context_length=CONTEXT, micro_batch_rows=ROWS, qk_norm=False,
+        tokens_per_step=TOKENS_PER_STEP, learning_rate=LEARNING_RATE, min_learning_rate=LEARNING_RATE / 10, optimizer="adamw",
+        optimizer_state_precision="fp32", activation_checkpointing=activation_checkpointing, loss_chunk_rows=256,
+        tie_embeddings=True,
+    )  # fmt: skip
 
 
 def stock(precision: str):

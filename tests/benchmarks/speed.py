@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pretrain_vs_stock
 import torch
 from pretrain_vs_stock import machine
 
@@ -33,6 +34,7 @@ from scripts.engine.updates import add_to, sum_of_squares
 from scripts.model.decoder import empty_model, initialise
 from scripts.model.documents import Windows
 from scripts.model.losses import next_token
+from scripts.plan.machine import flops_per_token
 
 ROOT = Path(__file__).parents[2]
 RESULT = Path(__file__).parent / "results" / "speed.json"
@@ -44,7 +46,7 @@ SMALL: dict[str, Any] = dict(
     mlp_size=344, qk_norm=False, tie_embeddings=True, context_length=CONTEXT, micro_batch_rows=ROWS, optimizer="adamw",
     tokens_per_step=CONTEXT * ROWS, loss_chunk_rows=CONTEXT * ROWS, optimizer_state_precision="fp32", precision="fp32",
 )  # fmt: skip
-MICRO_BATCHES = 64
+MICRO_BATCHES, PRODUCT_SIZE = 64, 2048
 ELEMENTS = 2**25
 LAUNCH = """
 import json, sys
@@ -221,6 +223,32 @@ def ratio(over: Measured, under: Measured) -> float:
     return round(statistics.median(a / b for a, b in zip(over.seconds, under.seconds, strict=True)), 3)
 
 
+def products() -> Callable[[], Any]:
+    """Large float32 products: how fast this host multiplies."""
+    left, right, made = (torch.randn(PRODUCT_SIZE, PRODUCT_SIZE) for _ in range(3))
+    return lambda: torch.mm(left, right, out=made)
+
+
+def beside_stock() -> dict[str, Any]:
+    """A model of 16 million parameters beside transformers under stock DeepSpeed, and the share of the host's matrix rate."""
+    contenders = {
+        "tightfit, bf16": Contender(pretrain_vs_stock.ours, ("none",)),
+        "stock, fp32": Contender(pretrain_vs_stock.stock, ("fp32",)),
+        "products": Contender(products, (), 16),
+    }
+    found = in_turns(contenders)
+    config = pretrain_vs_stock.our_config(Path(tempfile.mkdtemp()), "none")
+    rate = 2 * PRODUCT_SIZE**3 / statistics.median(found["products"].seconds)
+    seconds = {name: statistics.median(found[name].seconds) for name in contenders if name != "products"}
+    ours_per_second = flops_per_token(config) * config.tokens_per_step / seconds["tightfit, bf16"]
+    return {
+        "tokens_per_second": {name: round(config.tokens_per_step / value, 1) for name, value in seconds.items()},
+        "speed_over_stock": ratio(found["stock, fp32"], found["tightfit, bf16"]),
+        "gflops_of_products": round(rate / 1e9, 1),
+        "of_matrix_rate": round(ours_per_second / rate, 3),
+    }
+
+
 def accumulation() -> dict[str, Any]:
     """Seconds a micro-batch with MICRO_BATCHES of them in a step, over those with one."""
     size = PRETRAIN.micro_batch_rows * PRETRAIN.context_length
@@ -325,7 +353,7 @@ def until_first_step(command: list[str], folder: Path) -> float:
 
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
-    each.__name__: each for each in (small, accumulation, ranks, company, host, start)
+    each.__name__: each for each in (small, beside_stock, accumulation, ranks, company, host, start)
 }
 
 if __name__ == "__main__":
