@@ -375,6 +375,9 @@ def _check_types(config: TrainingConfig) -> None:
         kind = {"int": int, "float": (int, float), "bool": bool, "str": str}.get(bare, tuple)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise ValueError(f"{field.name}={value!r} is not of type {wanted}; {_type_remedy(value, bare)}")
+        texts = [text for text in (value if isinstance(value, tuple) else (value,)) if isinstance(text, str)]
+        if any(text != text.encode(errors="replace").decode() for text in texts):
+            raise ValueError(f"{field.name}={value!r} holds half a surrogate pair, which is no UTF-8; write it without")
 
 
 def _type_remedy(value: object, kind: str) -> str:
@@ -524,11 +527,8 @@ def _check_data(config: TrainingConfig) -> None:
         if name != "sample_prompt" and not value.isprintable():
             raise ValueError(f"{name}={value!r} holds a character that cannot be printed; write it without")
     for name in ("document_separator", "end_of_text", "dask_scheduler"):
-        value = getattr(config, name) or ""
         if getattr(config, name) == "":
             raise ValueError(f"{name} is empty; the default is None")
-        if value != value.encode(errors="replace").decode():
-            raise ValueError(f"{name}={value!r} holds half a surrogate pair, which is no UTF-8; write it without")
     shortest, longest = config.shortest_document_characters, config.longest_document_characters
     if shortest is not None and longest is not None and shortest > longest:
         raise ValueError(
@@ -586,8 +586,6 @@ def _check_use(config: TrainingConfig) -> None:
         raise ValueError(
             f"model_license={config.model_license!r} is no name of a licence, such as 'apache-2.0'; set model_license=None"
         )
-    if any(text != text.encode(errors="replace").decode() for text in config.sample_stop):
-        raise ValueError(f"sample_stop={config.sample_stop!r} holds half a surrogate pair, which is no UTF-8; write it without")
     if not all(config.sample_stop):
         raise ValueError("sample_stop holds an empty text, which every text holds; set sample_stop=() to stop at none")
 

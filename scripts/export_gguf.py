@@ -21,10 +21,10 @@ from torch import Tensor
 
 from ds.shards import sync_folder
 from ds.tokenizer import QWEN2_PATTERN, begin_of_text_id, end_of_text_id, load, to_json
-from scripts.config import GIB, PRETRAIN, TrainingConfig, refuse_arguments, refusing
+from scripts.config import MIB, PRETRAIN, TrainingConfig, refuse_arguments, refusing
 from scripts.model.decoder import rotary_frequencies
 from scripts.model.huggingface import Stored, bytes_of, described_config, read_into, stored_weights
-from scripts.run.checkpoint import newest_verified
+from scripts.run.checkpoint import newest_folder
 from scripts.run.run_dir import gguf_path
 from scripts.run.storage import write_all
 
@@ -64,12 +64,12 @@ def export(config: TrainingConfig) -> Path:
             split text otherwise than the tokenizer does, or the disk is too full.
     """
     _refuse_missing_library()
-    found, _ = newest_verified(config)
-    if found is None:
+    folder = newest_folder(config)
+    if folder is None:
         raise ValueError(f"run_dir={config.run_dir!r} holds no checkpoint; run: deepspeed scripts/train_pretrain.py")
-    model, tokenizer = described_config(found.folder), load(found.folder)
-    weights = _weights(model, found.folder, config.gguf_precision)
-    path = gguf_path(config, found.folder.name)
+    model, tokenizer = described_config(folder), load(folder)
+    weights = _weights(model, folder, config.gguf_precision)
+    path = gguf_path(config, folder.name)
     head = _head(model, config)
     _add_tokenizer(head, tokenizer, model.vocab_size)
     scales = _rotary_scales(model)
@@ -78,8 +78,11 @@ def export(config: TrainingConfig) -> Path:
     for weight in weights:
         head.add_tensor_info(weight.name, weight.shape, np.dtype("float32"), weight.num_bytes, weight.kind)
     tensors = chain(map(bytes_of, scales), (_encoded(weight, model) for weight in weights))
-    num_bytes = (found.folder / "tokenizer.json").stat().st_size + sum(weight.num_bytes for weight in weights)
+    num_bytes = (folder / "tokenizer.json").stat().st_size + sum(weight.num_bytes for weight in weights)
     _write(path, head, tensors, num_bytes)
+    if model.rope_scaling is not None or model.qk_norm and model.head_width != 128:
+        given = f'config=AutoConfig.from_pretrained("{folder}")'
+        print(f"transformers reads this file right only with {given}; llama.cpp needs nothing more", file=sys.stderr)
     return path
 
 
@@ -229,6 +232,8 @@ def _encoded(weight: Weight, model: TrainingConfig) -> memoryview:
 def _write(path: Path, head: "GGUFWriter", tensors: Iterable[memoryview], num_bytes: int) -> None:
     draft, free = path.with_name(f".{path.name}.draft"), shutil.disk_usage(path.parent).free
     try:
+        for left_over in path.parent.glob(".*.gguf.draft"):
+            left_over.unlink()
         if free < num_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         try:
@@ -245,10 +250,14 @@ def _write(path: Path, head: "GGUFWriter", tensors: Iterable[memoryview], num_by
         draft.rename(path)
         sync_folder(path.parent)
     except OSError as fault:
-        reason = f"{path} was not written: {fault.strerror or fault}; it needs {num_bytes / GIB:.3f} GiB"
-        raise ValueError(f"{reason} and {free / GIB:.3f} GiB were free; make room, and run the command again") from None
+        remedy = f"make {path.parent} a folder in which such a file can be written"
+        if fault.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            remedy = f"it needs {num_bytes / MIB:,.1f} MiB and {free / MIB:,.1f} MiB were free; make room"
+        reason = f"{path} was not written: {fault.strerror or fault}"
+        raise ValueError(f"{reason}; {remedy}, and run the command again") from None
     finally:
-        draft.unlink(missing_ok=True)
+        if draft.exists():
+            draft.unlink()
 
 
 def _padded(start: int, tensors: Iterable[memoryview], alignment: int) -> Iterator[memoryview]:

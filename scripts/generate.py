@@ -30,7 +30,7 @@ from scripts.model.huggingface import described_config, load_weights
 from scripts.model.sampling import Sampling, before_stop, continue_ids, sampling_of, stop_bytes
 from scripts.plan.machine import usable_card
 from scripts.report import printable
-from scripts.run.checkpoint import find_fault, newest_verified
+from scripts.run.checkpoint import find_fault, newest_folder
 from scripts.run.run_dir import best_link
 
 BOLD, DIM = "1", "2"
@@ -105,10 +105,10 @@ def visible(text: str) -> str:
 def named_checkpoint(config: TrainingConfig) -> Path:
     """The folder of the checkpoint that `sample_checkpoint` names. Raises ValueError where it is missing or damaged."""
     if config.sample_checkpoint == "newest":
-        found = newest_verified(config).checkpoint
-        if found is None:
+        newest = newest_folder(config)
+        if newest is None:
             raise ValueError(f"run_dir={config.run_dir!r} holds no checkpoint; run: deepspeed scripts/train_pretrain.py")
-        return found.folder
+        return newest
     link, newest = best_link(config), 'set sample_checkpoint="newest"'
     if not link.exists():
         raise ValueError(f'sample_checkpoint="best": {link} is missing; a run makes it when it evaluates, or {newest}')
@@ -135,21 +135,22 @@ def write_text(loaded: Loaded, prompt: bytes, config: TrainingConfig, pace: Pace
 
 
 def converse(loaded: Loaded, config: TrainingConfig) -> None:
-    """Reads prompts at the terminal and continues each; a Ctrl-C ends the text, or at an empty prompt the conversation."""
+    """Reads prompts at the terminal and continues each; a Ctrl-C ends the text or empties the prompt, Ctrl-D leaves."""
     session = PromptSession(
         "> ", prompt_continuation="  ", multiline=True, key_bindings=_keys(), erase_when_done=True,
         output=create_output(always_prefer_tty=True),
     )  # fmt: skip
-    while True:
-        pace = Pace()
-        try:
-            prompt = session.prompt().encode(errors="surrogateescape")
-        except EOFError:
-            return
-        with _noting_interrupts() as interrupts:
+    with _noting_interrupts() as interrupts:
+        while True:
+            pace = Pace()
+            try:
+                prompt = session.prompt().encode(errors="surrogateescape")
+            except EOFError:
+                return
             write_text(loaded, prompt, config, pace, interrupts)
-        print(flush=True)
-        _say_pace(pace)
+            interrupts.clear()
+            print(flush=True)
+            _say_pace(pace)
 
 
 def continue_lines(loaded: Loaded, config: TrainingConfig, lines: Iterable[bytes]) -> None:
@@ -165,6 +166,8 @@ def main() -> None:
     """Continues prompts with a checkpoint of PRETRAIN's run: those typed at a terminal, or each line of standard input."""
     with refusing():
         refuse_arguments(sys.argv[1:])
+        if None in (sys.stdin, sys.stdout, sys.stderr):
+            raise ValueError("standard input, output or error is closed; type prompts at a terminal, or pipe them in")
         folder = named_checkpoint(PRETRAIN)
         loaded = open_model(str(folder))
         try:
@@ -173,9 +176,11 @@ def main() -> None:
                 converse(loaded, PRETRAIN)
             else:
                 continue_lines(loaded, PRETRAIN, sys.stdin.buffer)
-        except BrokenPipeError:
-            # Nobody reads on; what is left must go somewhere, or the interpreter complains when it ends.
+        except OSError as fault:
+            # What is left must go somewhere, or the interpreter complains when it ends.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if not isinstance(fault, BrokenPipeError):
+                raise ValueError(f"a text was not read or written: {fault}") from None
 
 
 @contextmanager
@@ -198,20 +203,17 @@ def _paced(pieces: Iterable[bytes], pace: Pace) -> Iterator[bytes]:
 
 
 def _keys() -> KeyBindings:
-    """Enter sends, Alt-Enter begins a line, Ctrl-C empties the prompt or ends the session; the rest is prompt_toolkit's."""
+    """Enter sends, Alt-Enter begins a line, Ctrl-C empties the prompt; the rest is prompt_toolkit's."""
     keys = KeyBindings()
     keys.add("enter")(lambda event: event.current_buffer.validate_and_handle())
     keys.add("escape", "enter")(lambda event: event.current_buffer.newline(copy_margin=False))
-    keys.add("c-c")(_empty_or_leave)
-    keys.add("<sigint>")(_empty_or_leave)
+    keys.add("c-c")(_empty)
+    keys.add("<sigint>")(_empty)
     return keys
 
 
-def _empty_or_leave(event: KeyPressEvent) -> None:
-    if event.current_buffer.text:
-        event.current_buffer.reset()
-    else:
-        event.app.exit(exception=EOFError)
+def _empty(event: KeyPressEvent) -> None:
+    event.current_buffer.reset()
 
 
 def _say_pace(pace: Pace) -> None:

@@ -7,6 +7,7 @@ held against what llama.cpp's converter says, and llama.cpp against the checkpoi
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -279,12 +280,22 @@ def test_a_disk_that_fills_leaves_the_older_file_and_no_half_one(one, num_bytes)
     _, most = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, most))
     try:
-        with pytest.raises(ValueError, match="^[^\n]+ was not written: File too large; it needs [^\n]+ GiB were free[^\n]+$"):
+        with pytest.raises(ValueError, match="^[^\n]+ was not written: File too large; it needs [^\n]+ MiB were free[^\n]+$"):
             export(run)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert one.file.read_bytes() == before and [path.name for path in one.file.parent.glob("*.gguf*")] == [one.file.name]
     assert not list(one.file.parent.glob(".*")) and export(run).read_bytes() == before
+
+
+def test_a_file_that_cannot_be_written_is_refused_without_advice_to_make_room(tmp_path, one):
+    folder = tmp_path / one.file.parent.name
+    shutil.copytree(one.file.parent, folder, ignore=shutil.ignore_patterns("*.gguf"))
+    (folder / ".other-step-00000001-f16.gguf.draft").touch()
+    (folder / one.file.name).mkdir()
+    with pytest.raises(ValueError, match="^[^\n]+ was not written: [^\n]+; make [^\n]+ can be written, and run[^\n]+ again$"):
+        export(replace(one.model.config, run_dir=str(folder)))
+    assert not list(folder.glob(".*"))
 
 
 def command(run: TrainingConfig, *arguments: str) -> subprocess.CompletedProcess:

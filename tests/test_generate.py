@@ -46,6 +46,7 @@ from scripts.model.sampling import Sampling
 from scripts.run.checkpoint import STATE, model_texts, publish, state_file, write_model
 from scripts.run.run_dir import best_link, checkpoints_dir
 from scripts.run.storage import write_safetensors, write_text
+from scripts.run.teacher import find_teacher
 
 RAW = bpe.raw_bytes()
 END = 256
@@ -371,13 +372,15 @@ READY, BOLD, DIM, PLAIN = "\x1b[?2004h", "\x1b[1m", "\x1b[2m", "\x1b[0m"
 
 @pytest.mark.slow
 def test_a_conversation_at_a_terminal(installed):
-    """A text that a Ctrl-C ends, a prompt of two lines, the same again from the history, a stop text; then Ctrl-D."""
+    """A text that a Ctrl-C ends, and several end no more, a prompt of two lines, the same again from the history, a stop text; then Ctrl-D."""
     with at_a_terminal(installed) as (terminal, process):
         first = terminal.see(READY)
         assert first.startswith("run/checkpoints/step-00000007: Enter sends, Alt-Enter or Esc Enter") and "\n" in first
         terminal.press("a" + ENTER)
         assert f"{BOLD}a{PLAIN}bcdefghijklmnopqrstuvwxyzabc" in terminal.see("xyzabc")
-        terminal.press(CTRL_C)
+        for _ in range(9):
+            terminal.press(CTRL_C)
+            time.sleep(0.02)
         assert re.search(rf"\^C\r\n{re.escape(DIM)}\d[\d,]* tokens, [\d,]+ tokens/s", terminal.see("tokens/s"))
         terminal.see(READY)
         for keys in ("a" + NEW_LINE + "A" + ENTER, UP + ENTER):
@@ -397,10 +400,9 @@ def loaded(tmp_path_factory) -> Loaded:
     return open_model(str(written(tmp_path_factory.mktemp("talking"), talking())))
 
 
-@pytest.mark.parametrize("leave", [CTRL_C, CTRL_D])
-def test_ctrl_c_empties_a_prompt_and_both_end_the_program_at_an_empty_one(loaded, leave, capfd):
+def test_ctrl_c_empties_a_prompt_and_does_nothing_at_an_empty_one_and_ctrl_d_ends_the_program(loaded, capfd):
     with create_pipe_input() as keyboard, create_app_session(input=keyboard):
-        keyboard.send_text(f"A half{CTRL_C}0{ENTER}{leave}A{ENTER}")
+        keyboard.send_text(f"{CTRL_C}A half{CTRL_C}{CTRL_C}0{ENTER}{CTRL_D}A{ENTER}")
         converse(loaded, replace(CONFIG, **TALKING))
     written, said = capfd.readouterr()
     assert "0345\n" in written and "é" not in written and said.startswith("5 tokens, ") and said.count("\n") == 1
@@ -435,7 +437,7 @@ def test_a_closed_output_pipe_ends_the_program_quietly(installed, tmp_path):
     assert (tmp_path / "said").read_text() == ""
 
 
-def test_the_checkpoint_is_the_newest_or_the_one_that_best_links_to(tmp_path):
+def test_the_checkpoint_is_the_newest_or_the_one_that_best_links_to(tmp_path, capfd):
     config = replace(CONFIG, run_dir=str(tmp_path / "run"))
     best = replace(config, sample_checkpoint="best")
     with pytest.raises(ValueError, match=r"^run_dir='.*run' holds no checkpoint; run: deepspeed scripts/train_pretrain.py$"):
@@ -446,6 +448,33 @@ def test_the_checkpoint_is_the_newest_or_the_one_that_best_links_to(tmp_path):
     best_link(config).symlink_to(older.relative_to(config.run_dir))
     assert (named_checkpoint(config), named_checkpoint(best)) == (newer, older.resolve())
     truncated(older)
+    assert capfd.readouterr().err == ""
     with pytest.raises(ValueError, match=r'^sample_checkpoint="best": .*step-00000003 does not verify: model.safetensors'):
         named_checkpoint(best)
     assert named_checkpoint(config) == newer
+
+
+def test_a_newer_checkpoint_that_is_damaged_is_named_where_an_older_one_is_taken(tmp_path, capfd):
+    config = replace(CONFIG, run_dir=str(tmp_path / "run"))
+    older, newer = (saved(config, fresh(), step) for step in (3, 6))
+    truncated(newer)
+    assert named_checkpoint(config) == older
+    said = capfd.readouterr().err
+    assert re.fullmatch(r"checkpoint [^\n]+step-00000006 does not verify: [^\n]+; taking an older one\n", said)
+    teacher = find_teacher(replace(CONFIG, teacher_dir=config.run_dir))
+    assert teacher is not None and teacher.folder == older
+    assert [re.sub(" does not verify.*", "", fault) for fault in teacher.faults] == [f"checkpoint {newer}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("streams", "words"),
+    [("< /dev/null > /dev/full", ""), ("<&-", "is closed"), (">&-", "is closed"), ("> /dev/full", "No space left on device")],
+)
+def test_streams_that_fail_are_said_in_one_line(installed, streams, words):
+    command = f"{'' if '<' in streams else 'echo A |'} {sys.executable} scripts/generate.py {streams}"
+    environment = clean_environment() | {"PYTHONPATH": str(installed)}
+    done = subprocess.run(command, shell=True, cwd=installed, env=environment, stderr=subprocess.PIPE, text=True, timeout=300)
+    refusals = [line for line in done.stderr.splitlines() if not line.startswith("0 tokens")]
+    assert done.returncode == (2 if words else 0), done.stderr
+    assert all(line.startswith("refused: ") and words in line for line in refusals) and len(refusals) == bool(words)

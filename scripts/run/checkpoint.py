@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -168,6 +169,17 @@ def newest_verified(config: TrainingConfig, last_step: int | None = None) -> New
             f" {max(saved)}: put the checkpoints back, or choose another run_dir"
         )
     return Newest(None, [])
+
+
+def newest_folder(config: TrainingConfig) -> Path | None:
+    """The newest checkpoint that verifies, for use after training. A line on standard error names each newer one that does not.
+
+    Raises ValueError as `newest_verified`.
+    """
+    found, faults = newest_verified(config)
+    for fault in faults:
+        print(f"{fault}; taking an older one", file=sys.stderr, flush=True)
+    return None if found is None else found.folder
 
 
 def find_fault(folder: Path) -> str | None:

@@ -176,6 +176,8 @@ def _refuse_alone(config: TrainingConfig, ranks: Ranks) -> Teacher | None:
     if ranks.rank == 0:
         refuse_missing_tracker(config)
     teacher = find_teacher(config)
+    for fault in [] if teacher is None else teacher.faults:
+        say(ranks, f"{fault}; learning from an older one")
     _refuse_too_large(config, ranks, room_in_all)
     return teacher
 

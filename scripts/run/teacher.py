@@ -20,7 +20,7 @@ from scripts.config import LABEL_ERROR_TOKENS, LABEL_PROGRESS_SECONDS, MAKE_TEAC
 from scripts.engine.distributed import Ranks, device_of, in_turn, release_memory, say, together
 from scripts.model.decoder import Decoder, empty_model
 from scripts.model.huggingface import architecture, describe, described_config, load_weights, stored_weights, weight_files
-from scripts.run.checkpoint import Checkpoint, newest_verified
+from scripts.run.checkpoint import Checkpoint, Newest, newest_verified
 from scripts.run.evaluate import held_out_fields, held_out_loss, held_out_windows
 from scripts.run.run_dir import checkpoints_dir
 from scripts.run.state import Teaching, data_grid, data_order, windows_on_device
@@ -32,10 +32,11 @@ LabelWindows = Callable[..., Any]
 
 
 class Teacher(NamedTuple):
-    """A model to learn from: its transformers `folder`, and its shape as a configuration."""
+    """A model to learn from: its transformers `folder`, its shape as a configuration, and the `faults` of newer checkpoints."""
 
     folder: Path
     config: TrainingConfig
+    faults: list[str]
 
 
 class Labelling(NamedTuple):
@@ -59,7 +60,8 @@ def find_teacher(config: TrainingConfig) -> Teacher | None:
     if config.teacher_dir is None:
         return None
     try:
-        folder = _transformers_folder(config.teacher_dir)
+        newest = _newest_of_run(config.teacher_dir)
+        folder = Path(config.teacher_dir) if newest.checkpoint is None else newest.checkpoint.folder
         described = described_config(folder)
         stored_weights(described, folder)
     except (OSError, ValueError) as fault:
@@ -69,7 +71,7 @@ def find_teacher(config: TrainingConfig) -> Teacher | None:
             f"teacher_dir={config.teacher_dir!r}: context_length={config.context_length} is longer than the"
             f" {described.context_length} positions that this teacher knows; nearest is {described.context_length}"
         )
-    return Teacher(folder, described)
+    return Teacher(folder, described, newest.faults)
 
 
 def load_teacher(teacher: Teacher, config: TrainingConfig, device: torch.device) -> Decoder:
@@ -174,14 +176,15 @@ def check_teacher(config: TrainingConfig, teacher: Teacher, data, found: Checkpo
     return fingerprint
 
 
-def _transformers_folder(teacher_dir: str) -> Path:
+def _newest_of_run(teacher_dir: str) -> Newest:
+    """The checkpoint to learn from where the folder is a run's; none where it is of transformers' format."""
     run = TrainingConfig(run_dir=str(Path(teacher_dir)))
     if not checkpoints_dir(run).is_dir():
-        return Path(teacher_dir)
-    found, _ = newest_verified(run)
-    if found is None:
+        return Newest(None, [])
+    newest = newest_verified(run)
+    if newest.checkpoint is None:
         raise ValueError(f"this run has no checkpoint yet; {MAKE_TEACHER}")
-    return found.folder
+    return newest
 
 
 def _teacher_record(teacher: Teacher, config: TrainingConfig, ranks: Ranks, data, model: Decoder) -> dict:
