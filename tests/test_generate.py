@@ -372,7 +372,7 @@ READY, BOLD, DIM, PLAIN = "\x1b[?2004h", "\x1b[1m", "\x1b[2m", "\x1b[0m"
 
 @pytest.mark.slow
 def test_a_conversation_at_a_terminal(installed):
-    """A text that a Ctrl-C ends, and several end no more, a prompt of two lines, the same again from the history, a stop text; then Ctrl-D."""
+    """A text that a Ctrl-C ends, and several end no more, a prompt of two lines, the same again, a stop text; then Ctrl-D."""
     with at_a_terminal(installed) as (terminal, process):
         first = terminal.see(READY)
         assert first.startswith("run/checkpoints/step-00000007: Enter sends, Alt-Enter or Esc Enter") and "\n" in first
