@@ -24,7 +24,7 @@ from ds.tokenizer import QWEN2_PATTERN, begin_of_text_id, end_of_text_id, load, 
 from scripts.config import MIB, PRETRAIN, TrainingConfig, refuse_arguments, refusing
 from scripts.model.decoder import rotary_frequencies
 from scripts.model.huggingface import Stored, bytes_of, described_config, read_into, stored_weights
-from scripts.run.checkpoint import newest_folder
+from scripts.run.checkpoint import verified_folder
 from scripts.run.run_dir import gguf_path
 from scripts.run.storage import write_all
 
@@ -64,7 +64,7 @@ def export(config: TrainingConfig) -> Path:
             split text otherwise than the tokenizer does, or the disk is too full.
     """
     _refuse_missing_library()
-    folder = newest_folder(config)
+    folder = verified_folder(config)
     if folder is None:
         raise ValueError(f"run_dir={config.run_dir!r} holds no checkpoint; run: deepspeed scripts/train_pretrain.py")
     model, tokenizer = described_config(folder), load(folder)

@@ -30,7 +30,7 @@ from scripts.model.huggingface import described_config, load_weights
 from scripts.model.sampling import Sampling, before_stop, continue_ids, sampling_of, stop_bytes
 from scripts.plan.machine import usable_card
 from scripts.report import printable
-from scripts.run.checkpoint import find_fault, newest_folder
+from scripts.run.checkpoint import find_fault, verified_folder
 from scripts.run.run_dir import best_link
 
 BOLD, DIM = "1", "2"
@@ -105,7 +105,7 @@ def visible(text: str) -> str:
 def named_checkpoint(config: TrainingConfig) -> Path:
     """The folder of the checkpoint that `sample_checkpoint` names. Raises ValueError where it is missing or damaged."""
     if config.sample_checkpoint == "newest":
-        newest = newest_folder(config)
+        newest = verified_folder(config)
         if newest is None:
             raise ValueError(f"run_dir={config.run_dir!r} holds no checkpoint; run: deepspeed scripts/train_pretrain.py")
         return newest

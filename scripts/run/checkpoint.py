@@ -171,7 +171,7 @@ def newest_verified(config: TrainingConfig, last_step: int | None = None) -> New
     return Newest(None, [])
 
 
-def newest_folder(config: TrainingConfig) -> Path | None:
+def verified_folder(config: TrainingConfig) -> Path | None:
     """The newest checkpoint that verifies, for use after training. A line on standard error names each newer one that does not.
 
     Raises ValueError as `newest_verified`.

@@ -6,6 +6,7 @@ where its `model` can be imported, such as from a checkout on PYTHONPATH; its co
 """
 
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -22,6 +23,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pretrain_vs_stock
 import torch
@@ -34,10 +37,10 @@ from scripts.engine.updates import add_to, sum_of_squares
 from scripts.model.decoder import empty_model, initialise
 from scripts.model.documents import Windows
 from scripts.model.losses import next_token
-from scripts.plan.machine import flops_per_token
+from scripts.plan.machine import flops_per_token, measure_rates, tokens_per_second
 
 ROOT = Path(__file__).parents[2]
-RESULT = Path(__file__).parent / "results" / "speed.json"
+RESULT, GROWTH_PICTURE = Path(__file__).parent / "results" / "speed.json", ROOT / "docs" / "growth.png"
 ROUNDS, SETTLING, STARTS = 11, 2, 5
 # nanoGPT's own example for a CPU: 4 blocks of width 128, 12 rows of 64 tokens (its README, "I only have a macbook").
 VOCABULARY, WIDTH, LAYERS, HEADS, CONTEXT, ROWS = 257, 128, 4, 4, 64, 12
@@ -48,6 +51,7 @@ SMALL: dict[str, Any] = dict(
 )  # fmt: skip
 MICRO_BATCHES, PRODUCT_SIZE = 64, 2048
 ELEMENTS = 2**25
+GROWTH, GROWN_WIDTH, GROWN_TOKENS, GROWN_STEPS = (1, 4, 16, 64), 64, 4096, 6
 LAUNCH = """
 import json, sys
 from scripts.config import TrainingConfig
@@ -352,8 +356,86 @@ def until_first_step(command: list[str], folder: Path) -> float:
     return taken
 
 
+def growth() -> dict[str, Any]:
+    """Tokens/s, the host's peak and the seconds of a save as parameters grow, and as the context grows, beside the plan's."""
+    folder, found = Path(tempfile.mkdtemp()), {}
+    (folder / "text.txt").write_text("".join(f"line {number} of a text that is trained on\n" for number in range(20_000)))
+    for axis, changed in {"parameters": grown_parameters, "context": grown_contexts}.items():
+        found[axis] = [measured_growth(folder, axis, factor, changed(factor)) for factor in GROWTH]
+        first, last = found[axis][0], found[axis][-1]
+        found[f"{axis}, exponents"] = {
+            name: round(math.log(last[name] / first[name], GROWTH[-1]), 2) for name in first if name != "factor"
+        }
+    draw_growth(found)
+    return found
+
+
+def grown_parameters(factor: int) -> dict[str, Any]:
+    """Two blocks with `factor` times the parameters: width by its root."""
+    width = GROWN_WIDTH * math.isqrt(factor)
+    heads = width // 32
+    return {"hidden_size": width, "mlp_size": 3 * width, "num_heads": heads, "num_kv_heads": heads, "context_length": 256}
+
+
+def grown_contexts(factor: int) -> dict[str, Any]:
+    """`factor` times the context, and as many fewer rows."""
+    return grown_parameters(4) | {"context_length": 64 * factor, "micro_batch_rows": GROWN_TOKENS // (64 * factor)}
+
+
+def measured_growth(folder: Path, axis: str, factor: int, changes: dict[str, Any]) -> dict[str, float]:
+    """One run of GROWN_STEPS steps and a save, from what it logs of itself, and the plan of its speed."""
+    run, length = folder / f"{axis}-{factor}", changes["context_length"]
+    rows = {"micro_batch_rows": GROWN_TOKENS // length, "tokens_per_step": GROWN_TOKENS, "loss_chunk_rows": 1024}
+    config = replace(
+        PRETRAIN, corpus=(str(folder / "text.txt"),), data_dir=str(folder / "data"), validation_fraction=0.0, vocab_size=257,
+        num_layers=2, head_size=None, optimizer="adamw", precision="fp32", num_steps=GROWN_STEPS, warmup_steps=1,
+        eval_every_steps=None, sample_every_steps=None, save_every_steps=None, run_dir=str(run), **rows | changes,
+    )  # fmt: skip
+    (folder / "launch.py").write_text(LAUNCH.replace("sys.argv[1]", repr(json.dumps(asdict(config)))))
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    command = [sys.executable, str(folder / "launch.py")]
+    subprocess.run(command, env=environment | {"PYTHONPATH": str(ROOT)}, check=True, stdout=subprocess.DEVNULL)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (memory,) = (record for record in records if record.get("event") == "memory")
+    (saved,) = (record for record in records if record.get("event") == "saved")
+    speeds = [record["tokens_per_second"] for record in records if record["kind"] == "train"]
+    rates = measure_rates(config, torch.device("cpu"))
+    row = {
+        "factor": factor,
+        "parameters": config.num_parameters,
+        "context_length": length,
+        "tokens_per_second": round(statistics.median(speeds[1:]), 1),
+        "tokens_per_second_planned": round(tokens_per_second(config, 1, 1, "cpu", rates), 1),
+        "host_peak_gib": round(memory["host_peak_gib"], 3),
+        "host_planned_gib": round(memory["host_planned_gib"], 3),
+        "save_seconds": round(saved["seconds"], 3),
+    }
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def draw_growth(found: dict[str, Any]) -> None:
+    """Each cost against the growth of parameters and of context, the plan dashed, exponents in the legends."""
+    matplotlib.use("agg")
+    panels = {"tokens_per_second": "tokens/s", "host_peak_gib": "peak on the host, GiB", "save_seconds": "seconds of a save"}
+    plans = {"tokens_per_second": "tokens_per_second_planned", "host_peak_gib": "host_planned_gib"}
+    figure, axes = plt.subplots(2, len(panels), figsize=(13, 7), layout="constrained")
+    for row, axis in zip(axes, ("parameters", "context"), strict=True):
+        exponents, sizes = found[f"{axis}, exponents"], [each["factor"] for each in found[axis]]
+        for panel, (name, label) in zip(row, panels.items(), strict=True):
+            lines = {name: ("measured", "o-")} | ({plans[name]: ("planned", "s--")} if name in plans else {})
+            for kind, (word, style) in lines.items():
+                costs = [each[kind] for each in found[axis]]
+                panel.plot(sizes, costs, style, label=f"{word}, exponent {exponents[kind]:g}")
+            panel.set(xscale="log", yscale="log", xlabel=f"{axis}, times the first", ylabel=label, xticks=sizes)
+            panel.set_xticklabels([str(size) for size in sizes])
+            panel.grid(alpha=0.3)
+            panel.legend()
+    figure.savefig(GROWTH_PICTURE, dpi=100)
+
+
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
-    each.__name__: each for each in (small, beside_stock, accumulation, ranks, company, host, start)
+    each.__name__: each for each in (small, beside_stock, accumulation, ranks, company, host, start, growth)
 }
 
 if __name__ == "__main__":
