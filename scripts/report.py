@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ds.corpus import Tally, no_text
 from ds.pieces import LENGTH_CLASSES, SPLITS, held_out_sources
 from scripts.config import FEW_DOCUMENTS, NUM_NAMED_DOCUMENTS, PRETRAIN, TrainingConfig, refuse_arguments, refusing
-from scripts.memory import comparison_words, duration
+from scripts.memory import duration
 from scripts.run import run_dir
 
 if TYPE_CHECKING:
@@ -223,37 +223,6 @@ def indented(text: str | None) -> str:
     return "\n".join(f"    {line}" for line in (text or "").splitlines())
 
 
-def summary(
-    config: TrainingConfig, records: list[dict], *, pictures: list[Path], saved: Path | None, alone: Alone | None
-) -> str:
-    """What a person wants to know at the end of a run, from all its `records`, where it is drawn, and its newest checkpoint.
-
-    A student with a teacher is compared with it, and with the same student without a teacher, if `alone` is given.
-    """
-    lines, held_out = [""], [record for record in records if record["kind"] == "eval"]
-    if held_out:
-        lines += [f"  held out before: {held_out_words(held_out[0])}", f"  held out after:  {held_out_words(held_out[-1])}"]
-    samples = [indented(record["text"]) for record in records if record.get("event") == "sample"]
-    lines += ["  sample:", samples[-1]] if samples else []
-    lines += [f"  {comparison_words(record)}" for record in records if record.get("event") == "memory"][-1:]
-    lines += [f"  pictures: {', '.join(map(str, pictures))}"]
-    lines += [f"  checkpoint (opens in transformers): {saved}"] if saved else []
-    if config.teacher_dir is None:
-        return "\n".join([*lines, '  next: echo "def" | python scripts/generate.py'])
-    return "\n".join([*lines, *comparison(config, records, alone)])
-
-
-def table(rows: list[Row]) -> list[str]:
-    """Lines: a head and one for each row."""
-    lines = [f"  {'held out':<16}{'parameters':>12}{'nats per token':>16}{'bits per byte':>15}{'step':>8}  where"]
-    for name, num_parameters, record, where in rows:
-        found = (record.get("val_loss"), record.get("val_bits_per_byte"))
-        nats, bits = ("-" if value is None else f"{value:.3f}" for value in found)
-        step = record["step"] if record.get("kind") == "eval" else ""
-        lines += [f"  {name:<16}{num_parameters / 1e6:>10,.2f} M{nats:>16}{bits:>15}{step:>8}  {where}"]
-    return lines
-
-
 def data_notes(config: TrainingConfig, manifest: dict, met: Tally) -> list[str]:
     """Lines on what may be otherwise than was meant, with the first place of each kind. ValueError if there is no text."""
     num_documents = sum(manifest[split]["num_documents"] for split in SPLITS)
@@ -366,14 +335,14 @@ def _print_png(figure: "Figure", picture: Path) -> None:
     draft.rename(picture)
 
 
-def comparison(config: TrainingConfig, records: list[dict], alone: Alone | None) -> list[str]:
-    """The lines of a student's table: its teacher, itself, and the same student without a teacher."""
+def students_table(config: TrainingConfig, records: list[dict], alone: Alone | None) -> list[Row]:
+    """The rows of a student's table: its teacher, itself, and the same student without a teacher where there is one."""
     teacher = next((record for record in records if record.get("event") == "teacher"), {})
     rows = [Row("teacher", teacher.get("num_parameters", 0), teacher, teacher.get("folder", ""))]
     rows += [Row("student", config.num_parameters, _last_held_out(records), config.run_dir)]
     if alone is None:
-        return [*table(rows), "  to compare: train the same student without a teacher, as the README says"]
-    return table([*rows, Row("without teacher", config.num_parameters, _last_held_out(alone.records), alone.run_dir)])
+        return rows
+    return [*rows, Row("without teacher", config.num_parameters, _last_held_out(alone.records), alone.run_dir)]
 
 
 def _last_held_out(records: list[dict]) -> dict:

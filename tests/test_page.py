@@ -170,6 +170,8 @@ document.querySelector("svg").dispatchEvent(new MouseEvent("dblclick", {bubbles:
 found.reset = curve();
 const all = [...document.querySelectorAll("body *")].filter(each => !each.closest("pre, svg"));
 found.wide = [document.documentElement.scrollWidth, ...all.map(each => Math.ceil(each.getBoundingClientRect().right))];
+found.scrolled = all.concat(...document.querySelectorAll("pre")).filter(each => each.scrollWidth > each.clientWidth + 1 &&
+  getComputedStyle(each).display !== "inline").map(each => each.outerHTML.slice(0, 200));
 found.requests = performance.getEntriesByType("resource").map(entry => entry.name);
 found.captions = [...document.querySelectorAll("figcaption")].map(each => each.textContent);
 found.ground = getComputedStyle(document.body).backgroundColor;
@@ -229,8 +231,9 @@ def test_dragging_zooms_every_chart_and_a_double_click_shows_all_again(seen):
     assert all(before != after for before, after in zip(found["labels"], found["zoomedLabels"], strict=True))
 
 
-def test_nothing_is_wider_than_the_window(seen):
+def test_nothing_is_wider_than_the_window_or_scrolls_sideways(seen):
     assert seen.found["width"] in (400, 1400) and max(seen.found["wide"]) <= seen.found["width"]
+    assert seen.found["scrolled"] == []
 
 
 @needs_chromium

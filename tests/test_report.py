@@ -29,10 +29,9 @@ from scripts.report import (  # fmt: skip
     held_out_words,
     is_told,
     line_of,
-    summary,
-    table,
     training_seconds,
 )  # fmt: skip
+from scripts.run.metrics import summary_words, table
 
 LINES = 40
 
@@ -257,7 +256,9 @@ END = """
 
 def test_a_run_ends_with_its_losses_its_last_sample_its_memory_and_what_to_do_next():
     records = [*EVALUATED, event(3) | {"text": "not the last"}, memory(9.0), event(9) | {"text": "def f\n  g"}, memory(1.25)]
-    told = summary(TrainingConfig(), records, pictures=[Path("run/loss.png"), Path("run/report.html")], saved=None, alone=None)
+    told = summary_words(
+        TrainingConfig(), records, pictures=[Path("run/loss.png"), Path("run/report.html")], saved=None, alone=None
+    )
     assert told == f'{LOSSES}\n  sample:\n    def f\n      g{END}\n  next: echo "def" | python scripts/generate.py'
 
 
@@ -265,7 +266,7 @@ def test_a_run_ends_with_its_losses_its_last_sample_its_memory_and_what_to_do_ne
 def test_a_student_ends_with_a_comparison(alone):
     config = TrainingConfig(teacher_dir="there")
     records = [TEACHER | {"folder": "there", "num_parameters": 2_360_000}, *EVALUATED, memory(1.25)]
-    told = summary(
+    told = summary_words(
         config, records, pictures=[Path("run/loss.png"), Path("run/report.html")], saved=Path("run/step-9"), alone=alone
     )
     head = f"{LOSSES}{END}\n  checkpoint (opens in transformers): run/step-9\n"
@@ -282,7 +283,7 @@ def test_a_student_ends_with_a_comparison(alone):
 
 
 def test_a_run_without_any_record_still_names_its_picture():
-    told = summary(TrainingConfig(), [], pictures=[Path("loss.png")], saved=None, alone=None)
+    told = summary_words(TrainingConfig(), [], pictures=[Path("loss.png")], saved=None, alone=None)
     assert told.splitlines()[:2] == ["", "  pictures: loss.png"]
 
 

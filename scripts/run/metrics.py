@@ -167,7 +167,45 @@ def finite(number: float) -> float | None:
 def summary(config: TrainingConfig) -> str:
     """What a person wants to know at the end, from the run's own files."""
     pictures, saved = [run_dir.picture_path(config), run_dir.page_path(config)], run_dir.newest_folder(config)
-    return report.summary(config, read_metrics(config), pictures=pictures, saved=saved, alone=_alone(config))
+    return summary_words(config, read_metrics(config), pictures=pictures, saved=saved, alone=_alone(config))
+
+
+def summary_words(
+    config: TrainingConfig, records: list[dict], *, pictures: list[Path], saved: Path | None, alone: report.Alone | None
+) -> str:
+    """What a person wants to know at the end of a run, from all its `records`, where it is drawn, and its newest checkpoint.
+
+    A student with a teacher is compared with it, and with the same student without a teacher, if `alone` is given.
+    """
+    lines, held_out = [""], [record for record in records if record["kind"] == "eval"]
+    if held_out:
+        before, after = (report.held_out_words(record) for record in (held_out[0], held_out[-1]))
+        lines += [f"  held out before: {before}", f"  held out after:  {after}"]
+    samples = [report.indented(record["text"]) for record in records if record.get("event") == "sample"]
+    lines += ["  sample:", samples[-1]] if samples else []
+    lines += [f"  {memory.comparison_words(record)}" for record in records if record.get("event") == "memory"][-1:]
+    lines += [f"  pictures: {', '.join(map(str, pictures))}"]
+    lines += [f"  checkpoint (opens in transformers): {saved}"] if saved else []
+    if config.teacher_dir is None:
+        return "\n".join([*lines, '  next: echo "def" | python scripts/generate.py'])
+    return "\n".join([*lines, *_comparison(config, records, alone)])
+
+
+def table(rows: list[report.Row]) -> list[str]:
+    """Lines: a head and one for each row."""
+    lines = [f"  {'held out':<16}{'parameters':>12}{'nats per token':>16}{'bits per byte':>15}{'step':>8}  where"]
+    for name, num_parameters, record, where in rows:
+        found = (record.get("val_loss"), record.get("val_bits_per_byte"))
+        nats, bits = ("-" if value is None else f"{value:.3f}" for value in found)
+        step = record["step"] if record.get("kind") == "eval" else ""
+        lines += [f"  {name:<16}{num_parameters / 1e6:>10,.2f} M{nats:>16}{bits:>15}{step:>8}  {where}"]
+    return lines
+
+
+def _comparison(config: TrainingConfig, records: list[dict], alone: report.Alone | None) -> list[str]:
+    lines = table(report.students_table(config, records, alone))
+    advice = "  to compare: train the same student without a teacher, as the README says"
+    return lines if alone is not None else [*lines, advice]
 
 
 @contextmanager

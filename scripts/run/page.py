@@ -191,7 +191,20 @@ def _memory(events: list[dict]) -> str:
 
 
 def _comparison(config: TrainingConfig, records: list[dict], alone: report.Alone | None) -> str:
-    return "" if config.teacher_dir is None else _pre("\n".join(report.comparison(config, records, alone)), "table")
+    """A column for each model: the narrowest screen has room for three."""
+    if config.teacher_dir is None:
+        return ""
+    models = report.students_table(config, records, alone)
+    cells = {
+        "": [each.name for each in models],
+        "parameters": [_short(each.num_parameters) for each in models],
+        "nats per token": [_number(each.record.get("val_loss")) for each in models],
+        "bits per byte": [_number(each.record.get("val_bits_per_byte")) for each in models],
+        "at step": [f"{each.record['step']:,}" if each.record.get("kind") == "eval" else "–" for each in models],
+        "where": [each.where for each in models],
+    }
+    lines = (f"<tr><th>{name}</th>{''.join(f'<td>{escape(each)}</td>' for each in row)}</tr>" for name, row in cells.items())
+    return f'<table class="models">{"".join(lines)}</table>'
 
 
 def _samples(samples: list[dict]) -> str:
@@ -275,7 +288,6 @@ svg text { fill: var(--quiet); font-size: 11px; }
 .key { display: inline-block; width: 14px; height: 3px; margin: 0 5px 3px 12px; vertical-align: middle; }
 .told { min-height: 1.5em; font-size: .87rem; font-variant-numeric: tabular-nums; }
 pre { overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .82rem; margin: .3em 0; }
-pre.table { white-space: pre; overflow-wrap: normal; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; vertical-align: top; padding: 3px 12px 3px 0; border-bottom: 1px solid var(--rule); }
 th { font-weight: 500; }
@@ -283,6 +295,7 @@ td { overflow-wrap: anywhere; }
 .bars th, .events td:first-child, .n { white-space: nowrap; width: 1px; font-variant-numeric: tabular-nums; }
 .n { text-align: right; }
 .bar { background: var(--rate); height: 12px; margin-top: 5px; border-radius: 2px; min-width: 1px; }
+.models { table-layout: fixed; }
 .fields th { width: 30%; font: .82rem/1.7 ui-monospace, monospace; overflow-wrap: anywhere; }
 .fields td { font: .82rem/1.7 ui-monospace, monospace; }
 details { margin: .6em 0; }
