@@ -26,6 +26,8 @@ SOURCES = ("#0891b2", "#7c3aed", "#65a30d", "#db2777", "#ca8a04", "#1e293b", "#9
 BEHIND = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1}
 SHOWN_CHARACTERS, SHOWN_NAME_CHARACTERS, TABLE_COLUMNS = 90, 36, 100
 CUT_OR_NAME = "document_separator cuts a file into documents, and validation_corpus names held-out files"
+COMPARED_FIELDS = {"train": ("tokens", "loss", "seconds"), "eval": ("tokens", "val_loss", "val_bits_per_byte"), "event": ()}
+UNKNOWN_AS_NULL = ("loss", "val_loss", "val_bits_per_byte")
 NOTES = {
     "faulty": "faulty rows skipped",
     "separator": "texts that may be many documents",
@@ -79,15 +81,36 @@ def compare(folder: str | Path) -> Path:
 
 def _read_run(folder: Path) -> Compared:
     config = run_dir.stored_config(folder)
-    records = run_dir.read_metrics(config)
     try:
-        tokens = max((each["tokens"] for each in records if each["kind"] != "event"), default=0)
-        run = Compared(printable(folder.name), config, records, tokens, training_seconds(records))
-    except (KeyError, TypeError) as fault:
-        raise ValueError(f"a line of its log is not what a run writes: {fault!r}") from None
+        records = run_dir.read_metrics(config)
+    except UnicodeDecodeError as fault:
+        line = fault.object.count(b"\n", 0, fault.start) + 1
+        raise ValueError(f"{run_dir.metrics_path(config)}: line {line} is not UTF-8") from None
+    _refuse_damage(records, run_dir.metrics_path(config))
+    tokens = max((each["tokens"] for each in records if each["kind"] != "event"), default=0)
     if not tokens:
         raise ValueError("no step is logged yet")
-    return run
+    return Compared(printable(folder.name), config, records, tokens, training_seconds(records))
+
+
+def _refuse_damage(records: list[dict], log: Path) -> None:
+    """Raises ValueError at the first of the `records` of a log that no run writes, as far as a comparison reads it."""
+    trained = 0
+    for number, record in enumerate(records, 1):
+        kind, step = record.get("kind"), record["step"]
+        if kind not in [*COMPARED_FIELDS]:
+            raise ValueError(f"{log}: line {number}: kind={kind!r:.40} is none of {', '.join(COMPARED_FIELDS)}")
+        for name in ("step", *COMPARED_FIELDS[kind]):
+            value, wanted = record.get(name), int if name in ("step", "tokens") else (int, float)
+            if name not in record:
+                raise ValueError(f"{log}: line {number}: {name} is missing")
+            if value is None and name in UNKNOWN_AS_NULL:
+                continue
+            if isinstance(value, bool) or not isinstance(value, wanted) or not 0 <= value <= sys.maxsize:
+                raise ValueError(f"{log}: line {number}: {name}={value!r:.40} is no {'count' if wanted is int else 'amount'}")
+        if kind == "train" and step < trained:
+            raise ValueError(f"{log}: line {number}: step {step} comes after step {trained}")
+        trained = step if kind == "train" else trained
 
 
 def comparison_table(runs: list[Compared]) -> list[str]:

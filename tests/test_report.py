@@ -389,6 +389,22 @@ DAMAGED = {
     "no text": "\udcff\n",
     "nothing": "",
 }
+# What no run writes: a change of a good line by its place in the log, and what is told of it.
+WRONG = {
+    "word": (1, {"loss": "oops"}, "loss='oops' is no amount"),
+    "list": (0, {"val_bits_per_byte": [1]}, "val_bits_per_byte=[1] is no amount"),
+    "huge": (0, {"val_bits_per_byte": 1e308}, "val_bits_per_byte=1e+308 is no amount"),
+    "infinite": (1, {"loss": float("inf")}, "loss=inf is no amount"),
+    "no number": (0, {"val_loss": float("nan")}, "val_loss=nan is no amount"),
+    "truth": (1, {"tokens": True}, "tokens=True is no count"),
+    "part": (1, {"tokens": 1.5}, "tokens=1.5 is no count"),
+    "negative": (2, {"seconds": -0.5}, "seconds=-0.5 is no amount"),
+    "null": (2, {"seconds": None}, "seconds=None is no amount"),
+    "before": (2, {"step": -1}, "step=-1 is no count"),
+    "back": (3, {"step": 1}, "step 1 comes after step 2"),
+    "kind": (2, {"kind": ["train"]}, "kind=['train'] is none of train, eval, event"),
+    "long": (2, {"loss": "x" * 999}, f"loss={repr('x' * 999)[:40]} is no amount"),
+}
 
 
 def test_what_is_no_run_or_damaged_is_named_and_left_out(tmp_path, capsys):
@@ -403,6 +419,44 @@ def test_what_is_no_run_or_damaged_is_named_and_left_out(tmp_path, capsys):
     left = [line for line in lines if line.startswith("left out: ")]
     assert len(left) == len(DAMAGED) + 2 and all(any(name in line for line in left) for name in ["notes", *DAMAGED])
     assert [line.split()[0] for line in lines if line.startswith("  ")] == ["run", "good", "picture:"]
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_line_that_no_run_writes_is_named_and_its_run_left_out(tmp_path, capsys, name):
+    place, change, words = WRONG[name]
+    records = [record | (change if place == number else {}) for number, record in enumerate(EVALUATED)]
+    log = run_in(tmp_path / "wrong", records) / "metrics.jsonl"
+    run_in(tmp_path / "good", EVALUATED)
+    compare(tmp_path)
+    left, *lines = capsys.readouterr().out.splitlines()
+    assert left == f"left out: wrong: {log}: line {place + 1}: {words}"
+    assert [line.split()[0] for line in lines if line] == ["run", "good", "picture:"]
+
+
+@pytest.mark.parametrize("field", ["loss", "tokens", "seconds", "val_loss", "val_bits_per_byte"])
+def test_a_line_without_a_number_that_a_run_writes_is_named(tmp_path, capsys, field):
+    run_in(tmp_path / "good", EVALUATED)
+    lacking = [{name: value for name, value in record.items() if name != field} for record in EVALUATED]
+    number = 1 if field in EVALUATED[0] else 2
+    log = run_in(tmp_path / "wrong", lacking) / "metrics.jsonl"
+    compare(tmp_path)
+    assert capsys.readouterr().out.startswith(f"left out: wrong: {log}: line {number}: {field} is missing\n")
+
+
+def test_a_log_that_is_no_utf_8_is_named_with_its_line(tmp_path, capsys):
+    run_in(tmp_path / "good", EVALUATED)
+    log = run_in(tmp_path / "wrong", EVALUATED) / "metrics.jsonl"
+    log.write_bytes(log.read_bytes().replace(b"eval", b"ev\xffl").replace(b"\xff", b"a", 1))
+    compare(tmp_path)
+    assert capsys.readouterr().out.startswith(f"left out: wrong: {log}: line {LINES + 1} is not UTF-8\n")
+
+
+def test_what_is_not_finite_or_has_no_byte_is_no_damage(tmp_path, capsys):
+    unknown = {"loss": None, "val_loss": None, "val_bits_per_byte": None}
+    records = [record | {name: None for name in unknown.keys() & record.keys()} for record in EVALUATED]
+    run_in(tmp_path / "run", records)
+    compare(tmp_path)
+    assert "left out" not in capsys.readouterr().out
 
 
 def test_a_half_written_last_line_is_no_damage(tmp_path, capsys):
