@@ -6,6 +6,7 @@ import os
 import sys
 import textwrap
 import warnings
+from io import BytesIO
 from itertools import cycle, product
 from pathlib import Path
 from statistics import multimode
@@ -64,7 +65,8 @@ class Compared(NamedTuple):
 def compare(folder: str | Path) -> Path:
     """Prints a table of all runs whose folders stand in `folder`, and draws their curves into the picture that it returns.
 
-    A folder without a run, or with a damaged one, is named and left out. Raises ValueError where no run is left.
+    A folder without a run, or with a damaged one, is named and left out. Raises ValueError where no run is left, and after the
+    table where the picture cannot be written.
     """
     runs = []
     for path in sorted(path for path in Path(folder).glob("[!.]*") if path.is_dir()):
@@ -74,8 +76,14 @@ def compare(folder: str | Path) -> Path:
             print(f"left out: {printable(f'{path.name}: {fault}')}")
     if not runs:
         raise ValueError(f"{str(folder)!r} holds no run; deepspeed scripts/train_pretrain.py makes one")
-    _draw_runs(runs, picture := run_dir.comparison_path(Path(folder)))
-    print("\n".join([*comparison_table(runs), "", f"  picture: {picture}"]))
+    print("\n".join([*comparison_table(runs), ""]), flush=True)
+    picture = run_dir.comparison_path(Path(folder))
+    try:
+        _draw_runs(runs, picture)
+    except OSError as fault:
+        remedy = "make room on its disk and let its folder be written to, or move away what has its name"
+        raise ValueError(f"{picture} cannot be written: {fault.strerror or fault}; {remedy}") from None
+    print(f"  picture: {picture}")
     return picture
 
 
@@ -162,10 +170,7 @@ def training_seconds(records: list[dict]) -> float:
 
 
 def draw_losses(metrics: Path, picture: Path) -> None:
-    """Draws training and held-out loss against tokens, with learning rate and gradient norm below, into a PNG file.
-
-    `metrics` has a JSON object a line. Of the events, only the teacher's held-out loss is drawn. A null leaves a gap.
-    """
+    """Draws losses, the teacher's too, learning rate and gradient norm of a metrics.jsonl into a PNG file; a null is a gap."""
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     train = [record for record in records if record["kind"] == "train"]
     held_out = [record for record in records if record["kind"] == "eval"]
@@ -199,9 +204,7 @@ def line_of(record: dict, num_steps: int, top_k: int | None) -> str:
 
 
 def is_told(record: dict) -> bool:
-    """Whether `line_of` has a line of a record. A small source that begins again and again is told of when the number of its
-    epochs has doubled.
-    """
+    """Whether `line_of` has a line of a record: of a source that begins again, when the number of its epochs has doubled."""
     event = record.get("event")
     return event not in ("started", "memory") and (event != "repeats" or bool(_doubled(record)))
 
@@ -329,13 +332,11 @@ def _plot_lengths(axes: "Axes", manifest: dict) -> None:
         starts = [2 ** (number / LENGTH_CLASSES) for number in classes]
         widths = [start * (2 ** (1 / LENGTH_CLASSES) - 1) for start in starts]
         axes.bar(starts, list(classes.values()), widths, align="edge", color=color, label=label)
-    axes.set_xscale("log")
     axes.set_yscale("log", nonpositive="clip")
-    axes.set_ylim(bottom=0.5)
     axes.xaxis.set_major_formatter(_in_thousands())
     axes.yaxis.set_major_formatter(_in_thousands())
     axes.set_title("How long the documents are", loc="left")
-    axes.set(xlabel="characters", ylabel="documents")
+    axes.set(xscale="log", ylim=(0.5, None), xlabel="characters", ylabel="documents")
     axes.legend(frameon=False)
 
 
@@ -352,10 +353,15 @@ def _in_thousands(**options) -> Any:
 
 
 def _print_png(figure: "Figure", picture: Path) -> None:
-    draft = picture.with_name(f".{picture.name}.draft")
+    draft, drawn = picture.with_name(f".{picture.name}.draft"), BytesIO()
     with warnings.catch_warnings(action="ignore"):  # of letters that its font has not
-        figure.savefig(draft, format="png")
-    draft.rename(picture)
+        figure.savefig(drawn, format="png")
+    try:
+        draft.write_bytes(drawn.getbuffer())
+        draft.rename(picture)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def students_table(config: TrainingConfig, records: list[dict], alone: Alone | None) -> list[Row]:

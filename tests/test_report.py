@@ -3,12 +3,15 @@ runs, what tells them apart.
 """
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
+from conftest import on_a_small_disk
 from matplotlib.figure import Figure
 
 from ds.corpus import Tally
@@ -33,7 +36,7 @@ from scripts.report import (  # fmt: skip
 )  # fmt: skip
 from scripts.run.metrics import summary_words, table
 
-LINES = 40
+LINES, ROOT = 40, Path(__file__).parents[1]
 
 
 def train(step: int, **changes) -> dict:
@@ -470,6 +473,32 @@ def test_no_run_is_refused_in_one_line(tmp_path):
     (tmp_path / "notes").mkdir()
     with pytest.raises(ValueError, match="holds no run; deepspeed scripts/train_pretrain.py makes one"):
         compare(tmp_path)
+
+
+COMPARE = "from scripts.config import refusing; from scripts.report import compare; import sys\nwith refusing(): compare({!r})"
+# How the disk at $1 comes not to take the picture, once a run lies there.
+UNWRITABLE = {
+    "full": "head -c 3M /dev/zero >$1/filling 2>&-",
+    "nearly full": "head -c 990k /dev/zero >$1/filling",
+    "read-only": "mount -o remount,ro $1",
+    "a directory": "mkdir $1/compare.png",
+}
+
+
+@pytest.mark.parametrize("cause", UNWRITABLE)
+def test_where_the_picture_cannot_be_written_the_table_stands_and_one_line_says_what_to_do(tmp_path, cause):
+    run_in(tmp_path / "runs" / "first", EVALUATED)
+    disk = tmp_path / "disk"
+    script = f'cp -r "$0/first" "$1"; {UNWRITABLE[cause]}; shift; "$@"; echo $?; ls -A {disk}'
+    command = on_a_small_disk(disk, 1, ["sh", "-c", script, str(tmp_path / "runs"), str(disk)])
+    done = subprocess.run([*command, sys.executable, "-c", COMPARE.format(str(disk))], text=True, capture_output=True, cwd=ROOT)
+    (refusal,) = [line for line in done.stderr.splitlines() if line.startswith("refused: ")]
+    assert refusal.startswith(f"refused: {disk}/compare.png cannot be written: ") and "; make room" in refusal
+    assert "Traceback" not in done.stderr and "  first  " in done.stdout and "picture:" not in done.stdout
+    status, *left = done.stdout[done.stdout.index("\n\n") :].split()
+    assert (
+        status == "2" and {*left} <= {"first", "filling", "compare.png"} and ("compare.png" in left) == (cause == "a directory")
+    )
 
 
 @pytest.mark.parametrize("bits", [2.5, None])
