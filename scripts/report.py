@@ -7,8 +7,9 @@ import sys
 import textwrap
 import warnings
 from io import BytesIO
-from itertools import cycle, product
+from itertools import count, cycle, product
 from pathlib import Path
+from shutil import get_terminal_size
 from statistics import multimode
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,13 +44,6 @@ class Row(NamedTuple):
     num_parameters: int
     record: dict
     where: str
-
-
-class Alone(NamedTuple):
-    """The run of the same student without a teacher: its folder and its records."""
-
-    run_dir: str
-    records: list[dict]
 
 
 class Compared(NamedTuple):
@@ -122,13 +116,20 @@ def _refuse_damage(records: list[dict], log: Path) -> None:
 
 
 def comparison_table(runs: list[Compared]) -> list[str]:
-    """Lines of at most TABLE_COLUMNS: a head, and for each run its numbers and the fields in which it differs from most."""
-    lines = [f"  {'run':<26}{'parameters':>12}{'tokens':>12}{'bits per byte':>15}{'tokens/s':>11}{'trained for':>16}"]
-    for name, config, records, tokens, seconds in runs:
-        bits, short = _last_held_out(records).get("val_bits_per_byte"), textwrap.shorten(name, 24, placeholder="…")
+    """A head, and for each run its numbers and the fields in which it differs from most.
+
+    Lines have at most TABLE_COLUMNS, more where a wider terminal or likeness of long names asks for it.
+    """
+    head = f"{'parameters':>12}{'tokens':>12}{'bits per byte':>15}{'tokens/s':>11}{'trained for':>16}"
+    room = max(TABLE_COLUMNS, get_terminal_size((TABLE_COLUMNS, 0)).columns) - len(f"  {head}")
+    names = apart([run.name for run in runs], room)
+    width = max(26, *map(len, names))
+    lines = [f"  {'run':<{width}}{head}"]
+    for short, (_, config, records, tokens, seconds) in zip(names, runs, strict=True):
+        bits = last_held_out(records).get("val_bits_per_byte")
         size, read = (_in_thousands(places=1)(number) for number in (config.num_parameters, tokens))
         speed, took = (f"{tokens / seconds:,.0f}", duration(seconds / 3600)) if seconds else ("-", "-")
-        lines.append(f"  {short:<26}{size:>12}{read:>12}{'-' if bits is None else f'{bits:.3f}':>15}{speed:>11}{took:>16}")
+        lines.append(f"  {short:<{width}}{size:>12}{read:>12}{'-' if bits is None else f'{bits:.3f}':>15}{speed:>11}{took:>16}")
         words = ", ".join(f"{field}={printable(repr(value))}" for field, value in _differences(config, runs).items())
         lines += textwrap.wrap(words, TABLE_COLUMNS, initial_indent="      ", subsequent_indent="      ")
     return lines
@@ -150,9 +151,10 @@ def _draw_runs(runs: list[Compared], picture: Path) -> None:
     figure = _figure(5 + legend_inches)
     figure.subplots_adjust(left=0.1, right=0.97, top=0.96, bottom=(0.7 + legend_inches) / (5 + legend_inches))
     axes = figure.subplots()
-    for run, (style, color) in zip(runs, cycle(product(("-", "--", ":"), SOURCES)), strict=False):
-        found = [each for each in run.records if each["kind"] != "event" and each.get(name) is not None]
-        label = _end_of(run.name if found else f"{run.name} (not evaluated)").replace("$", r"\$")
+    points = [[each for each in run.records if each["kind"] != "event" and each.get(name) is not None] for run in runs]
+    told = [run.name if found else f"{run.name} (not evaluated)" for run, found in zip(runs, points, strict=True)]
+    labels = [label.replace("$", r"\$") for label in apart(told, SHOWN_NAME_CHARACTERS)]
+    for found, label, (style, color) in zip(points, labels, cycle(product(("-", "--", ":"), SOURCES)), strict=False):
         line = {"color": color, "linestyle": style, "linewidth": 1.2, "marker": "" if name == "loss" else "."}
         axes.plot(_values(found, "tokens"), _values(found, name), label=f"\u200b{label}", **line)
     axes.set(xlabel="tokens read", ylabel=units.get(name, "training loss (nats per token)"))
@@ -239,7 +241,9 @@ def _doubled(record: dict) -> list[dict]:
 
 
 def _repeat_words(record: dict) -> str:
-    named = [f"{_end_of(each['name'])} (reading {each['epoch'] + 1:,})" for each in _doubled(record)]
+    doubled = _doubled(record)
+    names = apart([each["name"] for each in doubled], SHOWN_NAME_CHARACTERS)
+    named = [f"{name} (reading {each['epoch'] + 1:,})" for name, each in zip(names, doubled, strict=True)]
     more = f" and {len(named) - len(SOURCES)} more" if len(named) > len(SOURCES) else ""
     return f"from the beginning again: {', '.join(named[: len(SOURCES)])}{more}"
 
@@ -269,9 +273,13 @@ def data_notes(config: TrainingConfig, manifest: dict, met: Tally) -> list[str]:
     return lines
 
 
-def _end_of(name: str) -> str:
-    """A name of a source for a line of several: its end tells it from others."""
-    return name if len(name) <= SHOWN_NAME_CHARACTERS else f"…{name[1 - SHOWN_NAME_CHARACTERS :]}"
+def apart(names: list[str], room: int) -> list[str]:
+    """Names of at most `room` characters, without the middle where they have more; of more where two would become equal."""
+    cut = (
+        [name if len(name) <= most else f"{name[: most // 2]}…{name[-((most - 1) // 2) :]}" for name in names]
+        for most in count(room)
+    )
+    return next(short for short in cut if len({*short}) == len({*names}))
 
 
 def short_names(names: list[str]) -> list[str]:
@@ -279,7 +287,8 @@ def short_names(names: list[str]) -> list[str]:
     start = os.path.commonprefix(names).rfind("/") + 1
     rests = [name[start:] for name in names]
     num_same = os.path.commonprefix([rest[::-1] for rest in rests]).rfind("/") + 1
-    return [_end_of(rest[: len(rest) - num_same] or name) for rest, name in zip(rests, names, strict=True)]
+    told = [rest[: len(rest) - num_same] or name for rest, name in zip(rests, names, strict=True)]
+    return apart(told, SHOWN_NAME_CHARACTERS)
 
 
 def printable(name: str) -> str:
@@ -316,8 +325,7 @@ def draw_data(manifest: dict, picture: Path) -> None:
     figure.subplots_adjust(left=0.1, right=0.97, bottom=0.6 / (5 + bars_inches), top=0.95, hspace=1.6 / (4 + bars_inches))
     _plot_lengths(lengths, manifest)
     tokens.barh(range(len(sources)), [each["num_tokens"] for each in sources], color=TRAIN)
-    for place, each in enumerate(sources):
-        name = each["name"] if len(each["name"]) <= SHOWN_CHARACTERS else f"…{each['name'][1 - SHOWN_CHARACTERS :]}"
+    for place, name in enumerate(apart([each["name"] for each in sources], SHOWN_CHARACTERS)):
         tokens.text(0.01, place, printable(name), transform=tokens.get_yaxis_transform(), va="center", parse_math=False)
     tokens.invert_yaxis()
     tokens.set_title("What the training tokens come from", loc="left")
@@ -364,17 +372,8 @@ def _print_png(figure: "Figure", picture: Path) -> None:
         raise
 
 
-def students_table(config: TrainingConfig, records: list[dict], alone: Alone | None) -> list[Row]:
-    """The rows of a student's table: its teacher, itself, and the same student without a teacher where there is one."""
-    teacher = next((record for record in records if record.get("event") == "teacher"), {})
-    rows = [Row("teacher", teacher.get("num_parameters", 0), teacher, teacher.get("folder", ""))]
-    rows += [Row("student", config.num_parameters, _last_held_out(records), config.run_dir)]
-    if alone is None:
-        return rows
-    return [*rows, Row("without teacher", config.num_parameters, _last_held_out(alone.records), alone.run_dir)]
-
-
-def _last_held_out(records: list[dict]) -> dict:
+def last_held_out(records: list[dict]) -> dict:
+    """The last evaluation among records; empty without one."""
     return next((record for record in reversed(records) if record["kind"] == "eval"), {})
 
 

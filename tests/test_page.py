@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scripts.config import TrainingConfig
-from scripts.report import Alone
+from scripts.run.metrics import Alone, students_table
 from scripts.run.page import Point, bars, page, seconds_by_part, thinned
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -63,7 +63,7 @@ RECORDS = [
     event(120, "saved", checkpoint="runs/a/checkpoints/step-00000120"),
     event(120, "memory", gpu_planned_gib=6.5, gpu_peak_gib=6.25, host_planned_gib=20.5, host_peak_gib=19.75),
 ]
-PAGE = page(CONFIG, RECORDS, Alone("runs/alone", [held_out(120)]))
+PAGE = page(CONFIG, RECORDS, students_table(CONFIG, RECORDS, Alone("runs/alone", [held_out(120)])))
 
 
 def words_of(text: str) -> str:
@@ -100,7 +100,7 @@ def test_text_of_documents_samples_and_paths_is_data_and_never_markup():
 
 
 def test_a_section_without_records_is_left_out_and_the_page_of_nothing_is_a_page():
-    headings = {title for title in re.findall("<h2>(.*?)</h2>", page(TrainingConfig(), [], None))}
+    headings = {title for title in re.findall("<h2>(.*?)</h2>", page(TrainingConfig(), [], []))}
     assert headings == {"Configuration"}
     assert "Where the time of a step goes" not in PAGE and "<h2>Compared with the teacher" in PAGE
 
@@ -113,7 +113,7 @@ def test_time_of_a_step_is_the_mean_of_what_train_lines_tell_and_of_what_is_betw
         event(2, "saved", seconds=1.0),
     ]
     assert seconds_by_part(records) == {"data": 0.5, "forward": 1.5, "evaluation": 1.5, "saving": 0.5}
-    assert "Where the time of a step goes" in page(TrainingConfig(), records, None)
+    assert "Where the time of a step goes" in page(TrainingConfig(), records, [])
     assert [*map(float, re.findall(r"width:([\d.]+)%", bars({"a": 1.0, "<b>": 4.0}, "s", 1)))] == [25.0, 100.0]
 
 
@@ -136,7 +136,7 @@ def test_a_run_of_a_hundred_thousand_lines_gives_a_small_page():
     records += [event(step, "sample", text="x" * 500) for step in range(0, 100_000, 50)]
     records += [event(step, "spike", loss=9.0, documents=DOCUMENTS * 3) for step in range(0, 100_000, 20)]
     records += [event(step, "saved", checkpoint="runs/pretrain/checkpoints/step-00000001") for step in range(0, 100_000, 20)]
-    text = page(TrainingConfig(), records, None)
+    text = page(TrainingConfig(), records, [])
     assert len(text.encode()) < 2e6
     (data,) = re.findall(r'id="data">(.*?)</script>', text)
     values = [value for _, _, value in json.loads(data)[0]["curves"][0]["points"]]
@@ -251,12 +251,12 @@ def test_a_page_that_asked_something_of_a_network_would_be_seen(tmp_path):
 
 @needs_chromium
 def test_a_browser_shows_the_page_of_a_run_that_has_done_nothing(tmp_path):
-    shown = chromium(tmp_path, page(TrainingConfig(), [], None))
+    shown = chromium(tmp_path, page(TrainingConfig(), [], []))
     assert console_of(shown) == [] and "</html>" in shown.stdout
 
 
 def test_a_finished_run_has_the_page_of_all_its_records(finished_runs):
     config = finished_runs[1, "labels"]
     text = (Path(config.run_dir) / "report.html").read_text()
-    assert text == page(config, metrics(config), None)
+    assert text == page(config, metrics(config), students_table(config, metrics(config), None))
     assert "8 of 8" in words_of(text) and replace(config, run_dir="x") != config

@@ -12,6 +12,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 from conftest import on_a_small_disk
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from ds.corpus import Tally
@@ -22,8 +24,8 @@ from scripts.report import (  # fmt: skip
     RATE,
     TABLE_COLUMNS,
     TRAIN,
-    Alone,
     Row,
+    apart,
     compare,
     data_notes,
     data_table,
@@ -34,7 +36,7 @@ from scripts.report import (  # fmt: skip
     line_of,
     training_seconds,
 )  # fmt: skip
-from scripts.run.metrics import summary_words, table
+from scripts.run.metrics import Alone, summary_words, table
 
 LINES, ROOT = 40, Path(__file__).parents[1]
 
@@ -375,6 +377,29 @@ def test_runs_are_compared_by_their_numbers_and_by_the_fields_in_which_they_diff
     assert "num_steps=77, seed=1" in told.replace("\n     ", "")
     assert max(map(len, told.splitlines()[:-1])) <= TABLE_COLUMNS
     assert picture == tmp_path / "compare.png" and matplotlib.image.imread(picture).shape[0] > 500
+
+
+@pytest.mark.parametrize(("columns", "is_whole"), [(80, False), (100, False), (140, True)])
+def test_names_of_runs_are_whole_where_they_fit_and_else_lose_their_middle_and_stay_apart(
+    tmp_path, capsys, monkeypatch, columns, is_whole
+):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    long = [f"smollm2-python-of-2024-{middle}-wsd-muon-lr3e-4-seed{seed}" for middle in ("a" * 6, "b" * 6) for seed in (1, 2)]
+    for name in [*long, "one two  three four five six"]:
+        run_in(tmp_path / name, EVALUATED)
+    compare(tmp_path)
+    _, *lines = [line for line in capsys.readouterr().out.splitlines() if line[:2] == "  " and line[2] != " "]
+    names = [line[2:].split("   ")[0] for line in lines if "2.500" in line]
+    assert names[0] == "one two  three four five six" and len({*names}) == 5 and len({*map(len, lines[:5])}) == 1
+    assert {*names[1:]} == {*long} if is_whole else all(name.startswith("smollm2-python") for name in names[1:])
+    assert is_whole or all("…" in name and name.endswith(("seed1", "seed2")) for name in names[1:])
+
+
+@given(st.lists(st.text("ab…", max_size=30), max_size=8), st.integers(5, 40))
+def test_different_names_are_never_told_as_equal_ones(names, room):
+    short = apart(names, room)
+    assert [len({*short}), len(short)] == [len({*names}), len(names)]
+    assert all(told == name for told, name in zip(short, names, strict=True) if len(name) <= room)
 
 
 def test_of_two_runs_both_values_are_told(tmp_path, capsys):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
@@ -29,6 +30,13 @@ from scripts.run.state import Progress, Run, Step, data_order
 from scripts.run.storage import write_all, write_text
 
 Report = Callable[[dict], None]
+
+
+class Alone(NamedTuple):
+    """The run of the same student without a teacher: its folder and its records."""
+
+    run_dir: str
+    records: list[dict]
 
 
 def append_metrics(config: TrainingConfig, records: list[dict]) -> bool:
@@ -171,7 +179,7 @@ def summary(config: TrainingConfig) -> str:
 
 
 def summary_words(
-    config: TrainingConfig, records: list[dict], *, pictures: list[Path], saved: Path | None, alone: report.Alone | None
+    config: TrainingConfig, records: list[dict], *, pictures: list[Path], saved: Path | None, alone: Alone | None
 ) -> str:
     """What a person wants to know at the end of a run, from all its `records`, where it is drawn, and its newest checkpoint.
 
@@ -202,8 +210,18 @@ def table(rows: list[report.Row]) -> list[str]:
     return lines
 
 
-def _comparison(config: TrainingConfig, records: list[dict], alone: report.Alone | None) -> list[str]:
-    lines = table(report.students_table(config, records, alone))
+def students_table(config: TrainingConfig, records: list[dict], alone: Alone | None) -> list[report.Row]:
+    """The rows of a student's table: its teacher, itself, and the same student without a teacher where there is one."""
+    teacher = next((record for record in records if record.get("event") == "teacher"), {})
+    rows = [report.Row("teacher", teacher.get("num_parameters", 0), teacher, teacher.get("folder", ""))]
+    rows += [report.Row("student", config.num_parameters, report.last_held_out(records), config.run_dir)]
+    if alone is None:
+        return rows
+    return [*rows, report.Row("without teacher", config.num_parameters, report.last_held_out(alone.records), alone.run_dir)]
+
+
+def _comparison(config: TrainingConfig, records: list[dict], alone: Alone | None) -> list[str]:
+    lines = table(students_table(config, records, alone))
     advice = "  to compare: train the same student without a teacher, as the README says"
     return lines if alone is not None else [*lines, advice]
 
@@ -340,11 +358,13 @@ def _hand_on(process: subprocess.Popen, line: dict) -> None:
 def _draw(config: TrainingConfig) -> None:
     try:
         report.draw_losses(run_dir.metrics_path(config), run_dir.picture_path(config))
-        write_text(run_dir.page_path(config), page(config, read_metrics(config), _alone(config)))
+        records = read_metrics(config)
+        models = [] if config.teacher_dir is None else students_table(config, records, _alone(config))
+        write_text(run_dir.page_path(config), page(config, records, models))
     except Exception as fault:  # a full disk, or a log that somebody has changed: no picture is worth a training
         watch.say(f"{config.run_dir} has no new pictures: {fault!r}", sys.stdout)
 
 
-def _alone(config: TrainingConfig) -> report.Alone | None:
+def _alone(config: TrainingConfig) -> Alone | None:
     same = run_dir.same_without_teacher(config) if config.teacher_dir is not None else None
-    return None if same is None else report.Alone(same.run_dir, read_metrics(same))
+    return None if same is None else Alone(same.run_dir, read_metrics(same))

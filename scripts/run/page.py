@@ -43,14 +43,14 @@ class Chart(NamedTuple):
     curves: list[Curve]
 
 
-def page(config: TrainingConfig, records: list[dict], alone: report.Alone | None) -> str:
-    """The page of all `records` of a run. A student is compared with its teacher, and with the run `alone` without one."""
+def page(config: TrainingConfig, records: list[dict], models: list[report.Row]) -> str:
+    """The page of all `records` of a run, and a table of the `models` with which a student is compared."""
     drawn = charts(records)
     sections = {
         "Curves": f'{HINT}<div id="charts"></div>' if drawn else "",
         "Memory: plan and measurement": _memory([each for each in records if each.get("event") == "memory"][-1:]),
         "Where the time of a step goes": bars(seconds_by_part(records), "s", 3),
-        "Compared with the teacher": _comparison(config, records, alone),
+        "Compared with the teacher": _comparison(models),
         "Samples": _samples([each for each in records if each.get("event") == "sample"]),
         "Events": _events(config, records),
         "Configuration": _configuration(config),
@@ -190,11 +190,8 @@ def _memory(events: list[dict]) -> str:
     return bars(numbers, "GiB", 2)
 
 
-def _comparison(config: TrainingConfig, records: list[dict], alone: report.Alone | None) -> str:
+def _comparison(models: list[report.Row]) -> str:
     """A column for each model: the narrowest screen has room for three."""
-    if config.teacher_dir is None:
-        return ""
-    models = report.students_table(config, records, alone)
     cells = {
         "": [each.name for each in models],
         "parameters": [_short(each.num_parameters) for each in models],
@@ -204,7 +201,7 @@ def _comparison(config: TrainingConfig, records: list[dict], alone: report.Alone
         "where": [each.where for each in models],
     }
     lines = (f"<tr><th>{name}</th>{''.join(f'<td>{escape(each)}</td>' for each in row)}</tr>" for name, row in cells.items())
-    return f'<table class="models">{"".join(lines)}</table>'
+    return f'<table class="models">{"".join(lines)}</table>' if models else ""
 
 
 def _samples(samples: list[dict]) -> str:
