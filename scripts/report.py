@@ -116,10 +116,7 @@ def _refuse_damage(records: list[dict], log: Path) -> None:
 
 
 def comparison_table(runs: list[Compared]) -> list[str]:
-    """A head, and for each run its numbers and the fields in which it differs from most.
-
-    Lines have at most TABLE_COLUMNS, more where a wider terminal or likeness of long names asks for it.
-    """
+    """A head, and for each run its numbers and the fields in which it differs from most, in TABLE_COLUMNS or a wider terminal."""
     head = f"{'parameters':>12}{'tokens':>12}{'bits per byte':>15}{'tokens/s':>11}{'trained for':>16}"
     room = max(TABLE_COLUMNS, get_terminal_size((TABLE_COLUMNS, 0)).columns) - len(f"  {head}")
     names = apart([run.name for run in runs], room)
@@ -202,7 +199,7 @@ def line_of(record: dict, num_steps: int, top_k: int | None) -> str:
         "repeats": _repeat_words,
         "spike": lambda record: f"the loss jumped to {record.get('loss') or math.nan:.3f}; {_named_documents(record)}",
     }
-    return f"step {record['step']}/{num_steps}: {words[record.get('event') or record['kind']](record)}"
+    return visible(f"step {record['step']}/{num_steps}: {words[record.get('event') or record['kind']](record)}")
 
 
 def is_told(record: dict) -> bool:
@@ -250,7 +247,7 @@ def _repeat_words(record: dict) -> str:
 
 def indented(text: str | None) -> str:
     """A text as part of a longer one."""
-    return "\n".join(f"    {line}" for line in (text or "").splitlines())
+    return "\n".join(f"    {line}" for line in visible(text or "").removesuffix("\n").split("\n"))
 
 
 def data_notes(config: TrainingConfig, manifest: dict, met: Tally) -> list[str]:
@@ -294,6 +291,11 @@ def short_names(names: list[str]) -> list[str]:
 def printable(name: str) -> str:
     """A name of a file in one line that every terminal takes: it may hold what moves the cursor and bytes that are no UTF-8."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in name)
+
+
+def visible(text: str) -> str:
+    """A text that only writes: what moves the cursor or sets the terminal otherwise is shown as an escape, such as \\x1b."""
+    return "".join(each if each in "\n\t" else printable(each) for each in text)
 
 
 def data_table(manifest: dict, seconds: float) -> str:

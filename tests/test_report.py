@@ -247,6 +247,19 @@ def test_a_table_has_a_line_for_each_model_also_for_one_that_was_not_evaluated()
     ]
 
 
+@pytest.mark.parametrize("character", ["\x1b", "\a", "\0", "\x7f", "\r", "\x9b", "\u2028", "\u202e", "\u2066"])
+def test_what_a_model_or_a_file_system_says_only_writes_to_the_terminal(character):
+    text = f"def{character}[2J\n\tf"
+    lines = [
+        line_of(event(3) | {"text": text}, 9, None),
+        line_of({"kind": "event", "step": 3, "event": "save_failed", "fault": text}, 9, None),
+        line_of({"kind": "event", "step": 3, "event": "saved", "checkpoint": text}, 9, None),
+        summary_words(TrainingConfig(), [event(3) | {"text": text}], pictures=[], saved=None, alone=None),
+    ]
+    escaped = character.encode("unicode_escape").decode()
+    assert all(character not in line and f"def{escaped}[2J\n" in line and "\tf" in line for line in lines)
+
+
 def memory(peak_gib: float) -> dict:
     return {"kind": "event", "step": 9, "event": "memory", "host_planned_gib": 1.5, "host_peak_gib": peak_gib}
 
