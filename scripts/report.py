@@ -30,6 +30,7 @@ SHOWN_CHARACTERS, SHOWN_NAME_CHARACTERS, TABLE_COLUMNS = 90, 36, 100
 CUT_OR_NAME = "document_separator cuts a file into documents, and validation_corpus names held-out files"
 COMPARED_FIELDS = {"train": ("tokens", "loss", "seconds"), "eval": ("tokens", "val_loss", "val_bits_per_byte"), "event": ()}
 UNKNOWN_AS_NULL = ("loss", "val_loss", "val_bits_per_byte")
+LOOKS = ((".", "s", "^", "x", "D", "v", "+", "*"), ("-", "--", ":", "-."))
 NOTES = {
     "faulty": "faulty rows skipped",
     "separator": "texts that may be many documents",
@@ -116,7 +117,7 @@ def _refuse_damage(records: list[dict], log: Path) -> None:
 
 
 def comparison_table(runs: list[Compared]) -> list[str]:
-    """A head, and for each run its numbers and the fields in which it differs from most, in TABLE_COLUMNS or a wider terminal."""
+    """A head, and for each run its numbers and the fields in which it differs, in TABLE_COLUMNS or a wider terminal."""
     head = f"{'parameters':>12}{'tokens':>12}{'bits per byte':>15}{'tokens/s':>11}{'trained for':>16}"
     room = max(TABLE_COLUMNS, get_terminal_size((TABLE_COLUMNS, 0)).columns) - len(f"  {head}")
     names = apart([run.name for run in runs], room)
@@ -144,15 +145,16 @@ def _draw_runs(runs: list[Compared], picture: Path) -> None:
     units = {"val_bits_per_byte": "held out (bits per byte)", "val_loss": "held out (nats per token)"}
     logged = {name for run in runs for each in run.records for name, value in each.items() if value is not None}
     name = next((name for name in units if name in logged), "loss")
-    legend_inches = 0.3 * math.ceil(len(runs) / 3)
-    figure = _figure(5 + legend_inches)
-    figure.subplots_adjust(left=0.1, right=0.97, top=0.96, bottom=(0.7 + legend_inches) / (5 + legend_inches))
+    figure = _figure(0.19 * math.ceil(len(runs) / 3) + 5)
+    bottom_inches = figure.get_figheight() - 4.3
+    figure.subplots_adjust(left=0.1, right=0.97, top=0.96, bottom=bottom_inches / (bottom_inches + 4.3))
     axes = figure.subplots()
     points = [[each for each in run.records if each["kind"] != "event" and each.get(name) is not None] for run in runs]
     told = [run.name if found else f"{run.name} (not evaluated)" for run, found in zip(runs, points, strict=True)]
     labels = [label.replace("$", r"\$") for label in apart(told, SHOWN_NAME_CHARACTERS)]
-    for found, label, (style, color) in zip(points, labels, cycle(product(("-", "--", ":"), SOURCES)), strict=False):
-        line = {"color": color, "linestyle": style, "linewidth": 1.2, "marker": "" if name == "loss" else "."}
+    for found, label, (marker, style, color) in zip(points, labels, cycle(product(*LOOKS, SOURCES)), strict=False):
+        line = {"color": color, "linestyle": style, "linewidth": 1.2, "marker": marker, "markersize": 4}
+        line["markevery"] = 0.1 if name == "loss" else None
         axes.plot(_values(found, "tokens"), _values(found, name), label=f"\u200b{label}", **line)
     axes.set(xlabel="tokens read", ylabel=units.get(name, "training loss (nats per token)"))
     axes.xaxis.set_major_formatter(_in_thousands())

@@ -558,6 +558,19 @@ def test_the_curves_of_runs_have_units_names_and_a_legend_beside_them(tmp_path, 
     assert not legend.get_window_extent().overlaps(axes.get_window_extent())
 
 
+@pytest.mark.parametrize("num_runs", [1, 30, 100])
+def test_each_of_many_runs_looks_like_no_other_and_their_legend_stands_close_below(tmp_path, monkeypatch, num_runs):
+    figures = kept_figures(monkeypatch)
+    for number in range(num_runs):
+        run_in(tmp_path / f"run-{number}", EVALUATED[::13])
+    compare(tmp_path)
+    (axes,), (legend,) = figures[-1].axes, figures[-1].legends
+    looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in axes.lines}
+    figures[-1].draw_without_rendering()
+    words_end, legend_box = axes.xaxis.label.get_window_extent().y0, legend.get_window_extent()
+    assert len(looks) == num_runs and 0 <= words_end - legend_box.y1 < 40 and 0 <= legend_box.y0 < 20
+
+
 def test_runs_that_were_never_evaluated_are_drawn_by_their_training_loss(tmp_path, monkeypatch):
     figures = kept_figures(monkeypatch)
     run_in(tmp_path / "run", TRAINED)
