@@ -168,6 +168,26 @@ found.zoomed = curve();
 found.zoomedLabels = labels();
 document.querySelector("svg").dispatchEvent(new MouseEvent("dblclick", {bubbles: true}));
 found.reset = curve();
+const zoomed = (start, end) => {
+  move("pointerdown", start); move("pointermove", end); move("pointerup", end);
+  const seen = [...document.querySelectorAll("svg")].map(svg => {
+    const area = {bottom: svg.clientHeight - 24, left: 58, right: svg.clientWidth - 10};
+    return [...svg.querySelectorAll("path[d]")].map(path => heightsWithin(path.getAttribute("d"), area));
+  });
+  document.querySelector("svg").dispatchEvent(new MouseEvent("dblclick", {bubbles: true}));
+  return seen;
+};
+/* The heights of a path where it enters, bends and leaves the area, as shares: 0 at the bottom, 1 at the top. */
+function heightsWithin(d, {bottom, left, right}) {
+  const points = d.slice(1).split(/[LM]/).map(each => each.split(" ").map(Number)), found = [];
+  points.forEach(([x, y], number) => {
+    const [nextX, nextY] = points[number + 1] ?? [x, y];
+    if (x >= left && x <= right) found.push(y);
+    for (const edge of [left, right]) if (x < edge && edge < nextX) found.push(y + (nextY - y) * (edge - x) / (nextX - x));
+  });
+  return found.map(y => (bottom - y) / (bottom - 8));
+}
+found.narrow = zoomed(0.6, 0.65);
 const all = [...document.querySelectorAll("body *")].filter(each => !each.closest("pre, svg"));
 found.wide = [document.documentElement.scrollWidth, ...all.map(each => Math.ceil(each.getBoundingClientRect().right))];
 found.scrolled = all.concat(...document.querySelectorAll("pre")).filter(each => each.scrollWidth > each.clientWidth + 1 &&
@@ -229,6 +249,13 @@ def test_dragging_zooms_every_chart_and_a_double_click_shows_all_again(seen):
     found = seen.found
     assert found["band"] > 50 and found["zoomed"] != found["before"] == found["reset"]
     assert all(before != after for before, after in zip(found["labels"], found["zoomedLabels"], strict=True))
+
+
+def test_curves_that_only_cross_a_narrow_range_are_within_their_charts(seen):
+    of_charts = seen.found["narrow"]
+    assert len(of_charts) == 5 and all(heights for curves in of_charts[:2] for heights in curves[:2])
+    every = [height for curves in of_charts for heights in curves for height in heights]
+    assert -0.001 <= min(every) <= max(every) <= 1.001
 
 
 def test_nothing_is_wider_than_the_window_or_scrolls_sideways(seen):

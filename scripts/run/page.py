@@ -330,9 +330,15 @@ const nearest = (points, tokens) => {
   while (high - low > 1) { const middle = (low + high) >> 1; if (points[middle][0] < tokens) low = middle; else high = middle; }
   return tokens - points[low][0] < points[high][0] - tokens ? points[low] : points[high];
 };
+const shown = points => points.flatMap(([tokens, , value], number) => {
+  const [later, , next] = points[number + 1] ?? [tokens, 0, null];
+  if (value === null) return [];
+  const crossed = next === null ? [] : range.filter(edge => tokens < edge && edge < later);
+  const between = crossed.map(edge => value + (next - value) * (edge - tokens) / (later - tokens));
+  return tokens >= range[0] && tokens <= range[1] ? [value, ...between] : between;
+});
 function heights(chart) {
-  const seen = chart.curves.flatMap(curve => curve.points.filter(point => point[2] !== null &&
-    point[0] >= range[0] && point[0] <= range[1]).map(point => point[2]));
+  const seen = chart.curves.flatMap(curve => shown(curve.points));
   const [low, high] = seen.length ? span(seen) : [0, 1], rest = (high - low || Math.abs(high) || 1) * 0.06;
   return [low >= 0 ? Math.max(0, low - rest) : low - rest, high + rest];
 }
