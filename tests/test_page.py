@@ -187,6 +187,9 @@ function heightsWithin(d, {bottom, left, right}) {
   });
   return found.map(y => (bottom - y) / (bottom - 8));
 }
+found.whole = zoomed(-0.1, -0.1);
+found.above = [...document.querySelectorAll("svg")].map(svg => svg.textContent.match(/↑.*?up to [0-9.]+/)?.[0] ?? null);
+found.spike = (move("pointermove", 0.5), told()[0]);
 found.narrow = zoomed(0.6, 0.65);
 const all = [...document.querySelectorAll("body *")].filter(each => !each.closest("pre, svg"));
 found.wide = [document.documentElement.scrollWidth, ...all.map(each => Math.ceil(each.getBoundingClientRect().right))];
@@ -261,6 +264,17 @@ def test_curves_that_only_cross_a_narrow_range_are_within_their_charts(seen):
 def test_nothing_is_wider_than_the_window_or_scrolls_sideways(seen):
     assert seen.found["width"] in (400, 1400) and max(seen.found["wide"]) <= seen.found["width"]
     assert seen.found["scrolled"] == []
+
+
+@needs_chromium
+def test_a_few_wild_values_leave_the_chart_at_its_top_and_are_told_of(tmp_path):
+    losses = [900.0 if step == 61 else 4 + step / 121 for step in range(1, 122)]
+    records = [train(step, loss=loss, grad_norm=1.0 if step < 70 else 90.0) for step, loss in enumerate(losses, 1)]
+    found = browsed(tmp_path, page(CONFIG, records, []), 1400).found
+    assert found["above"] == ["↑ some values are above, up to 900", None, None, None]
+    (loss,), _, (norm,), _ = found["whole"]
+    assert sorted(loss)[0] < 0.1 and 0.9 < sorted(loss)[-2] < 1 < sorted(loss)[-1] and max(norm) < 1
+    assert found["spike"].startswith("step 61, 124.9 k tokens: training 900")
 
 
 @needs_chromium

@@ -307,6 +307,8 @@ const span = list => list.reduce(([low, high], value) => [Math.min(low, value), 
 const whole = span(every);
 if (whole[0] === whole[1]) whole[1] += 1;
 let range = whole;
+/* Values above so many times a curve's median leave the chart at its top, where they are no greater share of all. */
+const TIMES_MEDIAN = 5, WILD_SHARE = 0.25;
 const SIZES = [[1e12, " T"], [1e9, " G"], [1e6, " M"], [1e3, " k"]];
 const short = value => {
   const size = SIZES.find(([least]) => Math.abs(value) >= least);
@@ -338,13 +340,16 @@ const shown = points => points.flatMap(([tokens, , value], number) => {
   return tokens >= range[0] && tokens <= range[1] ? [value, ...between] : between;
 });
 function heights(chart) {
-  const seen = chart.curves.flatMap(curve => shown(curve.points));
-  const [low, high] = seen.length ? span(seen) : [0, 1], rest = (high - low || Math.abs(high) || 1) * 0.06;
-  return [low >= 0 ? Math.max(0, low - rest) : low - rest, high + rest];
+  const curves = chart.curves.map(curve => shown(curve.points).sort((a, b) => a - b)).filter(values => values.length);
+  const most = TIMES_MEDIAN * span(curves.map(values => values[values.length >> 1]))[1], seen = curves.flat();
+  const wild = most > 0 ? seen.filter(value => value > most) : [], few = wild.length <= WILD_SHARE * seen.length ? wild : [];
+  const [low, high] = seen.length ? span(seen.filter(value => !few.includes(value))) : [0, 1];
+  const rest = (high - low || Math.abs(high) || 1) * 0.06;
+  return [low >= 0 ? Math.max(0, low - rest) : low - rest, high + rest, few.length ? span(few)[1] : null];
 }
 function draw(drawing) {
   const {chart, svg} = drawing, width = svg.clientWidth, height = 240, left = 58, right = width - 10, bottom = height - 24;
-  const [low, high] = heights(chart);
+  const [low, high, wildest] = heights(chart);
   drawing.x = tokens => left + (tokens - range[0]) / (range[1] - range[0]) * (right - left);
   drawing.tokens = x => range[0] + (Math.min(right, Math.max(left, x)) - left) / (right - left) * (range[1] - range[0]);
   const y = value => bottom - (value - low) / (high - low) * (bottom - 8);
@@ -355,6 +360,8 @@ function draw(drawing) {
     make("line", {x1: left, x2: right, y1: y(value), y2: y(value), stroke: "var(--rule)"}, svg);
     make("text", {x: left - 6, y: y(value) + 4, "text-anchor": "end"}, svg).textContent = short(value);
   }
+  if (wildest !== null)
+    make("text", {x: right, y: 18, "text-anchor": "end"}, svg).textContent = `↑ some values are above, up to ${short(wildest)}`;
   make("text", {x: left - 12, y: height - 6, "text-anchor": "end"}, svg).textContent = "tokens";
   for (const tokens of ticks(range[0], range[1], Math.max(2, width / 130)))
     make("text", {x: drawing.x(tokens), y: height - 6, "text-anchor": "middle"}, svg).textContent = short(tokens);
