@@ -85,7 +85,7 @@ def test_the_page_tells_what_a_person_asks_of_a_run():
 
 
 def test_fields_that_differ_from_the_defaults_come_first_and_all_others_are_folded():
-    shown, folded = PAGE[PAGE.index("<h2>Configuration") :].split("<details>")
+    shown, folded = PAGE[PAGE.index("<h2>Configuration") : PAGE.index("<h2>Events")].split("<details>")
     named = {name: set(re.findall(r"<th>(\w+)</th>", part)) for name, part in (("shown", shown), ("folded", folded))}
     assert named["shown"] == {"run_dir", "num_steps", "teacher_dir", "corpus"}
     assert named["folded"] | named["shown"] == {*TrainingConfig.__dataclass_fields__} and not named["folded"] & named["shown"]
@@ -141,6 +141,31 @@ def test_a_run_of_a_hundred_thousand_lines_gives_a_small_page():
     (data,) = re.findall(r'id="data">(.*?)</script>', text)
     values = [value for _, _, value in json.loads(data)[0]["curves"][0]["points"]]
     assert (min(values), max(values)) == (2.0, 2.999)
+
+
+def test_samples_come_last_and_of_many_events_and_samples_the_newest_are_told():
+    assert [*re.findall("<h2>(.*?)</h2>", PAGE)][-3:] == ["Configuration", "Events", "Samples"]
+    records = [event(step, "save_failed", fault=f"fault-{step}") for step in range(501)]
+    records += [event(step, "sample", text=f"text-{step}") for step in range(201)]
+    told = words_of(page(TrainingConfig(), records, []))
+    assert "fault-0;" not in told and "fault-1;" in told and told.index("fault-1;") < told.index("fault-500;")
+    assert "text-0 " not in told and "text-1 " in told and "text-200" in told
+    assert "The last 500 of 501; the others" in told and "The last 200 of 201; the others" in told
+
+
+@pytest.mark.parametrize("text", ["", " \n", None])
+def test_a_sample_without_text_is_said_to_have_none(text):
+    told = page(TrainingConfig(), [event(3, "sample", text=text)], [])
+    assert "Step 3 (no text)" in words_of(told) and "<pre" not in told
+
+
+@needs_chromium
+def test_a_long_sample_is_folded(tmp_path):
+    measured = "document.title = [...document.querySelectorAll('pre')].map(each => each.clientHeight)"
+    text = page(TrainingConfig(), [event(1, "sample", text="short"), event(2, "sample", text="long\n" * 999)], [])
+    shown = chromium(tmp_path, text.replace("</body>", f"<script>{measured}</script></body>"))
+    short, long = map(int, re.findall(r"<title>(\d+),(\d+)</title>", shown.stdout)[0])
+    assert 0 < short < 60 < long < 450
 
 
 class Seen(NamedTuple):

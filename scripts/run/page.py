@@ -51,9 +51,9 @@ def page(config: TrainingConfig, records: list[dict], models: list[report.Row]) 
         "Memory: plan and measurement": _memory([each for each in records if each.get("event") == "memory"][-1:]),
         "Where the time of a step goes": bars(seconds_by_part(records), "s", 3),
         "Compared with the teacher": _comparison(models),
-        "Samples": _samples([each for each in records if each.get("event") == "sample"]),
-        "Events": _events(config, records),
         "Configuration": _configuration(config),
+        "Events": _events(config, records),
+        "Samples": _samples([each for each in records if each.get("event") == "sample"]),
     }
     whole = "".join(f"<section><h2>{title}</h2>{body}</section>" for title, body in sections.items() if body)
     title = escape(report.printable(config.run_dir))
@@ -205,22 +205,27 @@ def _comparison(models: list[report.Row]) -> str:
 
 
 def _samples(samples: list[dict]) -> str:
-    told, left = [each for each in samples if each.get("text") is not None], max(0, len(samples) - MOST_SAMPLES)
-    words = [f"<p>The last {MOST_SAMPLES} of {len(samples)}; the others are in metrics.jsonl.</p>"] if left else []
-    return "".join([*words, *(f"<h3>Step {each['step']:,}</h3>{_pre(each['text'], 'text')}" for each in told[-MOST_SAMPLES:])])
+    words = f"<p>The last {MOST_SAMPLES} of {len(samples):,}; the others are in metrics.jsonl.</p>"
+    told = ((each["step"], escape(each.get("text") or "")) for each in samples[-MOST_SAMPLES:])
+    texts = (f"<h3>Step {step:,}</h3>{f'<pre>{text}</pre>' if text.strip() else '<p>(no text)</p>'}" for step, text in told)
+    return "".join([words if len(samples) > MOST_SAMPLES else "", *texts])
 
 
 def _events(config: TrainingConfig, records: list[dict]) -> str:
     events = [each for each in records if each["kind"] == "event" and each["event"] not in ("sample", "memory")]
     saves = [each for each in events if each["event"] == "saved"]
     others = [each for each in events if each["event"] == "started" or (each["event"] != "saved" and report.is_told(each))]
-    rows = [f"<tr><td>{each['step']:,}</td><td>{escape(_event_words(config, each))}</td></tr>" for each in others[:MOST_EVENTS]]
+    rows = [
+        f"<tr><td>{each['step']:,}</td><td>{escape(_event_words(config, each))}</td></tr>" for each in others[-MOST_EVENTS:]
+    ]
+    left = (
+        f"<p>The last {len(rows)} of {len(others):,}; the others are in metrics.jsonl.</p>" if len(others) > len(rows) else ""
+    )
     table = f'<table class="events"><tr><th>step</th><th>event</th></tr>{"".join(rows)}</table>' if rows else ""
-    table += f"<p>and {len(others) - len(rows):,} more in metrics.jsonl</p>" if len(others) > len(rows) else ""
     if not saves:
-        return table
+        return left + table
     listed = "".join(f"<li>{escape(str(each.get('checkpoint')))}</li>" for each in saves[-MOST_EVENTS:])
-    return f"{table}<details><summary>{len(saves):,} checkpoints saved</summary><ul>{listed}</ul></details>"
+    return f"{left}{table}<details><summary>{len(saves):,} checkpoints saved</summary><ul>{listed}</ul></details>"
 
 
 def _event_words(config: TrainingConfig, record: dict) -> str:
@@ -238,10 +243,6 @@ def _configuration(config: TrainingConfig) -> str:
     changed = f'<table class="fields">{"".join(rows[True])}</table>' if rows[True] else "<p>All fields have their defaults.</p>"
     others = f'<table class="fields">{"".join(rows[False])}</table>'
     return f"{changed}<details><summary>{len(rows[False])} fields with their defaults</summary>{others}</details>"
-
-
-def _pre(text: str, kind: str) -> str:
-    return f'<pre class="{kind}">{escape(text)}</pre>'
 
 
 HINT = """<p class="hint">Hover for the numbers of a step. Drag over a curve to zoom, double click for all of it.
@@ -284,7 +285,7 @@ svg { display: block; width: 100%; touch-action: pan-y; cursor: crosshair; user-
 svg text { fill: var(--quiet); font-size: 11px; }
 .key { display: inline-block; width: 14px; height: 3px; margin: 0 5px 3px 12px; vertical-align: middle; }
 .told { min-height: 1.5em; font-size: .87rem; font-variant-numeric: tabular-nums; }
-pre { overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .82rem; margin: .3em 0; }
+pre { overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .82rem; margin: .3em 0; max-height: 24em; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; vertical-align: top; padding: 3px 12px 3px 0; border-bottom: 1px solid var(--rule); }
 th { font-weight: 500; }
