@@ -78,7 +78,7 @@ def test_the_page_tells_what_a_person_asks_of_a_run():
         "runs/a & b", "120 of 120", "3.600", "1.300", "4,096", "60 seconds", "6.50 GiB", "6.25 GiB", "20.50 GiB", "19.75 GiB",
         "started, ranks: 2", "continued after step 60, ranks: 1", "the disk is full; training goes on",
         "skipped, its gradients are not finite; documents: 17", "the loss jumped to 9.000; documents: 17",
-        "2 checkpoints saved", "runs/a/checkpoints/step-00000060", "without teacher", "2.36 M", "runs/alone", "num_steps 120",
+        "2 checkpoints saved", "runs/a/checkpoints/step-00000060", "without teacher", "2.36 M", "runs/alone", "num_ steps 120",
     ]  # fmt: skip
     assert [each for each in expected if each not in told] == []
     assert told.index("Step 60 first") < told.index("Step 120 second")
@@ -86,7 +86,10 @@ def test_the_page_tells_what_a_person_asks_of_a_run():
 
 def test_fields_that_differ_from_the_defaults_come_first_and_all_others_are_folded():
     shown, folded = PAGE[PAGE.index("<h2>Configuration") : PAGE.index("<h2>Events")].split("<details>")
-    named = {name: set(re.findall(r"<th>(\w+)</th>", part)) for name, part in (("shown", shown), ("folded", folded))}
+    named = {
+        name: set(re.findall(r"<th>(\w+)</th>", part.replace("<wbr>", "")))
+        for name, part in (("shown", shown), ("folded", folded))
+    }
     assert named["shown"] == {"run_dir", "num_steps", "teacher_dir", "corpus"}
     assert named["folded"] | named["shown"] == {*TrainingConfig.__dataclass_fields__} and not named["folded"] & named["shown"]
 
@@ -218,6 +221,19 @@ found.spike = (move("pointermove", 0.5), told()[0]);
 found.narrow = zoomed(0.6, 0.65);
 const all = [...document.querySelectorAll("body *")].filter(each => !each.closest("pre, svg"));
 found.wide = [document.documentElement.scrollWidth, ...all.map(each => Math.ceil(each.getBoundingClientRect().right))];
+document.querySelectorAll("details").forEach(each => each.open = true);
+/* What stands at the end of each line of a field's name but the last. */
+found.broken = [...document.querySelectorAll(".fields th")].flatMap(each => {
+  const letters = document.createTreeWalker(each, NodeFilter.SHOW_TEXT), ends = [], rule = document.createRange();
+  let last = null;
+  while (letters.nextNode()) for (let at = 0; at < letters.currentNode.length; at++) {
+    rule.setStart(letters.currentNode, at); rule.setEnd(letters.currentNode, at + 1);
+    const {top} = rule.getBoundingClientRect(), letter = letters.currentNode.data[at];
+    if (last && top > last.top + 5) ends.push(last.letter);
+    last = {top, letter};
+  }
+  return ends;
+});
 found.scrolled = all.concat(...document.querySelectorAll("pre")).filter(each => each.scrollWidth > each.clientWidth + 1 &&
   getComputedStyle(each).display !== "inline").map(each => each.outerHTML.slice(0, 200));
 found.requests = performance.getEntriesByType("resource").map(entry => entry.name);
@@ -284,6 +300,10 @@ def test_curves_that_only_cross_a_narrow_range_are_within_their_charts(seen):
     assert len(of_charts) == 5 and all(heights for curves in of_charts[:2] for heights in curves[:2])
     every = [height for curves in of_charts for heights in curves for height in heights]
     assert -0.001 <= min(every) <= max(every) <= 1.001
+
+
+def test_names_of_fields_break_after_underscores_alone(seen):
+    assert {*seen.found["broken"]} == ({"_"} if seen.found["width"] == 400 else set())
 
 
 def test_nothing_is_wider_than_the_window_or_scrolls_sideways(seen):

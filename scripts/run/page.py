@@ -239,7 +239,8 @@ def _configuration(config: TrainingConfig) -> str:
     rows: dict[bool, list[str]] = {True: [], False: []}
     for field in fields(TrainingConfig):
         value = getattr(config, field.name)
-        rows[value != field.default].append(f"<tr><th>{field.name}</th><td>{escape(repr(value))}</td></tr>")
+        name = field.name.replace("_", "_<wbr>")
+        rows[value != field.default].append(f"<tr><th>{name}</th><td>{escape(repr(value))}</td></tr>")
     changed = f'<table class="fields">{"".join(rows[True])}</table>' if rows[True] else "<p>All fields have their defaults.</p>"
     others = f'<table class="fields">{"".join(rows[False])}</table>'
     return f"{changed}<details><summary>{len(rows[False])} fields with their defaults</summary>{others}</details>"
@@ -294,7 +295,7 @@ td { overflow-wrap: anywhere; }
 .n { text-align: right; }
 .bar { background: var(--rate); height: 12px; margin-top: 5px; border-radius: 2px; min-width: 1px; }
 .models { table-layout: fixed; }
-.fields th { width: 30%; font: .82rem/1.7 ui-monospace, monospace; overflow-wrap: anywhere; }
+.fields th { width: 30%; font: .82rem/1.7 ui-monospace, monospace; }
 .fields td { font: .82rem/1.7 ui-monospace, monospace; }
 details { margin: .6em 0; }
 summary { cursor: pointer; color: var(--quiet); }
