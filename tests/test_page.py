@@ -171,6 +171,26 @@ def test_a_long_sample_is_folded(tmp_path):
     assert 0 < short < 60 < long < 450
 
 
+UNSEEN = ["\0", "\a", "\x1b", "\r", "\x7f", "\x9b", "\u202e", "\u2066", "\udcff"]
+
+
+@pytest.mark.parametrize("character", UNSEEN)
+def test_what_turns_or_hides_the_words_around_it_is_shown_as_an_escape(character):
+    name = f"run{character}end"
+    by_source = {"val_loss_by_source": {name: 1.0, "other": 2.0}}
+    records = [
+        held_out(0, **by_source),
+        event(1, "sample", text=f"a\n\tä שלום 👩‍💻 {name}"),
+        event(1, "saved", checkpoint=name),
+    ]
+    text = page(TrainingConfig(), records, [])
+    escaped = f"run{character.encode('unicode_escape').decode()}end"
+    assert character not in text and text.encode() and words_of(text).count(escaped) == 2
+    assert f"a\n\tä שלום 👩‍💻 {escaped}</pre>" in text
+    (data,) = re.findall(r'id="data">(.*?)</script>', text)
+    assert f"held out, {escaped}" in [curve["name"] for curve in json.loads(data)[0]["curves"]]
+
+
 class Seen(NamedTuple):
     """What a browser makes of a page: what a script in it found, and its console."""
 

@@ -5,6 +5,7 @@ What comes from a corpus, a model or a path is data: it is escaped, also in the 
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from html import escape
@@ -16,6 +17,8 @@ from scripts.memory import duration
 
 (MOST_POINTS, MOST_SAMPLES, MOST_EVENTS) = (1500, 200, 500)
 NUM_COLORS = 8
+# Control characters, halves of a character, and what turns the direction of the words around it.
+UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class Point(NamedTuple):
@@ -58,7 +61,8 @@ def page(config: TrainingConfig, records: list[dict], models: list[report.Row]) 
     whole = "".join(f"<section><h2>{title}</h2>{body}</section>" for title, body in sections.items() if body)
     title = escape(report.printable(config.run_dir))
     tiles, data = _tiles(config, records), _data(drawn)
-    return PAGE.format(title=title, style=STYLE, tiles=tiles, sections=whole, data=data, script=SCRIPT)
+    text = PAGE.format(title=title, style=STYLE, tiles=tiles, sections=whole, data=data, script=SCRIPT)
+    return UNSEEN.sub(lambda found: report.printable(found[0]), text)
 
 
 def charts(records: list[dict]) -> list[Chart]:
@@ -134,7 +138,7 @@ def _held_out(held_out: list[dict], teacher: dict, name: str) -> list[Curve]:
     names = list(dict.fromkeys(source for each in by_source for source in each))
     for number, (source, short) in enumerate(zip(names, report.short_names(names), strict=True)):
         rows = [each | {source: found.get(source)} for each, found in zip(held_out, by_source, strict=True)]
-        curves.append(Curve(f"held out, {short}", f"source{number}", points(rows, source), dots=True))
+        curves.append(Curve(f"held out, {report.printable(short)}", f"source{number}", points(rows, source), dots=True))
     return curves[: NUM_COLORS + 2]
 
 
