@@ -288,6 +288,7 @@ figcaption span { display: inline-block; max-width: 100%; overflow-wrap: anywher
 figcaption span span { display: inline; }
 svg { display: block; width: 100%; touch-action: pan-y; cursor: crosshair; user-select: none; }
 svg text { fill: var(--quiet); font-size: 11px; }
+svg .above { paint-order: stroke; stroke: var(--ground); stroke-width: 4px; }
 .key { display: inline-block; width: 14px; height: 3px; margin: 0 5px 3px 12px; vertical-align: middle; }
 .told { min-height: 1.5em; font-size: .87rem; font-variant-numeric: tabular-nums; }
 pre { overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .82rem; margin: .3em 0; max-height: 24em; }
@@ -366,8 +367,6 @@ function draw(drawing) {
     make("line", {x1: left, x2: right, y1: y(value), y2: y(value), stroke: "var(--rule)"}, svg);
     make("text", {x: left - 6, y: y(value) + 4, "text-anchor": "end"}, svg).textContent = short(value);
   }
-  if (wildest !== null)
-    make("text", {x: right, y: 18, "text-anchor": "end"}, svg).textContent = `↑ some values are above, up to ${short(wildest)}`;
   make("text", {x: left - 12, y: height - 6, "text-anchor": "end"}, svg).textContent = "tokens";
   for (const tokens of ticks(range[0], range[1], Math.max(2, width / 130)))
     make("text", {x: drawing.x(tokens), y: height - 6, "text-anchor": "middle"}, svg).textContent = short(tokens);
@@ -385,6 +384,9 @@ function draw(drawing) {
     }
     make("path", {d: path, stroke: `var(--${color})`, "stroke-dasharray": color === "teacher" ? "5 4" : "none"}, inner);
   }
+  if (wildest !== null)
+    make("text", {x: right, y: 18, "text-anchor": "end", class: "above"}, svg).textContent =
+      `↑ some values are above, up to ${short(wildest)}`;
   drawing.band = make("rect", {y: 0, height: bottom, width: 0, fill: "var(--rate)", "fill-opacity": 0.18}, svg);
   drawing.line = make("line", {y1: 0, y2: bottom, stroke: "var(--quiet)", visibility: "hidden"}, svg);
 }
