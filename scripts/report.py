@@ -6,15 +6,17 @@ import os
 import sys
 import textwrap
 import warnings
-from itertools import cycle, product
+from io import BytesIO
+from itertools import count, cycle, product
 from pathlib import Path
+from shutil import get_terminal_size
 from statistics import multimode
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ds.corpus import Tally, no_text
 from ds.pieces import LENGTH_CLASSES, SPLITS, held_out_sources
 from scripts.config import FEW_DOCUMENTS, NUM_NAMED_DOCUMENTS, PRETRAIN, TrainingConfig, refuse_arguments, refusing
-from scripts.memory import comparison_words, duration
+from scripts.memory import duration
 from scripts.run import run_dir
 
 if TYPE_CHECKING:
@@ -26,6 +28,9 @@ SOURCES = ("#0891b2", "#7c3aed", "#65a30d", "#db2777", "#ca8a04", "#1e293b", "#9
 BEHIND = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1}
 SHOWN_CHARACTERS, SHOWN_NAME_CHARACTERS, TABLE_COLUMNS = 90, 36, 100
 CUT_OR_NAME = "document_separator cuts a file into documents, and validation_corpus names held-out files"
+COMPARED_FIELDS = {"train": ("tokens", "loss", "seconds"), "eval": ("tokens", "val_loss", "val_bits_per_byte"), "event": ()}
+UNKNOWN_AS_NULL = ("loss", "val_loss", "val_bits_per_byte")
+LOOKS = ((".", "s", "^", "x", "D", "v", "+", "*"), ("-", "--", ":", "-."))
 NOTES = {
     "faulty": "faulty rows skipped",
     "separator": "texts that may be many documents",
@@ -42,13 +47,6 @@ class Row(NamedTuple):
     where: str
 
 
-class Alone(NamedTuple):
-    """The run of the same student without a teacher: its folder and its records."""
-
-    run_dir: str
-    records: list[dict]
-
-
 class Compared(NamedTuple):
     """A run beside others: its folder's name, what it was configured to do, what it logged, and how much it has trained."""
 
@@ -62,7 +60,8 @@ class Compared(NamedTuple):
 def compare(folder: str | Path) -> Path:
     """Prints a table of all runs whose folders stand in `folder`, and draws their curves into the picture that it returns.
 
-    A folder without a run, or with a damaged one, is named and left out. Raises ValueError where no run is left.
+    A folder without a run, or with a damaged one, is named and left out. Raises ValueError where no run is left, and after the
+    table where the picture cannot be written.
     """
     runs = []
     for path in sorted(path for path in Path(folder).glob("[!.]*") if path.is_dir()):
@@ -72,32 +71,63 @@ def compare(folder: str | Path) -> Path:
             print(f"left out: {printable(f'{path.name}: {fault}')}")
     if not runs:
         raise ValueError(f"{str(folder)!r} holds no run; deepspeed scripts/train_pretrain.py makes one")
-    _draw_runs(runs, picture := run_dir.comparison_path(Path(folder)))
-    print("\n".join([*comparison_table(runs), "", f"  picture: {picture}"]))
+    print("\n".join([*comparison_table(runs), ""]), flush=True)
+    picture = run_dir.comparison_path(Path(folder))
+    try:
+        _draw_runs(runs, picture)
+    except OSError as fault:
+        remedy = "make room on its disk and let its folder be written to, or move away what has its name"
+        raise ValueError(f"{picture} cannot be written: {fault.strerror or fault}; {remedy}") from None
+    print(f"  picture: {picture}")
     return picture
 
 
 def _read_run(folder: Path) -> Compared:
     config = run_dir.stored_config(folder)
-    records = run_dir.read_metrics(config)
     try:
-        tokens = max((each["tokens"] for each in records if each["kind"] != "event"), default=0)
-        run = Compared(printable(folder.name), config, records, tokens, training_seconds(records))
-    except (KeyError, TypeError) as fault:
-        raise ValueError(f"a line of its log is not what a run writes: {fault!r}") from None
+        records = run_dir.read_metrics(config)
+    except UnicodeDecodeError as fault:
+        line = fault.object.count(b"\n", 0, fault.start) + 1
+        raise ValueError(f"{run_dir.metrics_path(config)}: line {line} is not UTF-8") from None
+    _refuse_damage(records, run_dir.metrics_path(config))
+    tokens = max((each["tokens"] for each in records if each["kind"] != "event"), default=0)
     if not tokens:
         raise ValueError("no step is logged yet")
-    return run
+    return Compared(printable(folder.name), config, records, tokens, training_seconds(records))
+
+
+def _refuse_damage(records: list[dict], log: Path) -> None:
+    """Raises ValueError at the first of the `records` of a log that no run writes, as far as a comparison reads it."""
+    trained = 0
+    for number, record in enumerate(records, 1):
+        kind, step = record.get("kind"), record["step"]
+        if kind not in [*COMPARED_FIELDS]:
+            raise ValueError(f"{log}: line {number}: kind={kind!r:.40} is none of {', '.join(COMPARED_FIELDS)}")
+        for name in ("step", *COMPARED_FIELDS[kind]):
+            value, wanted = record.get(name), int if name in ("step", "tokens") else (int, float)
+            if name not in record:
+                raise ValueError(f"{log}: line {number}: {name} is missing")
+            if value is None and name in UNKNOWN_AS_NULL:
+                continue
+            if isinstance(value, bool) or not isinstance(value, wanted) or not 0 <= value <= sys.maxsize:
+                raise ValueError(f"{log}: line {number}: {name}={value!r:.40} is no {'count' if wanted is int else 'amount'}")
+        if kind == "train" and step < trained:
+            raise ValueError(f"{log}: line {number}: step {step} comes after step {trained}")
+        trained = step if kind == "train" else trained
 
 
 def comparison_table(runs: list[Compared]) -> list[str]:
-    """Lines of at most TABLE_COLUMNS: a head, and for each run its numbers and the fields in which it differs from most."""
-    lines = [f"  {'run':<26}{'parameters':>12}{'tokens':>12}{'bits per byte':>15}{'tokens/s':>11}{'trained for':>16}"]
-    for name, config, records, tokens, seconds in runs:
-        bits, short = _last_held_out(records).get("val_bits_per_byte"), textwrap.shorten(name, 24, placeholder="…")
+    """A head, and for each run its numbers and the fields in which it differs, in TABLE_COLUMNS or a wider terminal."""
+    head = f"{'parameters':>12}{'tokens':>12}{'bits per byte':>15}{'tokens/s':>11}{'trained for':>16}"
+    room = max(TABLE_COLUMNS, get_terminal_size((TABLE_COLUMNS, 0)).columns) - len(f"  {head}")
+    names = apart([run.name for run in runs], room)
+    width = max(26, *map(len, names))
+    lines = [f"  {'run':<{width}}{head}"]
+    for short, (_, config, records, tokens, seconds) in zip(names, runs, strict=True):
+        bits = last_held_out(records).get("val_bits_per_byte")
         size, read = (_in_thousands(places=1)(number) for number in (config.num_parameters, tokens))
         speed, took = (f"{tokens / seconds:,.0f}", duration(seconds / 3600)) if seconds else ("-", "-")
-        lines.append(f"  {short:<26}{size:>12}{read:>12}{'-' if bits is None else f'{bits:.3f}':>15}{speed:>11}{took:>16}")
+        lines.append(f"  {short:<{width}}{size:>12}{read:>12}{'-' if bits is None else f'{bits:.3f}':>15}{speed:>11}{took:>16}")
         words = ", ".join(f"{field}={printable(repr(value))}" for field, value in _differences(config, runs).items())
         lines += textwrap.wrap(words, TABLE_COLUMNS, initial_indent="      ", subsequent_indent="      ")
     return lines
@@ -115,14 +145,16 @@ def _draw_runs(runs: list[Compared], picture: Path) -> None:
     units = {"val_bits_per_byte": "held out (bits per byte)", "val_loss": "held out (nats per token)"}
     logged = {name for run in runs for each in run.records for name, value in each.items() if value is not None}
     name = next((name for name in units if name in logged), "loss")
-    legend_inches = 0.3 * math.ceil(len(runs) / 3)
-    figure = _figure(5 + legend_inches)
-    figure.subplots_adjust(left=0.1, right=0.97, top=0.96, bottom=(0.7 + legend_inches) / (5 + legend_inches))
+    figure = _figure(0.19 * math.ceil(len(runs) / 3) + 5)
+    bottom_inches = figure.get_figheight() - 4.3
+    figure.subplots_adjust(left=0.1, right=0.97, top=0.96, bottom=bottom_inches / (bottom_inches + 4.3))
     axes = figure.subplots()
-    for run, (style, color) in zip(runs, cycle(product(("-", "--", ":"), SOURCES)), strict=False):
-        found = [each for each in run.records if each["kind"] != "event" and each.get(name) is not None]
-        label = _end_of(run.name if found else f"{run.name} (not evaluated)").replace("$", r"\$")
-        line = {"color": color, "linestyle": style, "linewidth": 1.2, "marker": "" if name == "loss" else "."}
+    points = [[each for each in run.records if each["kind"] != "event" and each.get(name) is not None] for run in runs]
+    told = [run.name if found else f"{run.name} (not evaluated)" for run, found in zip(runs, points, strict=True)]
+    labels = [label.replace("$", r"\$") for label in apart(told, SHOWN_NAME_CHARACTERS)]
+    for found, label, (marker, style, color) in zip(points, labels, cycle(product(*LOOKS, SOURCES)), strict=False):
+        line = {"color": color, "linestyle": style, "linewidth": 1.2, "marker": marker, "markersize": 4}
+        line["markevery"] = 0.1 if name == "loss" else None
         axes.plot(_values(found, "tokens"), _values(found, name), label=f"\u200b{label}", **line)
     axes.set(xlabel="tokens read", ylabel=units.get(name, "training loss (nats per token)"))
     axes.xaxis.set_major_formatter(_in_thousands())
@@ -139,10 +171,7 @@ def training_seconds(records: list[dict]) -> float:
 
 
 def draw_losses(metrics: Path, picture: Path) -> None:
-    """Draws training and held-out loss against tokens, with learning rate and gradient norm below, into a PNG file.
-
-    `metrics` has a JSON object a line. Of the events, only the teacher's held-out loss is drawn. A null leaves a gap.
-    """
+    """Draws losses, the teacher's too, learning rate and gradient norm of a metrics.jsonl into a PNG file; a null is a gap."""
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     train = [record for record in records if record["kind"] == "train"]
     held_out = [record for record in records if record["kind"] == "eval"]
@@ -172,13 +201,11 @@ def line_of(record: dict, num_steps: int, top_k: int | None) -> str:
         "repeats": _repeat_words,
         "spike": lambda record: f"the loss jumped to {record.get('loss') or math.nan:.3f}; {_named_documents(record)}",
     }
-    return f"step {record['step']}/{num_steps}: {words[record.get('event') or record['kind']](record)}"
+    return visible(f"step {record['step']}/{num_steps}: {words[record.get('event') or record['kind']](record)}")
 
 
 def is_told(record: dict) -> bool:
-    """Whether `line_of` has a line of a record. A small source that begins again and again is told of when the number of its
-    epochs has doubled.
-    """
+    """Whether `line_of` has a line of a record: of a source that begins again, when the number of its epochs has doubled."""
     event = record.get("event")
     return event not in ("started", "memory") and (event != "repeats" or bool(_doubled(record)))
 
@@ -213,45 +240,16 @@ def _doubled(record: dict) -> list[dict]:
 
 
 def _repeat_words(record: dict) -> str:
-    named = [f"{_end_of(each['name'])} (reading {each['epoch'] + 1:,})" for each in _doubled(record)]
+    doubled = _doubled(record)
+    names = apart([each["name"] for each in doubled], SHOWN_NAME_CHARACTERS)
+    named = [f"{name} (reading {each['epoch'] + 1:,})" for name, each in zip(names, doubled, strict=True)]
     more = f" and {len(named) - len(SOURCES)} more" if len(named) > len(SOURCES) else ""
     return f"from the beginning again: {', '.join(named[: len(SOURCES)])}{more}"
 
 
 def indented(text: str | None) -> str:
     """A text as part of a longer one."""
-    return "\n".join(f"    {line}" for line in (text or "").splitlines())
-
-
-def summary(
-    config: TrainingConfig, records: list[dict], *, pictures: list[Path], saved: Path | None, alone: Alone | None
-) -> str:
-    """What a person wants to know at the end of a run, from all its `records`, where it is drawn, and its newest checkpoint.
-
-    A student with a teacher is compared with it, and with the same student without a teacher, if `alone` is given.
-    """
-    lines, held_out = [""], [record for record in records if record["kind"] == "eval"]
-    if held_out:
-        lines += [f"  held out before: {held_out_words(held_out[0])}", f"  held out after:  {held_out_words(held_out[-1])}"]
-    samples = [indented(record["text"]) for record in records if record.get("event") == "sample"]
-    lines += ["  sample:", samples[-1]] if samples else []
-    lines += [f"  {comparison_words(record)}" for record in records if record.get("event") == "memory"][-1:]
-    lines += [f"  pictures: {', '.join(map(str, pictures))}"]
-    lines += [f"  checkpoint (opens in transformers): {saved}"] if saved else []
-    if config.teacher_dir is None:
-        return "\n".join([*lines, '  next: echo "def" | python scripts/generate.py'])
-    return "\n".join([*lines, *comparison(config, records, alone)])
-
-
-def table(rows: list[Row]) -> list[str]:
-    """Lines: a head and one for each row."""
-    lines = [f"  {'held out':<16}{'parameters':>12}{'nats per token':>16}{'bits per byte':>15}{'step':>8}  where"]
-    for name, num_parameters, record, where in rows:
-        found = (record.get("val_loss"), record.get("val_bits_per_byte"))
-        nats, bits = ("-" if value is None else f"{value:.3f}" for value in found)
-        step = record["step"] if record.get("kind") == "eval" else ""
-        lines += [f"  {name:<16}{num_parameters / 1e6:>10,.2f} M{nats:>16}{bits:>15}{step:>8}  {where}"]
-    return lines
+    return "\n".join(f"    {line}" for line in visible(text or "").removesuffix("\n").split("\n"))
 
 
 def data_notes(config: TrainingConfig, manifest: dict, met: Tally) -> list[str]:
@@ -274,9 +272,13 @@ def data_notes(config: TrainingConfig, manifest: dict, met: Tally) -> list[str]:
     return lines
 
 
-def _end_of(name: str) -> str:
-    """A name of a source for a line of several: its end tells it from others."""
-    return name if len(name) <= SHOWN_NAME_CHARACTERS else f"…{name[1 - SHOWN_NAME_CHARACTERS :]}"
+def apart(names: list[str], room: int) -> list[str]:
+    """Names of at most `room` characters, without the middle where they have more; of more where two would become equal."""
+    cut = (
+        [name if len(name) <= most else f"{name[: most // 2]}…{name[-((most - 1) // 2) :]}" for name in names]
+        for most in count(room)
+    )
+    return next(short for short in cut if len({*short}) == len({*names}))
 
 
 def short_names(names: list[str]) -> list[str]:
@@ -284,12 +286,18 @@ def short_names(names: list[str]) -> list[str]:
     start = os.path.commonprefix(names).rfind("/") + 1
     rests = [name[start:] for name in names]
     num_same = os.path.commonprefix([rest[::-1] for rest in rests]).rfind("/") + 1
-    return [_end_of(rest[: len(rest) - num_same] or name) for rest, name in zip(rests, names, strict=True)]
+    told = [rest[: len(rest) - num_same] or name for rest, name in zip(rests, names, strict=True)]
+    return apart(told, SHOWN_NAME_CHARACTERS)
 
 
 def printable(name: str) -> str:
     """A name of a file in one line that every terminal takes: it may hold what moves the cursor and bytes that are no UTF-8."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in name)
+
+
+def visible(text: str) -> str:
+    """A text that only writes: what moves the cursor or sets the terminal otherwise is shown as an escape, such as \\x1b."""
+    return "".join(each if each in "\n\t" else printable(each) for each in text)
 
 
 def data_table(manifest: dict, seconds: float) -> str:
@@ -321,8 +329,7 @@ def draw_data(manifest: dict, picture: Path) -> None:
     figure.subplots_adjust(left=0.1, right=0.97, bottom=0.6 / (5 + bars_inches), top=0.95, hspace=1.6 / (4 + bars_inches))
     _plot_lengths(lengths, manifest)
     tokens.barh(range(len(sources)), [each["num_tokens"] for each in sources], color=TRAIN)
-    for place, each in enumerate(sources):
-        name = each["name"] if len(each["name"]) <= SHOWN_CHARACTERS else f"…{each['name'][1 - SHOWN_CHARACTERS :]}"
+    for place, name in enumerate(apart([each["name"] for each in sources], SHOWN_CHARACTERS)):
         tokens.text(0.01, place, printable(name), transform=tokens.get_yaxis_transform(), va="center", parse_math=False)
     tokens.invert_yaxis()
     tokens.set_title("What the training tokens come from", loc="left")
@@ -337,13 +344,11 @@ def _plot_lengths(axes: "Axes", manifest: dict) -> None:
         starts = [2 ** (number / LENGTH_CLASSES) for number in classes]
         widths = [start * (2 ** (1 / LENGTH_CLASSES) - 1) for start in starts]
         axes.bar(starts, list(classes.values()), widths, align="edge", color=color, label=label)
-    axes.set_xscale("log")
     axes.set_yscale("log", nonpositive="clip")
-    axes.set_ylim(bottom=0.5)
     axes.xaxis.set_major_formatter(_in_thousands())
     axes.yaxis.set_major_formatter(_in_thousands())
     axes.set_title("How long the documents are", loc="left")
-    axes.set(xlabel="characters", ylabel="documents")
+    axes.set(xscale="log", ylim=(0.5, None), xlabel="characters", ylabel="documents")
     axes.legend(frameon=False)
 
 
@@ -360,23 +365,19 @@ def _in_thousands(**options) -> Any:
 
 
 def _print_png(figure: "Figure", picture: Path) -> None:
-    draft = picture.with_name(f".{picture.name}.draft")
+    draft, drawn = picture.with_name(f".{picture.name}.draft"), BytesIO()
     with warnings.catch_warnings(action="ignore"):  # of letters that its font has not
-        figure.savefig(draft, format="png")
-    draft.rename(picture)
+        figure.savefig(drawn, format="png")
+    try:
+        draft.write_bytes(drawn.getbuffer())
+        draft.rename(picture)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
 
 
-def comparison(config: TrainingConfig, records: list[dict], alone: Alone | None) -> list[str]:
-    """The lines of a student's table: its teacher, itself, and the same student without a teacher."""
-    teacher = next((record for record in records if record.get("event") == "teacher"), {})
-    rows = [Row("teacher", teacher.get("num_parameters", 0), teacher, teacher.get("folder", ""))]
-    rows += [Row("student", config.num_parameters, _last_held_out(records), config.run_dir)]
-    if alone is None:
-        return [*table(rows), "  to compare: train the same student without a teacher, as the README says"]
-    return table([*rows, Row("without teacher", config.num_parameters, _last_held_out(alone.records), alone.run_dir)])
-
-
-def _last_held_out(records: list[dict]) -> dict:
+def last_held_out(records: list[dict]) -> dict:
+    """The last evaluation among records; empty without one."""
     return next((record for record in reversed(records) if record["kind"] == "eval"), {})
 
 

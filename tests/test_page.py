@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scripts.config import TrainingConfig
-from scripts.report import Alone
+from scripts.run.metrics import Alone, students_table
 from scripts.run.page import Point, bars, page, seconds_by_part, thinned
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -63,7 +63,7 @@ RECORDS = [
     event(120, "saved", checkpoint="runs/a/checkpoints/step-00000120"),
     event(120, "memory", gpu_planned_gib=6.5, gpu_peak_gib=6.25, host_planned_gib=20.5, host_peak_gib=19.75),
 ]
-PAGE = page(CONFIG, RECORDS, Alone("runs/alone", [held_out(120)]))
+PAGE = page(CONFIG, RECORDS, students_table(CONFIG, RECORDS, Alone("runs/alone", [held_out(120)])))
 
 
 def words_of(text: str) -> str:
@@ -78,15 +78,18 @@ def test_the_page_tells_what_a_person_asks_of_a_run():
         "runs/a & b", "120 of 120", "3.600", "1.300", "4,096", "60 seconds", "6.50 GiB", "6.25 GiB", "20.50 GiB", "19.75 GiB",
         "started, ranks: 2", "continued after step 60, ranks: 1", "the disk is full; training goes on",
         "skipped, its gradients are not finite; documents: 17", "the loss jumped to 9.000; documents: 17",
-        "2 checkpoints saved", "runs/a/checkpoints/step-00000060", "without teacher", "2.36 M", "runs/alone", "num_steps 120",
+        "2 checkpoints saved", "runs/a/checkpoints/step-00000060", "without teacher", "2.36 M", "runs/alone", "num_ steps 120",
     ]  # fmt: skip
     assert [each for each in expected if each not in told] == []
     assert told.index("Step 60 first") < told.index("Step 120 second")
 
 
 def test_fields_that_differ_from_the_defaults_come_first_and_all_others_are_folded():
-    shown, folded = PAGE[PAGE.index("<h2>Configuration") :].split("<details>")
-    named = {name: set(re.findall(r"<th>(\w+)</th>", part)) for name, part in (("shown", shown), ("folded", folded))}
+    shown, folded = PAGE[PAGE.index("<h2>Configuration") : PAGE.index("<h2>Events")].split("<details>")
+    named = {
+        name: set(re.findall(r"<th>(\w+)</th>", part.replace("<wbr>", "")))
+        for name, part in (("shown", shown), ("folded", folded))
+    }
     assert named["shown"] == {"run_dir", "num_steps", "teacher_dir", "corpus"}
     assert named["folded"] | named["shown"] == {*TrainingConfig.__dataclass_fields__} and not named["folded"] & named["shown"]
 
@@ -100,7 +103,7 @@ def test_text_of_documents_samples_and_paths_is_data_and_never_markup():
 
 
 def test_a_section_without_records_is_left_out_and_the_page_of_nothing_is_a_page():
-    headings = {title for title in re.findall("<h2>(.*?)</h2>", page(TrainingConfig(), [], None))}
+    headings = {title for title in re.findall("<h2>(.*?)</h2>", page(TrainingConfig(), [], []))}
     assert headings == {"Configuration"}
     assert "Where the time of a step goes" not in PAGE and "<h2>Compared with the teacher" in PAGE
 
@@ -113,7 +116,7 @@ def test_time_of_a_step_is_the_mean_of_what_train_lines_tell_and_of_what_is_betw
         event(2, "saved", seconds=1.0),
     ]
     assert seconds_by_part(records) == {"data": 0.5, "forward": 1.5, "evaluation": 1.5, "saving": 0.5}
-    assert "Where the time of a step goes" in page(TrainingConfig(), records, None)
+    assert "Where the time of a step goes" in page(TrainingConfig(), records, [])
     assert [*map(float, re.findall(r"width:([\d.]+)%", bars({"a": 1.0, "<b>": 4.0}, "s", 1)))] == [25.0, 100.0]
 
 
@@ -136,11 +139,60 @@ def test_a_run_of_a_hundred_thousand_lines_gives_a_small_page():
     records += [event(step, "sample", text="x" * 500) for step in range(0, 100_000, 50)]
     records += [event(step, "spike", loss=9.0, documents=DOCUMENTS * 3) for step in range(0, 100_000, 20)]
     records += [event(step, "saved", checkpoint="runs/pretrain/checkpoints/step-00000001") for step in range(0, 100_000, 20)]
-    text = page(TrainingConfig(), records, None)
+    text = page(TrainingConfig(), records, [])
     assert len(text.encode()) < 2e6
     (data,) = re.findall(r'id="data">(.*?)</script>', text)
     values = [value for _, _, value in json.loads(data)[0]["curves"][0]["points"]]
     assert (min(values), max(values)) == (2.0, 2.999)
+
+
+def test_samples_come_last_and_of_many_events_and_samples_the_newest_are_told():
+    assert [*re.findall("<h2>(.*?)</h2>", PAGE)][-3:] == ["Configuration", "Events", "Samples"]
+    records = [event(step, "save_failed", fault=f"fault-{step}") for step in range(501)]
+    records += [event(step, "sample", text=f"text-{step}") for step in range(201)]
+    told = words_of(page(TrainingConfig(), records, []))
+    assert "fault-0;" not in told and "fault-1;" in told and told.index("fault-1;") < told.index("fault-500;")
+    assert "text-0 " not in told and "text-1 " in told and "text-200" in told
+    assert "The last 500 of 501; the others" in told and "The last 200 of 201; the others" in told
+
+
+@pytest.mark.parametrize("text", ["", " \n", None])
+def test_a_sample_without_text_is_said_to_have_none(text):
+    told = page(TrainingConfig(), [event(3, "sample", text=text)], [])
+    assert "Step 3 (no text)" in words_of(told) and "<pre" not in told
+
+
+@needs_chromium
+def test_a_long_sample_is_folded(tmp_path):
+    measured = "document.title = [...document.querySelectorAll('pre')].map(each => each.clientHeight)"
+    text = page(TrainingConfig(), [event(1, "sample", text="short"), event(2, "sample", text="long\n" * 999)], [])
+    shown = chromium(tmp_path, text.replace("</body>", f"<script>{measured}</script></body>"))
+    short, long = map(int, re.findall(r"<title>(\d+),(\d+)</title>", shown.stdout)[0])
+    assert 0 < short < 60 < long < 450
+
+
+UNSEEN = ["\0", "\a", "\x1b", "\r", "\x7f", "\x9b", "\u202e", "\u2066"]
+
+
+@pytest.mark.parametrize("character", UNSEEN)
+def test_what_turns_or_hides_the_words_around_it_is_shown_as_an_escape(character):
+    name = f"run{character}end"
+    by_source = {"val_loss_by_source": {name: 1.0, "other": 2.0}}
+    records = [
+        held_out(0, **by_source),
+        event(1, "sample", text=f"a\n\tä שלום 👩‍💻 {name}"),
+        event(1, "saved", checkpoint=name),
+    ]
+    text = page(TrainingConfig(), records, [])
+    escaped = f"run{character.encode('unicode_escape').decode()}end"
+    assert character not in text and words_of(text).count(escaped) == 2
+    assert f"a\n\tä שלום 👩‍💻 {escaped}</pre>" in text
+    (data,) = re.findall(r'id="data">(.*?)</script>', text)
+    assert f"held out, {escaped}" in [curve["name"] for curve in json.loads(data)[0]["curves"]]
+
+
+def test_half_a_character_is_no_hindrance_to_writing_the_page():
+    assert b">a\\udcffb<" in page(TrainingConfig(), [event(1, "sample", text="a\udcffb")], []).encode()
 
 
 class Seen(NamedTuple):
@@ -168,8 +220,46 @@ found.zoomed = curve();
 found.zoomedLabels = labels();
 document.querySelector("svg").dispatchEvent(new MouseEvent("dblclick", {bubbles: true}));
 found.reset = curve();
+const zoomed = (start, end) => {
+  move("pointerdown", start); move("pointermove", end); move("pointerup", end);
+  const seen = [...document.querySelectorAll("svg")].map(svg => {
+    const area = {bottom: svg.clientHeight - 24, left: 58, right: svg.clientWidth - 10};
+    return [...svg.querySelectorAll("path[d]")].map(path => heightsWithin(path.getAttribute("d"), area));
+  });
+  document.querySelector("svg").dispatchEvent(new MouseEvent("dblclick", {bubbles: true}));
+  return seen;
+};
+/* The heights of a path where it enters, bends and leaves the area, as shares: 0 at the bottom, 1 at the top. */
+function heightsWithin(d, {bottom, left, right}) {
+  const points = d.slice(1).split(/[LM]/).map(each => each.split(" ").map(Number)), found = [];
+  points.forEach(([x, y], number) => {
+    const [nextX, nextY] = points[number + 1] ?? [x, y];
+    if (x >= left && x <= right) found.push(y);
+    for (const edge of [left, right]) if (x < edge && edge < nextX) found.push(y + (nextY - y) * (edge - x) / (nextX - x));
+  });
+  return found.map(y => (bottom - y) / (bottom - 8));
+}
+found.whole = zoomed(-0.1, -0.1);
+found.above = [...document.querySelectorAll("svg")].map(svg => svg.textContent.match(/↑.*?up to [0-9.]+/)?.[0] ?? null);
+found.spike = (move("pointermove", 0.5), told()[0]);
+found.narrow = zoomed(0.6, 0.65);
 const all = [...document.querySelectorAll("body *")].filter(each => !each.closest("pre, svg"));
 found.wide = [document.documentElement.scrollWidth, ...all.map(each => Math.ceil(each.getBoundingClientRect().right))];
+document.querySelectorAll("details").forEach(each => each.open = true);
+/* What stands at the end of each line of a field's name but the last. */
+found.broken = [...document.querySelectorAll(".fields th")].flatMap(each => {
+  const letters = document.createTreeWalker(each, NodeFilter.SHOW_TEXT), ends = [], rule = document.createRange();
+  let last = null;
+  while (letters.nextNode()) for (let at = 0; at < letters.currentNode.length; at++) {
+    rule.setStart(letters.currentNode, at); rule.setEnd(letters.currentNode, at + 1);
+    const {top} = rule.getBoundingClientRect(), letter = letters.currentNode.data[at];
+    if (last && top > last.top + 5) ends.push(last.letter);
+    last = {top, letter};
+  }
+  return ends;
+});
+found.scrolled = all.concat(...document.querySelectorAll("pre")).filter(each => each.scrollWidth > each.clientWidth + 1 &&
+  getComputedStyle(each).display !== "inline").map(each => each.outerHTML.slice(0, 200));
 found.requests = performance.getEntriesByType("resource").map(entry => entry.name);
 found.captions = [...document.querySelectorAll("figcaption")].map(each => each.textContent);
 found.ground = getComputedStyle(document.body).backgroundColor;
@@ -229,8 +319,31 @@ def test_dragging_zooms_every_chart_and_a_double_click_shows_all_again(seen):
     assert all(before != after for before, after in zip(found["labels"], found["zoomedLabels"], strict=True))
 
 
-def test_nothing_is_wider_than_the_window(seen):
+def test_curves_that_only_cross_a_narrow_range_are_within_their_charts(seen):
+    of_charts = seen.found["narrow"]
+    assert len(of_charts) == 5 and all(heights for curves in of_charts[:2] for heights in curves[:2])
+    every = [height for curves in of_charts for heights in curves for height in heights]
+    assert -0.001 <= min(every) <= max(every) <= 1.001
+
+
+def test_names_of_fields_break_after_underscores_alone(seen):
+    assert {*seen.found["broken"]} == ({"_"} if seen.found["width"] == 400 else set())
+
+
+def test_nothing_is_wider_than_the_window_or_scrolls_sideways(seen):
     assert seen.found["width"] in (400, 1400) and max(seen.found["wide"]) <= seen.found["width"]
+    assert seen.found["scrolled"] == []
+
+
+@needs_chromium
+def test_a_few_wild_values_leave_the_chart_at_its_top_and_are_told_of(tmp_path):
+    losses = [900.0 if step == 61 else 4 + step / 121 for step in range(1, 122)]
+    records = [train(step, loss=loss, grad_norm=1.0 if step < 70 else 90.0) for step, loss in enumerate(losses, 1)]
+    found = browsed(tmp_path, page(CONFIG, records, []), 1400).found
+    assert found["above"] == ["↑ some values are above, up to 900", None, None, None]
+    (loss,), _, (norm,), _ = found["whole"]
+    assert sorted(loss)[0] < 0.1 and 0.9 < sorted(loss)[-2] < 1 < sorted(loss)[-1] and max(norm) < 1
+    assert found["spike"].startswith("step 61, 124.9 k tokens: training 900")
 
 
 @needs_chromium
@@ -248,12 +361,12 @@ def test_a_page_that_asked_something_of_a_network_would_be_seen(tmp_path):
 
 @needs_chromium
 def test_a_browser_shows_the_page_of_a_run_that_has_done_nothing(tmp_path):
-    shown = chromium(tmp_path, page(TrainingConfig(), [], None))
+    shown = chromium(tmp_path, page(TrainingConfig(), [], []))
     assert console_of(shown) == [] and "</html>" in shown.stdout
 
 
 def test_a_finished_run_has_the_page_of_all_its_records(finished_runs):
     config = finished_runs[1, "labels"]
     text = (Path(config.run_dir) / "report.html").read_text()
-    assert text == page(config, metrics(config), None)
+    assert text == page(config, metrics(config), students_table(config, metrics(config), None))
     assert "8 of 8" in words_of(text) and replace(config, run_dir="x") != config

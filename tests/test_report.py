@@ -3,12 +3,17 @@ runs, what tells them apart.
 """
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
+from conftest import on_a_small_disk
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from ds.corpus import Tally
@@ -19,8 +24,8 @@ from scripts.report import (  # fmt: skip
     RATE,
     TABLE_COLUMNS,
     TRAIN,
-    Alone,
     Row,
+    apart,
     compare,
     data_notes,
     data_table,
@@ -29,12 +34,11 @@ from scripts.report import (  # fmt: skip
     held_out_words,
     is_told,
     line_of,
-    summary,
-    table,
     training_seconds,
 )  # fmt: skip
+from scripts.run.metrics import Alone, summary_words, table
 
-LINES = 40
+LINES, ROOT = 40, Path(__file__).parents[1]
 
 
 def train(step: int, **changes) -> dict:
@@ -243,6 +247,19 @@ def test_a_table_has_a_line_for_each_model_also_for_one_that_was_not_evaluated()
     ]
 
 
+@pytest.mark.parametrize("character", ["\x1b", "\a", "\0", "\x7f", "\r", "\x9b", "\u2028", "\u202e", "\u2066"])
+def test_what_a_model_or_a_file_system_says_only_writes_to_the_terminal(character):
+    text = f"def{character}[2J\n\tf"
+    lines = [
+        line_of(event(3) | {"text": text}, 9, None),
+        line_of({"kind": "event", "step": 3, "event": "save_failed", "fault": text}, 9, None),
+        line_of({"kind": "event", "step": 3, "event": "saved", "checkpoint": text}, 9, None),
+        summary_words(TrainingConfig(), [event(3) | {"text": text}], pictures=[], saved=None, alone=None),
+    ]
+    escaped = character.encode("unicode_escape").decode()
+    assert all(character not in line and f"def{escaped}[2J\n" in line and "\tf" in line for line in lines)
+
+
 def memory(peak_gib: float) -> dict:
     return {"kind": "event", "step": 9, "event": "memory", "host_planned_gib": 1.5, "host_peak_gib": peak_gib}
 
@@ -257,7 +274,9 @@ END = """
 
 def test_a_run_ends_with_its_losses_its_last_sample_its_memory_and_what_to_do_next():
     records = [*EVALUATED, event(3) | {"text": "not the last"}, memory(9.0), event(9) | {"text": "def f\n  g"}, memory(1.25)]
-    told = summary(TrainingConfig(), records, pictures=[Path("run/loss.png"), Path("run/report.html")], saved=None, alone=None)
+    told = summary_words(
+        TrainingConfig(), records, pictures=[Path("run/loss.png"), Path("run/report.html")], saved=None, alone=None
+    )
     assert told == f'{LOSSES}\n  sample:\n    def f\n      g{END}\n  next: echo "def" | python scripts/generate.py'
 
 
@@ -265,7 +284,7 @@ def test_a_run_ends_with_its_losses_its_last_sample_its_memory_and_what_to_do_ne
 def test_a_student_ends_with_a_comparison(alone):
     config = TrainingConfig(teacher_dir="there")
     records = [TEACHER | {"folder": "there", "num_parameters": 2_360_000}, *EVALUATED, memory(1.25)]
-    told = summary(
+    told = summary_words(
         config, records, pictures=[Path("run/loss.png"), Path("run/report.html")], saved=Path("run/step-9"), alone=alone
     )
     head = f"{LOSSES}{END}\n  checkpoint (opens in transformers): run/step-9\n"
@@ -282,7 +301,7 @@ def test_a_student_ends_with_a_comparison(alone):
 
 
 def test_a_run_without_any_record_still_names_its_picture():
-    told = summary(TrainingConfig(), [], pictures=[Path("loss.png")], saved=None, alone=None)
+    told = summary_words(TrainingConfig(), [], pictures=[Path("loss.png")], saved=None, alone=None)
     assert told.splitlines()[:2] == ["", "  pictures: loss.png"]
 
 
@@ -373,6 +392,29 @@ def test_runs_are_compared_by_their_numbers_and_by_the_fields_in_which_they_diff
     assert picture == tmp_path / "compare.png" and matplotlib.image.imread(picture).shape[0] > 500
 
 
+@pytest.mark.parametrize(("columns", "is_whole"), [(80, False), (100, False), (140, True)])
+def test_names_of_runs_are_whole_where_they_fit_and_else_lose_their_middle_and_stay_apart(
+    tmp_path, capsys, monkeypatch, columns, is_whole
+):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    long = [f"smollm2-python-of-2024-{middle}-wsd-muon-lr3e-4-seed{seed}" for middle in ("a" * 6, "b" * 6) for seed in (1, 2)]
+    for name in [*long, "one two  three four five six"]:
+        run_in(tmp_path / name, EVALUATED)
+    compare(tmp_path)
+    _, *lines = [line for line in capsys.readouterr().out.splitlines() if line[:2] == "  " and line[2] != " "]
+    names = [line[2:].split("   ")[0] for line in lines if "2.500" in line]
+    assert names[0] == "one two  three four five six" and len({*names}) == 5 and len({*map(len, lines[:5])}) == 1
+    assert {*names[1:]} == {*long} if is_whole else all(name.startswith("smollm2-python") for name in names[1:])
+    assert is_whole or all("…" in name and name.endswith(("seed1", "seed2")) for name in names[1:])
+
+
+@given(st.lists(st.text("ab…", max_size=30), max_size=8), st.integers(5, 40))
+def test_different_names_are_never_told_as_equal_ones(names, room):
+    short = apart(names, room)
+    assert [len({*short}), len(short)] == [len({*names}), len(names)]
+    assert all(told == name for told, name in zip(short, names, strict=True) if len(name) <= room)
+
+
 def test_of_two_runs_both_values_are_told(tmp_path, capsys):
     for name, rate in (("first", 6e-3), ("second", 1e-2)):
         run_in(tmp_path / name, EVALUATED, learning_rate=rate)
@@ -387,6 +429,22 @@ DAMAGED = {
     "no JSON": "{\n",
     "no text": "\udcff\n",
     "nothing": "",
+}
+# What no run writes: a change of a good line by its place in the log, and what is told of it.
+WRONG = {
+    "word": (1, {"loss": "oops"}, "loss='oops' is no amount"),
+    "list": (0, {"val_bits_per_byte": [1]}, "val_bits_per_byte=[1] is no amount"),
+    "huge": (0, {"val_bits_per_byte": 1e308}, "val_bits_per_byte=1e+308 is no amount"),
+    "infinite": (1, {"loss": float("inf")}, "loss=inf is no amount"),
+    "no number": (0, {"val_loss": float("nan")}, "val_loss=nan is no amount"),
+    "truth": (1, {"tokens": True}, "tokens=True is no count"),
+    "part": (1, {"tokens": 1.5}, "tokens=1.5 is no count"),
+    "negative": (2, {"seconds": -0.5}, "seconds=-0.5 is no amount"),
+    "null": (2, {"seconds": None}, "seconds=None is no amount"),
+    "before": (2, {"step": -1}, "step=-1 is no count"),
+    "back": (3, {"step": 1}, "step 1 comes after step 2"),
+    "kind": (2, {"kind": ["train"]}, "kind=['train'] is none of train, eval, event"),
+    "long": (2, {"loss": "x" * 999}, f"loss={repr('x' * 999)[:40]} is no amount"),
 }
 
 
@@ -404,6 +462,44 @@ def test_what_is_no_run_or_damaged_is_named_and_left_out(tmp_path, capsys):
     assert [line.split()[0] for line in lines if line.startswith("  ")] == ["run", "good", "picture:"]
 
 
+@pytest.mark.parametrize("name", WRONG)
+def test_a_line_that_no_run_writes_is_named_and_its_run_left_out(tmp_path, capsys, name):
+    place, change, words = WRONG[name]
+    records = [record | (change if place == number else {}) for number, record in enumerate(EVALUATED)]
+    log = run_in(tmp_path / "wrong", records) / "metrics.jsonl"
+    run_in(tmp_path / "good", EVALUATED)
+    compare(tmp_path)
+    left, *lines = capsys.readouterr().out.splitlines()
+    assert left == f"left out: wrong: {log}: line {place + 1}: {words}"
+    assert [line.split()[0] for line in lines if line] == ["run", "good", "picture:"]
+
+
+@pytest.mark.parametrize("field", ["loss", "tokens", "seconds", "val_loss", "val_bits_per_byte"])
+def test_a_line_without_a_number_that_a_run_writes_is_named(tmp_path, capsys, field):
+    run_in(tmp_path / "good", EVALUATED)
+    lacking = [{name: value for name, value in record.items() if name != field} for record in EVALUATED]
+    number = 1 if field in EVALUATED[0] else 2
+    log = run_in(tmp_path / "wrong", lacking) / "metrics.jsonl"
+    compare(tmp_path)
+    assert capsys.readouterr().out.startswith(f"left out: wrong: {log}: line {number}: {field} is missing\n")
+
+
+def test_a_log_that_is_no_utf_8_is_named_with_its_line(tmp_path, capsys):
+    run_in(tmp_path / "good", EVALUATED)
+    log = run_in(tmp_path / "wrong", EVALUATED) / "metrics.jsonl"
+    log.write_bytes(log.read_bytes().replace(b"eval", b"ev\xffl").replace(b"\xff", b"a", 1))
+    compare(tmp_path)
+    assert capsys.readouterr().out.startswith(f"left out: wrong: {log}: line {LINES + 1} is not UTF-8\n")
+
+
+def test_what_is_not_finite_or_has_no_byte_is_no_damage(tmp_path, capsys):
+    unknown = {"loss": None, "val_loss": None, "val_bits_per_byte": None}
+    records = [record | {name: None for name in unknown.keys() & record.keys()} for record in EVALUATED]
+    run_in(tmp_path / "run", records)
+    compare(tmp_path)
+    assert "left out" not in capsys.readouterr().out
+
+
 def test_a_half_written_last_line_is_no_damage(tmp_path, capsys):
     with (run_in(tmp_path / "going", EVALUATED) / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "tr')
@@ -415,6 +511,32 @@ def test_no_run_is_refused_in_one_line(tmp_path):
     (tmp_path / "notes").mkdir()
     with pytest.raises(ValueError, match="holds no run; deepspeed scripts/train_pretrain.py makes one"):
         compare(tmp_path)
+
+
+COMPARE = "from scripts.config import refusing; from scripts.report import compare; import sys\nwith refusing(): compare({!r})"
+# How the disk at $1 comes not to take the picture, once a run lies there.
+UNWRITABLE = {
+    "full": "head -c 3M /dev/zero >$1/filling 2>&-",
+    "nearly full": "head -c 990k /dev/zero >$1/filling",
+    "read-only": "mount -o remount,ro $1",
+    "a directory": "mkdir $1/compare.png",
+}
+
+
+@pytest.mark.parametrize("cause", UNWRITABLE)
+def test_where_the_picture_cannot_be_written_the_table_stands_and_one_line_says_what_to_do(tmp_path, cause):
+    run_in(tmp_path / "runs" / "first", EVALUATED)
+    disk = tmp_path / "disk"
+    script = f'cp -r "$0/first" "$1"; {UNWRITABLE[cause]}; shift; "$@"; echo $?; ls -A {disk}'
+    command = on_a_small_disk(disk, 1, ["sh", "-c", script, str(tmp_path / "runs"), str(disk)])
+    done = subprocess.run([*command, sys.executable, "-c", COMPARE.format(str(disk))], text=True, capture_output=True, cwd=ROOT)
+    (refusal,) = [line for line in done.stderr.splitlines() if line.startswith("refused: ")]
+    assert refusal.startswith(f"refused: {disk}/compare.png cannot be written: ") and "; make room" in refusal
+    assert "Traceback" not in done.stderr and "  first  " in done.stdout and "picture:" not in done.stdout
+    status, *left = done.stdout[done.stdout.index("\n\n") :].split()
+    assert (
+        status == "2" and {*left} <= {"first", "filling", "compare.png"} and ("compare.png" in left) == (cause == "a directory")
+    )
 
 
 @pytest.mark.parametrize("bits", [2.5, None])
@@ -434,6 +556,19 @@ def test_the_curves_of_runs_have_units_names_and_a_legend_beside_them(tmp_path, 
     assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == 13
     figures[-1].draw_without_rendering()
     assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+
+
+@pytest.mark.parametrize("num_runs", [1, 30, 100])
+def test_each_of_many_runs_looks_like_no_other_and_their_legend_stands_close_below(tmp_path, monkeypatch, num_runs):
+    figures = kept_figures(monkeypatch)
+    for number in range(num_runs):
+        run_in(tmp_path / f"run-{number}", EVALUATED[::13])
+    compare(tmp_path)
+    (axes,), (legend,) = figures[-1].axes, figures[-1].legends
+    looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in axes.lines}
+    figures[-1].draw_without_rendering()
+    words_end, legend_box = axes.xaxis.label.get_window_extent().y0, legend.get_window_extent()
+    assert len(looks) == num_runs and 0 <= words_end - legend_box.y1 < 40 and 0 <= legend_box.y0 < 20
 
 
 def test_runs_that_were_never_evaluated_are_drawn_by_their_training_loss(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
@@ -29,6 +30,13 @@ from scripts.run.state import Progress, Run, Step, data_order
 from scripts.run.storage import write_all, write_text
 
 Report = Callable[[dict], None]
+
+
+class Alone(NamedTuple):
+    """The run of the same student without a teacher: its folder and its records."""
+
+    run_dir: str
+    records: list[dict]
 
 
 def append_metrics(config: TrainingConfig, records: list[dict]) -> bool:
@@ -167,7 +175,55 @@ def finite(number: float) -> float | None:
 def summary(config: TrainingConfig) -> str:
     """What a person wants to know at the end, from the run's own files."""
     pictures, saved = [run_dir.picture_path(config), run_dir.page_path(config)], run_dir.newest_folder(config)
-    return report.summary(config, read_metrics(config), pictures=pictures, saved=saved, alone=_alone(config))
+    return summary_words(config, read_metrics(config), pictures=pictures, saved=saved, alone=_alone(config))
+
+
+def summary_words(
+    config: TrainingConfig, records: list[dict], *, pictures: list[Path], saved: Path | None, alone: Alone | None
+) -> str:
+    """What a person wants to know at the end of a run, from all its `records`, where it is drawn, and its newest checkpoint.
+
+    A student with a teacher is compared with it, and with the same student without a teacher, if `alone` is given.
+    """
+    lines, held_out = [""], [record for record in records if record["kind"] == "eval"]
+    if held_out:
+        before, after = (report.held_out_words(record) for record in (held_out[0], held_out[-1]))
+        lines += [f"  held out before: {before}", f"  held out after:  {after}"]
+    samples = [report.indented(record["text"]) for record in records if record.get("event") == "sample"]
+    lines += ["  sample:", samples[-1]] if samples else []
+    lines += [f"  {memory.comparison_words(record)}" for record in records if record.get("event") == "memory"][-1:]
+    lines += [f"  pictures: {', '.join(map(str, pictures))}"]
+    lines += [f"  checkpoint (opens in transformers): {saved}"] if saved else []
+    if config.teacher_dir is None:
+        return "\n".join([*lines, '  next: echo "def" | python scripts/generate.py'])
+    return "\n".join([*lines, *_comparison(config, records, alone)])
+
+
+def table(rows: list[report.Row]) -> list[str]:
+    """Lines: a head and one for each row."""
+    lines = [f"  {'held out':<16}{'parameters':>12}{'nats per token':>16}{'bits per byte':>15}{'step':>8}  where"]
+    for name, num_parameters, record, where in rows:
+        found = (record.get("val_loss"), record.get("val_bits_per_byte"))
+        nats, bits = ("-" if value is None else f"{value:.3f}" for value in found)
+        step = record["step"] if record.get("kind") == "eval" else ""
+        lines += [f"  {name:<16}{num_parameters / 1e6:>10,.2f} M{nats:>16}{bits:>15}{step:>8}  {where}"]
+    return lines
+
+
+def students_table(config: TrainingConfig, records: list[dict], alone: Alone | None) -> list[report.Row]:
+    """The rows of a student's table: its teacher, itself, and the same student without a teacher where there is one."""
+    teacher = next((record for record in records if record.get("event") == "teacher"), {})
+    rows = [report.Row("teacher", teacher.get("num_parameters", 0), teacher, teacher.get("folder", ""))]
+    rows += [report.Row("student", config.num_parameters, report.last_held_out(records), config.run_dir)]
+    if alone is None:
+        return rows
+    return [*rows, report.Row("without teacher", config.num_parameters, report.last_held_out(alone.records), alone.run_dir)]
+
+
+def _comparison(config: TrainingConfig, records: list[dict], alone: Alone | None) -> list[str]:
+    lines = table(students_table(config, records, alone))
+    advice = "  to compare: train the same student without a teacher, as the README says"
+    return lines if alone is not None else [*lines, advice]
 
 
 @contextmanager
@@ -302,11 +358,13 @@ def _hand_on(process: subprocess.Popen, line: dict) -> None:
 def _draw(config: TrainingConfig) -> None:
     try:
         report.draw_losses(run_dir.metrics_path(config), run_dir.picture_path(config))
-        write_text(run_dir.page_path(config), page(config, read_metrics(config), _alone(config)))
+        records = read_metrics(config)
+        models = [] if config.teacher_dir is None else students_table(config, records, _alone(config))
+        write_text(run_dir.page_path(config), page(config, records, models))
     except Exception as fault:  # a full disk, or a log that somebody has changed: no picture is worth a training
         watch.say(f"{config.run_dir} has no new pictures: {fault!r}", sys.stdout)
 
 
-def _alone(config: TrainingConfig) -> report.Alone | None:
+def _alone(config: TrainingConfig) -> Alone | None:
     same = run_dir.same_without_teacher(config) if config.teacher_dir is not None else None
-    return None if same is None else report.Alone(same.run_dir, read_metrics(same))
+    return None if same is None else Alone(same.run_dir, read_metrics(same))

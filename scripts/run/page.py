@@ -5,6 +5,7 @@ What comes from a corpus, a model or a path is data: it is escaped, also in the 
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from html import escape
@@ -16,6 +17,8 @@ from scripts.memory import duration
 
 (MOST_POINTS, MOST_SAMPLES, MOST_EVENTS) = (1500, 200, 500)
 NUM_COLORS = 8
+# Control characters, halves of a character, and what turns the direction of the words around it.
+UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class Point(NamedTuple):
@@ -43,22 +46,23 @@ class Chart(NamedTuple):
     curves: list[Curve]
 
 
-def page(config: TrainingConfig, records: list[dict], alone: report.Alone | None) -> str:
-    """The page of all `records` of a run. A student is compared with its teacher, and with the run `alone` without one."""
+def page(config: TrainingConfig, records: list[dict], models: list[report.Row]) -> str:
+    """The page of all `records` of a run, and a table of the `models` with which a student is compared."""
     drawn = charts(records)
     sections = {
         "Curves": f'{HINT}<div id="charts"></div>' if drawn else "",
         "Memory: plan and measurement": _memory([each for each in records if each.get("event") == "memory"][-1:]),
         "Where the time of a step goes": bars(seconds_by_part(records), "s", 3),
-        "Compared with the teacher": _comparison(config, records, alone),
-        "Samples": _samples([each for each in records if each.get("event") == "sample"]),
-        "Events": _events(config, records),
+        "Compared with the teacher": _comparison(models),
         "Configuration": _configuration(config),
+        "Events": _events(config, records),
+        "Samples": _samples([each for each in records if each.get("event") == "sample"]),
     }
     whole = "".join(f"<section><h2>{title}</h2>{body}</section>" for title, body in sections.items() if body)
     title = escape(report.printable(config.run_dir))
     tiles, data = _tiles(config, records), _data(drawn)
-    return PAGE.format(title=title, style=STYLE, tiles=tiles, sections=whole, data=data, script=SCRIPT)
+    text = PAGE.format(title=title, style=STYLE, tiles=tiles, sections=whole, data=data, script=SCRIPT)
+    return UNSEEN.sub(lambda found: report.printable(found[0]), text)
 
 
 def charts(records: list[dict]) -> list[Chart]:
@@ -134,7 +138,7 @@ def _held_out(held_out: list[dict], teacher: dict, name: str) -> list[Curve]:
     names = list(dict.fromkeys(source for each in by_source for source in each))
     for number, (source, short) in enumerate(zip(names, report.short_names(names), strict=True)):
         rows = [each | {source: found.get(source)} for each, found in zip(held_out, by_source, strict=True)]
-        curves.append(Curve(f"held out, {short}", f"source{number}", points(rows, source), dots=True))
+        curves.append(Curve(f"held out, {report.printable(short)}", f"source{number}", points(rows, source), dots=True))
     return curves[: NUM_COLORS + 2]
 
 
@@ -190,27 +194,42 @@ def _memory(events: list[dict]) -> str:
     return bars(numbers, "GiB", 2)
 
 
-def _comparison(config: TrainingConfig, records: list[dict], alone: report.Alone | None) -> str:
-    return "" if config.teacher_dir is None else _pre("\n".join(report.comparison(config, records, alone)), "table")
+def _comparison(models: list[report.Row]) -> str:
+    """A column for each model: the narrowest screen has room for three."""
+    cells = {
+        "": [each.name for each in models],
+        "parameters": [_short(each.num_parameters) for each in models],
+        "nats per token": [_number(each.record.get("val_loss")) for each in models],
+        "bits per byte": [_number(each.record.get("val_bits_per_byte")) for each in models],
+        "at step": [f"{each.record['step']:,}" if each.record.get("kind") == "eval" else "–" for each in models],
+        "where": [each.where for each in models],
+    }
+    lines = (f"<tr><th>{name}</th>{''.join(f'<td>{escape(each)}</td>' for each in row)}</tr>" for name, row in cells.items())
+    return f'<table class="models">{"".join(lines)}</table>' if models else ""
 
 
 def _samples(samples: list[dict]) -> str:
-    told, left = [each for each in samples if each.get("text") is not None], max(0, len(samples) - MOST_SAMPLES)
-    words = [f"<p>The last {MOST_SAMPLES} of {len(samples)}; the others are in metrics.jsonl.</p>"] if left else []
-    return "".join([*words, *(f"<h3>Step {each['step']:,}</h3>{_pre(each['text'], 'text')}" for each in told[-MOST_SAMPLES:])])
+    words = f"<p>The last {MOST_SAMPLES} of {len(samples):,}; the others are in metrics.jsonl.</p>"
+    told = ((each["step"], escape(each.get("text") or "")) for each in samples[-MOST_SAMPLES:])
+    texts = (f"<h3>Step {step:,}</h3>{f'<pre>{text}</pre>' if text.strip() else '<p>(no text)</p>'}" for step, text in told)
+    return "".join([words if len(samples) > MOST_SAMPLES else "", *texts])
 
 
 def _events(config: TrainingConfig, records: list[dict]) -> str:
     events = [each for each in records if each["kind"] == "event" and each["event"] not in ("sample", "memory")]
     saves = [each for each in events if each["event"] == "saved"]
     others = [each for each in events if each["event"] == "started" or (each["event"] != "saved" and report.is_told(each))]
-    rows = [f"<tr><td>{each['step']:,}</td><td>{escape(_event_words(config, each))}</td></tr>" for each in others[:MOST_EVENTS]]
+    rows = [
+        f"<tr><td>{each['step']:,}</td><td>{escape(_event_words(config, each))}</td></tr>" for each in others[-MOST_EVENTS:]
+    ]
+    left = (
+        f"<p>The last {len(rows)} of {len(others):,}; the others are in metrics.jsonl.</p>" if len(others) > len(rows) else ""
+    )
     table = f'<table class="events"><tr><th>step</th><th>event</th></tr>{"".join(rows)}</table>' if rows else ""
-    table += f"<p>and {len(others) - len(rows):,} more in metrics.jsonl</p>" if len(others) > len(rows) else ""
     if not saves:
-        return table
+        return left + table
     listed = "".join(f"<li>{escape(str(each.get('checkpoint')))}</li>" for each in saves[-MOST_EVENTS:])
-    return f"{table}<details><summary>{len(saves):,} checkpoints saved</summary><ul>{listed}</ul></details>"
+    return f"{left}{table}<details><summary>{len(saves):,} checkpoints saved</summary><ul>{listed}</ul></details>"
 
 
 def _event_words(config: TrainingConfig, record: dict) -> str:
@@ -224,14 +243,11 @@ def _configuration(config: TrainingConfig) -> str:
     rows: dict[bool, list[str]] = {True: [], False: []}
     for field in fields(TrainingConfig):
         value = getattr(config, field.name)
-        rows[value != field.default].append(f"<tr><th>{field.name}</th><td>{escape(repr(value))}</td></tr>")
+        name = field.name.replace("_", "_<wbr>")
+        rows[value != field.default].append(f"<tr><th>{name}</th><td>{escape(repr(value))}</td></tr>")
     changed = f'<table class="fields">{"".join(rows[True])}</table>' if rows[True] else "<p>All fields have their defaults.</p>"
     others = f'<table class="fields">{"".join(rows[False])}</table>'
     return f"{changed}<details><summary>{len(rows[False])} fields with their defaults</summary>{others}</details>"
-
-
-def _pre(text: str, kind: str) -> str:
-    return f'<pre class="{kind}">{escape(text)}</pre>'
 
 
 HINT = """<p class="hint">Hover for the numbers of a step. Drag over a curve to zoom, double click for all of it.
@@ -272,10 +288,10 @@ figcaption span { display: inline-block; max-width: 100%; overflow-wrap: anywher
 figcaption span span { display: inline; }
 svg { display: block; width: 100%; touch-action: pan-y; cursor: crosshair; user-select: none; }
 svg text { fill: var(--quiet); font-size: 11px; }
+svg .above { paint-order: stroke; stroke: var(--ground); stroke-width: 4px; }
 .key { display: inline-block; width: 14px; height: 3px; margin: 0 5px 3px 12px; vertical-align: middle; }
 .told { min-height: 1.5em; font-size: .87rem; font-variant-numeric: tabular-nums; }
-pre { overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .82rem; margin: .3em 0; }
-pre.table { white-space: pre; overflow-wrap: normal; }
+pre { overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .82rem; margin: .3em 0; max-height: 24em; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; vertical-align: top; padding: 3px 12px 3px 0; border-bottom: 1px solid var(--rule); }
 th { font-weight: 500; }
@@ -283,7 +299,8 @@ td { overflow-wrap: anywhere; }
 .bars th, .events td:first-child, .n { white-space: nowrap; width: 1px; font-variant-numeric: tabular-nums; }
 .n { text-align: right; }
 .bar { background: var(--rate); height: 12px; margin-top: 5px; border-radius: 2px; min-width: 1px; }
-.fields th { width: 30%; font: .82rem/1.7 ui-monospace, monospace; overflow-wrap: anywhere; }
+.models { table-layout: fixed; }
+.fields th { width: 30%; font: .82rem/1.7 ui-monospace, monospace; }
 .fields td { font: .82rem/1.7 ui-monospace, monospace; }
 details { margin: .6em 0; }
 summary { cursor: pointer; color: var(--quiet); }
@@ -297,6 +314,8 @@ const span = list => list.reduce(([low, high], value) => [Math.min(low, value), 
 const whole = span(every);
 if (whole[0] === whole[1]) whole[1] += 1;
 let range = whole;
+/* Values above so many times a curve's median leave the chart at its top, where they are no greater share of all. */
+const TIMES_MEDIAN = 5, WILD_SHARE = 0.25;
 const SIZES = [[1e12, " T"], [1e9, " G"], [1e6, " M"], [1e3, " k"]];
 const short = value => {
   const size = SIZES.find(([least]) => Math.abs(value) >= least);
@@ -320,15 +339,24 @@ const nearest = (points, tokens) => {
   while (high - low > 1) { const middle = (low + high) >> 1; if (points[middle][0] < tokens) low = middle; else high = middle; }
   return tokens - points[low][0] < points[high][0] - tokens ? points[low] : points[high];
 };
+const shown = points => points.flatMap(([tokens, , value], number) => {
+  const [later, , next] = points[number + 1] ?? [tokens, 0, null];
+  if (value === null) return [];
+  const crossed = next === null ? [] : range.filter(edge => tokens < edge && edge < later);
+  const between = crossed.map(edge => value + (next - value) * (edge - tokens) / (later - tokens));
+  return tokens >= range[0] && tokens <= range[1] ? [value, ...between] : between;
+});
 function heights(chart) {
-  const seen = chart.curves.flatMap(curve => curve.points.filter(point => point[2] !== null &&
-    point[0] >= range[0] && point[0] <= range[1]).map(point => point[2]));
-  const [low, high] = seen.length ? span(seen) : [0, 1], rest = (high - low || Math.abs(high) || 1) * 0.06;
-  return [low >= 0 ? Math.max(0, low - rest) : low - rest, high + rest];
+  const curves = chart.curves.map(curve => shown(curve.points).sort((a, b) => a - b)).filter(values => values.length);
+  const most = TIMES_MEDIAN * span(curves.map(values => values[values.length >> 1]))[1], seen = curves.flat();
+  const wild = most > 0 ? seen.filter(value => value > most) : [], few = wild.length <= WILD_SHARE * seen.length ? wild : [];
+  const [low, high] = seen.length ? span(seen.filter(value => !few.includes(value))) : [0, 1];
+  const rest = (high - low || Math.abs(high) || 1) * 0.06;
+  return [low >= 0 ? Math.max(0, low - rest) : low - rest, high + rest, few.length ? span(few)[1] : null];
 }
 function draw(drawing) {
   const {chart, svg} = drawing, width = svg.clientWidth, height = 240, left = 58, right = width - 10, bottom = height - 24;
-  const [low, high] = heights(chart);
+  const [low, high, wildest] = heights(chart);
   drawing.x = tokens => left + (tokens - range[0]) / (range[1] - range[0]) * (right - left);
   drawing.tokens = x => range[0] + (Math.min(right, Math.max(left, x)) - left) / (right - left) * (range[1] - range[0]);
   const y = value => bottom - (value - low) / (high - low) * (bottom - 8);
@@ -356,6 +384,9 @@ function draw(drawing) {
     }
     make("path", {d: path, stroke: `var(--${color})`, "stroke-dasharray": color === "teacher" ? "5 4" : "none"}, inner);
   }
+  if (wildest !== null)
+    make("text", {x: right, y: 18, "text-anchor": "end", class: "above"}, svg).textContent =
+      `↑ some values are above, up to ${short(wildest)}`;
   drawing.band = make("rect", {y: 0, height: bottom, width: 0, fill: "var(--rate)", "fill-opacity": 0.18}, svg);
   drawing.line = make("line", {y1: 0, y2: bottom, stroke: "var(--quiet)", visibility: "hidden"}, svg);
 }
