@@ -29,7 +29,7 @@ from scripts.model.decoder import Decoder, empty_model
 from scripts.model.huggingface import described_config, load_weights
 from scripts.model.sampling import Sampling, before_stop, continue_ids, sampling_of, stop_bytes
 from scripts.plan.machine import usable_card
-from scripts.report import printable
+from scripts.report import visible
 from scripts.run.checkpoint import find_fault, verified_folder
 from scripts.run.run_dir import best_link
 
@@ -95,11 +95,6 @@ def whole_characters(pieces: Iterable[bytes]) -> Iterator[str]:
     for piece in pieces:
         yield decoder.decode(piece)
     yield decoder.decode(b"", final=True)
-
-
-def visible(text: str) -> str:
-    """A text that only writes: what moves the cursor or sets the terminal otherwise is shown as an escape, such as \\x1b."""
-    return "".join(each if each in "\n\t" else printable(each) for each in text)
 
 
 def named_checkpoint(config: TrainingConfig) -> Path:

@@ -38,11 +38,11 @@ from scripts.generate import (
     named_checkpoint,
     open_model,
     stream,
-    visible,
     whole_characters,
 )
 from scripts.model.decoder import Decoder, empty_model, initialise
 from scripts.model.sampling import Sampling
+from scripts.report import visible
 from scripts.run.checkpoint import STATE, model_texts, publish, state_file, write_model
 from scripts.run.run_dir import best_link, checkpoints_dir
 from scripts.run.storage import write_safetensors, write_text

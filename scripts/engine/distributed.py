@@ -4,6 +4,7 @@ Beside them, processes that work off jobs, on this machine or through dask. Func
 the others would wait for the one that does not.
 """
 
+import ctypes
 import errno
 import gc
 import os
@@ -37,6 +38,7 @@ from scripts.plan.machine import KERNEL_FILE, allocator_settings, is_wsl
 
 MESSAGE_BYTES = 2048
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+C_LIBRARY = ctypes.CDLL(None)
 IS_VALUE_ERROR = -1
 Result = TypeVar("Result")
 
@@ -273,9 +275,11 @@ def completed(jobs: dict[int, Callable[[], Any]], num_bytes: dict[int, int], wor
 
 
 def release_memory() -> None:
-    """Gives memory of tensors that are gone back to the GPU."""
+    """Gives memory of tensors that are gone back to the GPU, and to the system where the C library still holds it."""
     gc.collect()
     torch.cuda.empty_cache()
+    if hasattr(C_LIBRARY, "malloc_trim"):
+        C_LIBRARY.malloc_trim(0)
 
 
 def say(ranks: Ranks, line: str) -> None:

@@ -16,7 +16,7 @@ from torch.nn import functional
 from ds.shards import Labels
 from scripts.config import TrainingConfig
 from scripts.model.documents import Windows
-from scripts.model.operations import product_dtype, row_slices
+from scripts.model.operations import on_host, product_dtype, row_slices
 
 IGNORED = -100
 HALF_GRADIENT_SCALE = 2.0**8
@@ -180,11 +180,12 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_hidden, grad_head = ctx.gradients
         ctx.gradients = None
-        scale = (gradient / ctx.count).reshape(1)
+        scale = (gradient / ctx.count).reshape(1) / ctx.scale
+        factor = scale.item() if on_host(scale) else scale  # A CPU would cast the whole gradient to the tensor's float32.
         if grad_hidden is not None:
-            torch.mul(grad_hidden, scale / ctx.scale, out=grad_hidden)
+            torch.mul(grad_hidden, factor, out=grad_hidden)
         if grad_head is not None:
-            grad_head = torch.mul(grad_head, scale / ctx.scale, out=grad_head).to(ctx.dtype)
+            grad_head = torch.mul(grad_head, factor, out=grad_head).to(ctx.dtype)
         return grad_hidden, grad_head, None, None, None
 
 
