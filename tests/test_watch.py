@@ -5,6 +5,8 @@ import os
 import signal
 import socket
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +17,7 @@ from typing import NamedTuple
 
 import psutil
 import pytest
+import torch
 from conftest import (
     LAUNCHERS,
     TORCHRUN,
@@ -26,9 +29,13 @@ from conftest import (
     tiny_config,
     training_script,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
+from scripts import config
 from scripts.config import TrainingConfig
-from scripts.engine.watch import STOPPED, Watch
+from scripts.engine import watch
+from scripts.engine.watch import STOPPED, CpuTimes, Watch
 from scripts.run.checkpoint import newest_verified
 
 COMMANDS = {"deepspeed": LAUNCHERS[2], "torchrun": TORCHRUN[2]}
@@ -399,3 +406,60 @@ def test_a_stop_leaves_no_compiler_behind():
         os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(WIDE_SECONDS)
     assert child.wait(WIDE_SECONDS) != 0
+
+
+@given(num_threads=st.integers(2, 300), num_cores=st.integers(1, 300))
+def test_idle_teams_are_the_fewest_with_which_threads_outnumber_cores(num_threads, num_cores):
+    num_teams = watch.idle_teams(num_threads, max(num_cores, num_threads))
+    threads = [num_threads + count * (num_threads - 1) for count in (num_teams - 1, num_teams)]
+    assert threads[0] <= max(num_cores, num_threads) < threads[1]
+
+
+def test_work_of_others_is_seen_and_our_own_is_not_taken_for_it():
+    before = CpuTimes(everyone=100.0, own=7.0, clock=50.0)
+    assert watch.cores_of_others(before, CpuTimes(106.0, 10.0, 52.0)) == 1.5
+    started, limit = watch.cpu_times(), time.monotonic() + 300
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as burning:
+        try:
+            while watch.cpu_times().everyone - started.everyone - (watch.cpu_times().own - started.own) < 0.5:
+                assert time.monotonic() < limit
+                time.sleep(0.05)
+        finally:
+            burning.kill()
+    own = watch.cpu_times().own
+    while time.process_time() < own + 0.05:
+        pass
+    assert watch.cpu_times().own >= own + 0.05
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core: nothing is shared out")
+def test_idle_threads_are_held_while_others_take_cores_and_gone_afterwards(monkeypatch):
+    """libgomp counts threads; how long a step then takes is what tests/benchmarks/speed.py measures."""
+    num_cores, num_before, work = len(os.sched_getaffinity(0)), torch.get_num_threads(), {"others": 0.0}
+    times = iter(range(10**9))
+
+    def cpu_times() -> CpuTimes:
+        clock = float(next(times))
+        work["everyone"] = work.get("everyone", 0.0) + work["others"]
+        return CpuTimes(work["everyone"], 0.0, clock)
+
+    monkeypatch.setattr(watch, "cpu_times", cpu_times)
+    monkeypatch.setattr(config, "COMPANY_SECONDS", 0.01)
+    torch.set_num_threads(max(2, num_cores))
+    try:
+        with watch.sharing_cores():
+            for others, is_held in ((0.0, False), (1.0, True), (0.1, False), (1.0, True)):
+                work["others"], limit = others, time.monotonic() + 300
+                while bool(held_teams()) is not is_held:
+                    assert time.monotonic() < limit
+                    time.sleep(0.01)
+        assert not held_teams()
+        torch.set_num_threads(1)
+        with watch.sharing_cores():
+            assert "sharing cores" not in {thread.name for thread in threading.enumerate()}
+    finally:
+        torch.set_num_threads(num_before)
+
+
+def held_teams() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]

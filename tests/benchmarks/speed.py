@@ -18,7 +18,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +36,7 @@ from ds.shards import TokenStream, open_shard, write_shard
 from scripts import trainer
 from scripts.config import PRETRAIN
 from scripts.engine.updates import add_to, sum_of_squares
+from scripts.engine.watch import sharing_cores
 from scripts.model.decoder import empty_model, initialise
 from scripts.model.documents import Windows
 from scripts.model.losses import next_token
@@ -51,6 +54,7 @@ SMALL: dict[str, Any] = dict(
 )  # fmt: skip
 MICRO_BATCHES, PRODUCT_SIZE = 64, 2048
 ELEMENTS = 2**25
+SHARING = ExitStack()
 GROWTH, GROWN_WIDTH, GROWN_TOKENS, GROWN_STEPS = (1, 4, 16, 64), 64, 4096, 6
 LAUNCH = """
 import json, sys
@@ -271,22 +275,30 @@ def ranks() -> dict[str, Any]:
     return {"speed_of_two_over_one": ratio(found["one"], found["two"])}
 
 
+def in_company(changes: dict[str, Any]) -> Callable[[], Any]:
+    """The trainer's own step as in a run, which shares cores with other programs."""
+    step = ours(changes)
+    SHARING.enter_context(sharing_cores())
+    return step
+
+
 def company() -> dict[str, Any]:
-    """How much longer steps take while another process takes a core whole."""
-    burning = [sys.executable, "-c", "while True: pass"]
-    others: list[subprocess.Popen] = []
-    contenders = {"the main job": Contender(ours, ({},), 4), "0.8 million parameters": Contender(ours, (SMALL,), 10)}
-    try:
-        found = in_turns(contenders, lambda: others.append(subprocess.Popen(burning)))
-    finally:
-        for other in others:
-            other.kill()
-    return {
-        "time_with_a_core_taken": {
-            name: round(statistics.median(found[f"{name}, after"].seconds) / statistics.median(found[name].seconds), 2)
-            for name in contenders
-        }
-    }
+    """How much longer steps take while another process takes a core whole: as a run shares its cores, and without that."""
+    models = {"the main job": ({}, 8), "0.8 million parameters": (SMALL, 30)}
+    makes = {"time_with_a_core_taken": in_company, "without_sharing": ours}
+    found: dict[str, Any] = {kind: {} for kind in makes}
+    for name, (changes, steps) in models.items():
+        for kind, make in makes.items():
+            burning: list[subprocess.Popen] = []
+            begin = partial(lambda into: into.append(subprocess.Popen([sys.executable, "-c", "while True: pass"])), burning)
+            try:
+                seconds = in_turns({name: Contender(make, (changes,), steps)}, begin)
+            finally:
+                for process in burning:
+                    process.kill()
+            alone, beside = (statistics.median(seconds[f"{name}{words}"].seconds) for words in ("", ", after"))
+            found[kind][name] = {"ms": round(1e3 * alone, 1), "times_as_long": round(beside / alone, 2)}
+    return found
 
 
 def host() -> dict[str, Any]:
