@@ -463,3 +463,28 @@ def test_idle_threads_are_held_while_others_take_cores_and_gone_afterwards(monke
 
 def held_teams() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
+
+
+class Telling(Watch):
+    """Counts how often it tells the other ranks its state."""
+
+    num_told = 0
+
+    def _send_state(self, verdict: str | None = None) -> None:
+        self.num_told += 1
+        super()._send_state(verdict)
+
+
+def test_ranks_tell_their_state_once_a_beat_and_do_not_answer_each_other_without_end():
+    with ThreadPoolExecutor(1) as no_main_thread:
+        other = no_main_thread.submit(Telling, 1, 1, 0, WIDE_SECONDS).result()
+    ranks, started = [Telling(0, 0, 0, WIDE_SECONDS), other], time.monotonic()
+    try:
+        address = ranks[0].listen()
+        ranks[1].connect("127.0.0.1", address.port, address.token)
+        wait_until(lambda: min(watch.num_told for watch in ranks) >= 6)
+        most = (time.monotonic() - started) / config.WATCH_BEAT_SECONDS + 2
+        assert max(watch.num_told for watch in ranks) <= most
+    finally:
+        for rank in (1, 0):
+            ranks[rank].close(clean=True)

@@ -86,7 +86,8 @@ class Watch:
         self._rank, self._local_rank, self._silent_seconds = rank, local_rank, silent_seconds
         self._training = self._closing = self._leaving = self._at_once = self._raised = False
         self._token, self._links, self._listener, self._interrupted_at = 0, [], None, math.inf
-        self._asked_at = self._looked_at = time.monotonic()
+        self._asked_at = self._looked_at = self._told_at = time.monotonic()
+        self._told_reason: str | None = None
         self._launchers = _ancestors(num_launchers)
         if num_launchers == 2 and self._launchers[1] == 1 and b"deepspeed" not in Path("/proc/1/cmdline").read_bytes():
             self._launchers[1] = 0  # the `deepspeed` command above launch.py was gone before this watch began
@@ -197,7 +198,10 @@ class Watch:
                 key.data(key.fileobj)
             if self._launchers != _ancestors(len(self._launchers)):
                 self._request("a lost launcher")
-            self._send_state()
+            # Not for each message: two ranks would answer each other without end.
+            if self.reason != self._told_reason or now >= self._told_at + config.WATCH_BEAT_SECONDS:
+                self._told_reason, self._told_at = self.reason, now
+                self._send_state()
             self._check_limits()
 
     def _read_signals(self, wakened: socket.socket) -> None:

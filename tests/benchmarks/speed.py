@@ -339,8 +339,8 @@ def start() -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp())
     (folder / "text.txt").write_text("a line of text that is trained on\n" * 200)
     config = replace(
-        PRETRAIN, corpus=(str(folder / "text.txt"),), data_dir=str(folder / "data"), validation_fraction=0.0, num_steps=10**6,
-        eval_every_steps=None, sample_every_steps=None, save_every_steps=None, run_dir=str(folder / "run"),
+        PRETRAIN, corpus=(str(folder / "text.txt"),), data_dir=str(folder / "data"), validation_fraction=0.0, vocab_size=257,
+        num_steps=10**6, eval_every_steps=None, sample_every_steps=None, save_every_steps=None, run_dir=str(folder / "run"),
     )  # fmt: skip
     (folder / "launch.py").write_text(LAUNCH.replace("sys.argv[1]", repr(json.dumps(asdict(config)))))
     commands = {"python": [sys.executable], "deepspeed": ["deepspeed"]}
@@ -401,7 +401,7 @@ def measured_growth(folder: Path, axis: str, factor: int, changes: dict[str, Any
     config = replace(
         PRETRAIN, corpus=(str(folder / "text.txt"),), data_dir=str(folder / "data"), validation_fraction=0.0, vocab_size=257,
         num_layers=2, head_size=None, optimizer="adamw", precision="fp32", num_steps=GROWN_STEPS, warmup_steps=1,
-        eval_every_steps=None, sample_every_steps=None, save_every_steps=None, run_dir=str(run), **rows | changes,
+        eval_every_steps=None, sample_every_steps=None, save_every_steps=GROWN_STEPS, run_dir=str(run), **rows | changes,
     )  # fmt: skip
     (folder / "launch.py").write_text(LAUNCH.replace("sys.argv[1]", repr(json.dumps(asdict(config)))))
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
