@@ -376,7 +376,7 @@ def growth() -> dict[str, Any]:
         found[axis] = [measured_growth(folder, axis, factor, changed(factor)) for factor in GROWTH]
         first, last = found[axis][0], found[axis][-1]
         found[f"{axis}, exponents"] = {
-            name: round(math.log(last[name] / first[name], GROWTH[-1]), 2) for name in first if name != "factor"
+            name: round(math.log(last[name] / first[name], GROWTH[-1]), 2) + 0.0 for name in first if name != "factor"
         }
     draw_growth(found)
     return found
