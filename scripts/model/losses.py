@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ds.shards import Labels
-from scripts.config import TrainingConfig
+from scripts.config import HOST_CHUNK_ROWS, TrainingConfig
 from scripts.model.documents import Windows
 from scripts.model.operations import on_host, product_dtype, row_slices
 
@@ -181,12 +181,17 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_hidden, grad_head = ctx.gradients
         ctx.gradients = None
         scale = (gradient / ctx.count).reshape(1) / ctx.scale
-        factor = scale.item() if on_host(scale) else scale  # A CPU would cast the whole gradient to the tensor's float32.
-        if grad_hidden is not None:
-            torch.mul(grad_hidden, factor, out=grad_hidden)
-        if grad_head is not None:
-            grad_head = torch.mul(grad_head, factor, out=grad_head).to(ctx.dtype)
+        for each in (grad_hidden, grad_head):
+            if each is not None:
+                _scale_(each, scale)
+        grad_head = None if grad_head is None else grad_head.to(ctx.dtype)
         return grad_hidden, grad_head, None, None, None
+
+
+def _scale_(gradient: Tensor, scale: Tensor) -> None:
+    """scale (1,) float32 times `gradient` (N, D), in place. A CPU casts what it multiplies to float32: a few rows at a time."""
+    for part in gradient.split(HOST_CHUNK_ROWS) if on_host(gradient) else [gradient]:
+        torch.mul(part, scale, out=part)
 
 
 def _chunked_loss(hidden: Tensor, head: Tensor, targets: Tensor, chunk_rows: int, chunk: _Chunk) -> Tensor:
