@@ -257,7 +257,7 @@ def test_a_ctrl_c_ends_a_command_in_one_line(name, tmp_path):
     code = f"""
 import os, signal
 from scripts import {name}
-{name}.{"prepare" if name == "prepare_data" else "newest_verified"} = lambda _: os.kill(os.getpid(), signal.SIGINT)
+{name}.{"prepare" if name == "prepare_data" else "verified_folder"} = lambda _: os.kill(os.getpid(), signal.SIGINT)
 {name}.main()
 """
     (result,) = launch(tmp_path, code, ["python"])

@@ -167,7 +167,8 @@ def wait_until(happened: Callable[[], bool]) -> None:
 
 
 def find_rank(family: list[psutil.Process], rank: int) -> psutil.Process:
-    scripts = [process for process in family if "script.py" in " ".join(process.cmdline()[:4])]
+    living = [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    scripts = [process for process in living if "script.py" in " ".join(process.cmdline()[:4])]
     return next(process for process in scripts if process.environ().get("RANK") == str(rank))
 
 

@@ -276,7 +276,7 @@ def _forward_on_host(model: _Model, projected: int) -> Iterator[int]:
     yield projected + sums + (grouped if p > m else 4 * m * (4 * q + k) + s * m * (2 * q + k) * (s < 4))
     yield projected + s * m * q + cast * (m * q + d * q) + 4 * m * d + s * m * d * (s < 4)
     yield s * m * 2 * (d + f) + cast * 2 * d * f + _normed_rows(model, f)
-    yield s * m * (3 * d + 2 * f) + cast * d * f + r * (4 * f + max(4 * f * (s < 4), w * d))
+    yield s * m * (3 * d + 2 * f) + cast * d * f + r * (4 * f + max(4 * f * (s < 4), w * d * (w != s)))
 
 
 def _normed_rows(model: _Model, widest: int) -> int:
