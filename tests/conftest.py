@@ -68,7 +68,7 @@ def tiny_config(folder: Path, **changes) -> TrainingConfig:
         tokens_per_step=512, micro_batch_rows=2, num_steps=STEPS, warmup_steps=2, learning_rate=1e-2, min_learning_rate=1e-3,
         loss_chunk_rows=48, eval_every_steps=SAVE_EVERY, eval_tokens=256, sample_every_steps=None, save_every_steps=SAVE_EVERY,
         keep_checkpoints=9, qk_norm=False, optimizer="adamw", optimizer_state_precision="fp32", beta2=0.98,
-        muon_first_momentum=0.5, muon_momentum_warmup_steps=4,
+        muon_first_momentum=0.5, muon_momentum_warmup_steps=SAVE_EVERY + 2,
     )  # fmt: skip
     return TrainingConfig(**(fields | changes))
 

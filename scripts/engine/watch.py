@@ -321,9 +321,7 @@ def end(status: int) -> NoReturn:
 
 @contextmanager
 def sharing_cores() -> Iterator[None]:
-    """Lets other programs have cores that they ask for: a step takes 1.7 times as long where one takes one of two cores, and
-    not 4 times. Changes no result. Not needed with one thread.
-    """
+    """Keeps steps from becoming many times slower while other programs take cores. Changes no result; one thread needs none."""
     leave, num_threads = threading.Event(), torch.get_num_threads()
     thread = threading.Thread(target=_share_cores, args=(leave, num_threads), name="sharing cores", daemon=True)
     if num_threads > 1:

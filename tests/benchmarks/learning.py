@@ -224,8 +224,8 @@ def docstrings(path: Path) -> str:
 
 
 def train_by_nanochat(config: TrainingConfig, matrix_rate: float) -> list[dict[str, float]]:
-    """The same model and order under nanochat's classes as its base training sets them, but for rates, on our schedule: of
-    matrices `matrix_rate`, of all else ours. Returns the curve.
+    """The same model and order under nanochat's classes as its base training sets them, but for a momentum that stays and for
+    rates on our schedule: of matrices `matrix_rate`, of all else ours. Returns the curve.
     """
     data = prepare(config)
     model, take_step = by_nanochat(config, data, matrix_rate)
