@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -179,17 +180,22 @@ def pretrain_script(configs: list[TrainingConfig], after: str = "", before: str 
 import json
 {before}
 from scripts.config import TrainingConfig
+from scripts.engine.distributed import leaving
 from scripts.train_distill import distill
 from scripts.train_pretrain import pretrain
 
 def train(config):
     (pretrain if config.teacher_dir is None else distill)(config)
 
-if __name__ == "__main__":
+def train_all():
     for fields in json.loads({described!r}):
         fields = {{name: tuple(each) if isinstance(each, list) else each for name, each in fields.items()}}
         train(TrainingConfig(**fields))
-{after}
+
+if __name__ == "__main__":
+    with leaving():
+        train_all()
+{textwrap.indent(after, " " * 8)}
 """
 
 

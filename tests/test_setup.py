@@ -189,10 +189,7 @@ import time
 from datetime import timedelta
 import torch
 from scripts.config import PRETRAIN
-from scripts.engine.distributed import in_turn, ranks_from_launcher
-
-ranks = ranks_from_launcher()
-torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=15))
+from scripts.engine.distributed import in_turn, leaving, ranks_from_launcher
 
 def work():
     began.append(ranks.rank)
@@ -200,10 +197,12 @@ def work():
         time.sleep(20)
     return ranks.rank
 
-began = []
-for turn in range(2):
-    assert in_turn(work, PRETRAIN, ranks) == ranks.rank
-print(f"rank {ranks.rank} is well", flush=True)
+ranks, began = ranks_from_launcher(), []
+with leaving():
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=15))
+    for turn in range(2):
+        assert in_turn(work, PRETRAIN, ranks) == ranks.rank
+    print(f"rank {ranks.rank} is well", flush=True)
 """
 
 
