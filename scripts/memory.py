@@ -120,13 +120,12 @@ def offers(config: TrainingConfig, world_size: int, local_size: int, room: Room,
     return (found or [changes for changes in [_greatest(savings)] if changes and fits(changes)])[: settings.NUM_OFFERS]
 
 
-def short_words(config: TrainingConfig, world_size: int, local_size: int, device: torch.device) -> str:
+def short_words(config: TrainingConfig, world_size: int, local_size: int, device: torch.device, rates: Rates) -> str:
     """The plan in one line: each kind of memory against what is free, its largest item, and the hours to expect."""
     launch = _Launch(world_size, local_size, room_free(config, device), device.type)
     wanted, room = launch.needs(config).items(), launch.room
     words = [f"{gib(need.moment.total)} of {gib(_room_of(kind, room))} free {kind} ({_why(need)})" for kind, need in wanted]
-    expected = time_words(config, world_size, local_size, device.type, measure_rates(config, device))
-    return f"The plan: {', '.join(words)}, {expected}"
+    return f"The plan: {', '.join(words)}, {time_words(config, world_size, local_size, device.type, rates)}"
 
 
 def comparison(planned: Plan, peaks: Peaks) -> dict[str, float]:

@@ -35,8 +35,8 @@ from scripts.run.state import (
     is_due,
     is_save_due,
     learning_rate_at,
-    order_record,
     progress_record,
+    started_record,
     step_batches,
     windows_on_device,
     with_fresh_digests,
@@ -187,8 +187,7 @@ def train_tiny(
 def log_start(run: Run, report: Report) -> None:
     """Logs what this launch reads and from where on, and makes the evaluation that a stop left out."""
     config, steps_done = run.config, run.first_step
-    started = {"kind": "event", "step": steps_done, "event": "started", "ranks": run.ranks.world_size}
-    report(started | order_record(config, run.data))
+    report(started_record(run))
     if run.teaching is not None and run.teaching.record is not None:
         report(run.teaching.record)
     if steps_done == 0 and config.eval_every_steps is not None:

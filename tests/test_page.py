@@ -46,7 +46,7 @@ def event(step: int, name: str, **fields) -> dict:
 CONFIG = TrainingConfig(run_dir="runs/a & b", num_steps=120, teacher_dir="there", corpus=(HOSTILE,))
 DOCUMENTS = [{"document": 17, "beginning": HOSTILE}]
 RECORDS = [
-    event(0, "started", ranks=2, rows_per_step=8),
+    event(0, "started", ranks=2, rows_per_step=8, planned_tokens_per_second=9876.0),
     event(0, "teacher", val_loss=3.5, val_bits_per_byte=1.5, folder="there", num_parameters=2_360_000),
     held_out(0, val_loss_by_source={HOSTILE: 6.1, "web": 5.9, "</script><b>": 6.0}),
     *(train(step, loss=None if step == 7 else 8.0 / step) for step in range(1, 61)),
@@ -54,7 +54,7 @@ RECORDS = [
     held_out(60, val_loss_by_source={HOSTILE: 5.1, "web": 4.9}),
     event(60, "sample", text=f"first {HOSTILE}"),
     event(60, "saved", checkpoint="runs/a/checkpoints/step-00000060"),
-    event(60, "started", ranks=1, rows_per_step=8),
+    event(60, "started", ranks=1, rows_per_step=8, planned_tokens_per_second=5432.1),
     *(train(step) for step in range(61, 121)),
     event(90, "spike", loss=9.0, documents=DOCUMENTS),
     event(100, "save_failed", fault="the disk is full"),
@@ -76,11 +76,12 @@ def test_the_page_tells_what_a_person_asks_of_a_run():
     told = words_of(PAGE)
     expected = [
         "runs/a & b", "120 of 120", "3.600", "1.300", "4,096", "60 seconds", "6.50 GiB", "6.25 GiB", "20.50 GiB", "19.75 GiB",
+        "planned 5,432 tokens/s measured 4,096 tokens/s",
         "started, ranks: 2", "continued after step 60, ranks: 1", "the disk is full; training goes on",
         "skipped, its gradients are not finite; documents: 17", "the loss jumped to 9.000; documents: 17",
         "2 checkpoints saved", "runs/a/checkpoints/step-00000060", "without teacher", "2.36 M", "runs/alone", "num_ steps 120",
     ]  # fmt: skip
-    assert [each for each in expected if each not in told] == []
+    assert [each for each in expected if each not in told] == [] and "9,876" not in told
     assert told.index("Step 60 first") < told.index("Step 120 second")
 
 

@@ -216,8 +216,8 @@ def resumed_runs(finished_runs, resuming_ranks, tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp(f"resumed{resuming_ranks}")
     copies = {name: as_if_stopped_after(SAVE_EVERY, finished_runs[resuming_ranks, name], folder / name) for name in RUNS}
     copies["elastic"] = as_if_stopped_after(SAVE_EVERY, finished_runs[3 - resuming_ranks, "fp32"], folder / "elastic")
-    again = "        train(TrainingConfig(**fields))"
-    output = expect_success(launch(folder, pretrain_script(list(copies.values()), again), TORCHRUN[resuming_ranks]))
+    twice = pretrain_script(list(copies.values()), "train_all()")
+    output = expect_success(launch(folder, twice, TORCHRUN[resuming_ranks]))
     return {"output": output, **copies}
 
 
@@ -261,6 +261,11 @@ def test_each_step_is_logged_once(finished_runs, resumed_runs, resuming_ranks):
 def test_one_and_two_ranks_agree_in_loss(finished_runs, name, tolerance):
     one, two = (losses(finished_runs[ranks, name]) for ranks in (1, 2))
     np.testing.assert_allclose([loss for _, loss, _ in one], [loss for _, loss, _ in two], rtol=tolerance)
+
+
+def test_every_launch_records_the_speed_that_it_expects(finished_runs, resumed_runs):
+    launches = [event for config in (*finished_runs.values(), resumed_runs["mixture"]) for event in events(config, "started")]
+    assert len(launches) > len(finished_runs) and all(event["planned_tokens_per_second"] > 0 for event in launches)
 
 
 def test_the_log_of_a_mixture_says_how_often_each_source_is_read_and_its_held_out_loss(finished_runs, resumed_runs):

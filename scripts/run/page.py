@@ -6,6 +6,7 @@ What comes from a corpus, a model or a path is data: it is escaped, also in the 
 import json
 import math
 import re
+import statistics
 from collections.abc import Sequence
 from dataclasses import fields
 from html import escape
@@ -52,6 +53,7 @@ def page(config: TrainingConfig, records: list[dict], models: list[report.Row]) 
     sections = {
         "Curves": f'{HINT}<div id="charts"></div>' if drawn else "",
         "Memory: plan and measurement": _memory([each for each in records if each.get("event") == "memory"][-1:]),
+        "Speed: plan and measurement": _speed(records),
         "Where the time of a step goes": bars(seconds_by_part(records), "s", 3),
         "Compared with the teacher": _comparison(models),
         "Configuration": _configuration(config),
@@ -194,6 +196,14 @@ def _memory(events: list[dict]) -> str:
     return bars(numbers, "GiB", 2)
 
 
+def _speed(records: list[dict]) -> str:
+    """Of the last launch: what was expected of it at its start, and the median of its train lines."""
+    launch = records[max((at for at, each in enumerate(records) if each.get("event") == "started"), default=0) :]
+    planned = [each["planned_tokens_per_second"] for each in launch[:1] if each.get("planned_tokens_per_second")]
+    measured = [each["tokens_per_second"] for each in launch if each["kind"] == "train"]
+    return bars({"planned": planned[0], "measured": statistics.median(measured)}, "tokens/s", 0) if planned and measured else ""
+
+
 def _comparison(models: list[report.Row]) -> str:
     """A column for each model: the narrowest screen has room for three."""
     cells = {
@@ -219,9 +229,8 @@ def _events(config: TrainingConfig, records: list[dict]) -> str:
     events = [each for each in records if each["kind"] == "event" and each["event"] not in ("sample", "memory")]
     saves = [each for each in events if each["event"] == "saved"]
     others = [each for each in events if each["event"] == "started" or (each["event"] != "saved" and report.is_told(each))]
-    rows = [
-        f"<tr><td>{each['step']:,}</td><td>{escape(_event_words(config, each))}</td></tr>" for each in others[-MOST_EVENTS:]
-    ]
+    cells = ((each["step"], escape(_event_words(config, each))) for each in others[-MOST_EVENTS:])
+    rows = [f"<tr><td>{step:,}</td><td>{words}</td></tr>" for step, words in cells]
     left = (
         f"<p>The last {len(rows)} of {len(others):,}; the others are in metrics.jsonl.</p>" if len(others) > len(rows) else ""
     )
@@ -281,8 +290,7 @@ h3 { font-size: .95rem; margin: 1em 0 .2em; color: var(--quiet); font-weight: 60
 .tiles div, pre { background: var(--panel); border-radius: 6px; padding: 8px 12px; }
 dd { margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums; }
 #charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 18px 28px; }
-figure { margin: 0; min-width: 0; }
-figure:first-child { grid-column: 1 / -1; }
+figure { margin: 0; min-width: 0; } figure:first-child { grid-column: 1 / -1; }
 figcaption b { color: var(--text); font-size: .95rem; }
 figcaption span { display: inline-block; max-width: 100%; overflow-wrap: anywhere; }
 figcaption span span { display: inline; }
@@ -294,16 +302,14 @@ svg .above { paint-order: stroke; stroke: var(--ground); stroke-width: 4px; }
 pre { overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .82rem; margin: .3em 0; max-height: 24em; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; vertical-align: top; padding: 3px 12px 3px 0; border-bottom: 1px solid var(--rule); }
-th { font-weight: 500; }
-td { overflow-wrap: anywhere; }
+th { font-weight: 500; } td { overflow-wrap: anywhere; }
 .bars th, .events td:first-child, .n { white-space: nowrap; width: 1px; font-variant-numeric: tabular-nums; }
 .n { text-align: right; }
 .bar { background: var(--rate); height: 12px; margin-top: 5px; border-radius: 2px; min-width: 1px; }
 .models { table-layout: fixed; }
 .fields th { width: 30%; font: .82rem/1.7 ui-monospace, monospace; }
 .fields td { font: .82rem/1.7 ui-monospace, monospace; }
-details { margin: .6em 0; }
-summary { cursor: pointer; color: var(--quiet); }
+details { margin: .6em 0; } summary { cursor: pointer; color: var(--quiet); }
 """
 
 SCRIPT = """
@@ -404,11 +410,7 @@ function tell(tokens) {
 function hush() {
   for (const {line, told} of drawings) { line.setAttribute("visibility", "hidden"); told.textContent = ""; }
 }
-function zoom(to) {
-  range = to;
-  drawings.forEach(draw);
-  hush();
-}
+const zoom = to => { range = to; drawings.forEach(draw); hush(); };
 function listen(drawing) {
   const {svg} = drawing, at = event => event.clientX - svg.getBoundingClientRect().left;
   let from = null;

@@ -52,13 +52,16 @@ class Given(NamedTuple):
 
 
 class Start(NamedTuple):
-    """A launch on its way to a run: `lock` is the descriptor that holds run_dir, on rank 0 if run_dir is there already."""
+    """A launch on its way to a run: `lock` is the descriptor that holds run_dir, on rank 0 if run_dir is there already.
+    `planned_tokens_per_second` is known to rank 0, once it has made the plan.
+    """
 
     config: TrainingConfig
     ranks: Ranks
     watch: watch.Watch
     teacher: Teacher | None
     lock: int | None
+    planned_tokens_per_second: float | None = None
 
 
 def set_up(config: TrainingConfig, given: Given) -> Run | None:
@@ -207,11 +210,19 @@ def _open_run(start: Start, given: Given) -> Run | None:
         return None
     together(lambda: _refuse_too_large(config, ranks, room_free))
     if ranks.rank == 0:
-        watch.say(memory.short_words(config, ranks.world_size, ranks.local_size, device_of(ranks)), sys.stdout)
+        start = start._replace(planned_tokens_per_second=_say_plan(config, ranks))
     data, teaching = in_turn(lambda: given.prepare(config), config, ranks), None
     if start.teacher is not None:
         teaching = open_teaching(start.teacher, config, ranks, data, label=given.label, found=found)
     return _assemble_run(start, given, data, found, teaching)
+
+
+def _say_plan(config: TrainingConfig, ranks: Ranks) -> float:
+    """Says what the run will take; the tokens/s that it expects."""
+    device, launch = device_of(ranks), (config, ranks.world_size, ranks.local_size)
+    rates = machine.measure_rates(config, device)
+    watch.say(memory.short_words(*launch, device, rates), sys.stdout)
+    return machine.tokens_per_second(*launch, device.type, rates)
 
 
 def _newest_checkpoint(config: TrainingConfig, ranks: Ranks) -> Checkpoint | None:
@@ -273,7 +284,7 @@ def _begun(start: Start, data, found: Checkpoint | None, teaching: Teaching | No
     lock = together(lambda: _claim(start, steps_done, progress) if ranks.rank == 0 else None)
     return Run(
         config=config, ranks=ranks, device=device_of(ranks), engine=engine, data=data, first_step=steps_done, progress=progress,
-        watch=start.watch, lock=lock, teaching=teaching,
+        watch=start.watch, lock=lock, teaching=teaching, planned_tokens_per_second=start.planned_tokens_per_second,
     )  # fmt: skip
 
 

@@ -101,6 +101,7 @@ class Run(NamedTuple):
 
     `engine` is DeepSpeed's; `data` is scripts.prepare_data.Data. `first_step` counts the steps that are already done.
     `lock` is the descriptor that keeps other launches out of run_dir, on rank 0. `teaching` is None in pre-training.
+    `planned_tokens_per_second` is the speed that rank 0 expects of all ranks together; None on the others.
     """
 
     config: TrainingConfig
@@ -113,6 +114,7 @@ class Run(NamedTuple):
     watch: Watch
     lock: int | None
     teaching: Teaching | None
+    planned_tokens_per_second: float | None = None
 
 
 def advance(progress: Progress, taken: Step, config: TrainingConfig) -> Progress:
@@ -190,6 +192,13 @@ def data_order(config: TrainingConfig, data) -> Order:
     if config.is_mixture and config.corpus_weights is not None:
         quotas = quotas_of(config.corpus_weights, WEIGHED_STEPS * rows)
     return Order(data_grid(config, data), quotas, rows, config.seed, config.batch_warmup)
+
+
+def started_record(run: Run) -> dict:
+    """The event of a launch: from which step on, on how many ranks, how fast by the plan, and what it reads."""
+    record = {"kind": "event", "step": run.first_step, "event": "started", "ranks": run.ranks.world_size}
+    record |= {"planned_tokens_per_second": run.planned_tokens_per_second}
+    return record | order_record(run.config, run.data)
 
 
 def order_record(config: TrainingConfig, data) -> dict:
