@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, redirect_stdout
@@ -121,6 +122,7 @@ def join(config: TrainingConfig, ranks: Ranks) -> None:
     import deepspeed  # here alone: what only reads a checkpoint starts without it, two seconds sooner
 
     deepspeed.utils.logger.setLevel("WARNING")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\.")  # what a user cannot mend
     offload.start_quickly()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_size))
     torch.set_deterministic_debug_mode("error")

@@ -83,7 +83,8 @@ def set_up(config: TrainingConfig, given: Given) -> Run | None:
         distributed.connect(ranks, watching)
         lock = together(lambda: run_dir.hold_run(config, RUN_DIR_WAIT_SECONDS) if ranks.rank == 0 else None)
         on_failure.callback(release_lock, lock)
-        run = _open_run(Start(config, ranks, watching, teacher, lock), given)
+        with watch.sharing_cores():
+            run = _open_run(Start(config, ranks, watching, teacher, lock), given)
         if run is not None:
             on_failure.pop_all()
     if run is None:
