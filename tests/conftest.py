@@ -9,11 +9,14 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from hypothesis import settings
 
 from scripts.config import TrainingConfig
@@ -35,18 +38,35 @@ LAUNCHING = (
     "test_footprint", "test_plan", "test_watch", "test_setup", "test_checkpoint", "test_train_distill",
 )  # fmt: skip
 
+ALL_CORES = sorted(os.sched_getaffinity(0))
+
 HIDE_GPUS = """import os; os.environ["CUDA_VISIBLE_DEVICES"] = ""
 """
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hides GPUs, before CUDA looks for them, unless `-m gpu` asks for them. In the workers and in all that they start, idle
-    threads of OpenMP wait instead of spinning, so that what runs side by side takes no more than its share of the cores.
+    """Hides GPUs, before CUDA looks for them, unless `-m gpu` asks for them. Each worker and all that it starts have their own
+    share of the cores, and idle threads of OpenMP wait instead of spinning: what runs side by side slows nothing else.
     """
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    worker, count = os.environ.get("PYTEST_XDIST_WORKER", "gw0"), os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")
+    if share := ALL_CORES[int(worker.removeprefix("gw")) :: int(count)]:
+        os.sched_setaffinity(0, share)
+        torch.set_num_threads(len(share))
     words = (config.getoption("markexpr") or "").split()
     if "gpu" not in words or words[words.index("gpu") - 1 : words.index("gpu")] == ["not"]:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@contextmanager
+def all_cores() -> Iterator[None]:
+    """Where the number of threads or processes is what a test is about: every core, also those of other workers."""
+    share = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, ALL_CORES)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, share)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

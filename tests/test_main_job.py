@@ -5,11 +5,12 @@ import re
 import shutil
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import HIDE_GPUS, REPOSITORY, clean_environment
+from conftest import HIDE_GPUS, REPOSITORY, clean_environment, free_port
 from matplotlib.image import imread
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
@@ -137,14 +138,30 @@ def commands_of_the_readme() -> list[str]:
     blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```", README, re.S | re.M)
     words = "\n".join(block for language, block in blocks if language in ("", "bash"))
     lines = [line.strip() for line in words.splitlines() if line.strip().split(" ")[0] in PROGRAMS]
-    return list(dict.fromkeys(line.split(" && ")[-1] for line in lines if not any(word in line for word in NOT_HERE)))
+    return list(dict.fromkeys(line.split(" && ")[-1] for line in lines))
 
 
-@pytest.mark.parametrize("command", commands_of_the_readme())
+COMMANDS = [command for command in commands_of_the_readme() if not any(word in command for word in NOT_HERE)]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_of_the_readme_works_as_it_is_written(trained, distilled, command):
     result = shell(command, trained[0], "def")
     assert result.returncode == 0 and result.stdout.strip(), result.stdout + result.stderr
     assert "train_pretrain" not in command or "This run is finished" in result.stdout
+
+
+def test_machines_meet_by_the_readmes_torchrun_with_one_rank_on_each(trained):
+    (command,) = [each for each in commands_of_the_readme() if "--nnodes 2" in each and each.startswith("torchrun")]
+    here = {"node1": "127.0.0.1", "29500": str(free_port()), "--nproc-per-node 8": "--nproc-per-node 1"}
+    for written, meant in here.items():
+        assert written in command
+        command = command.replace(written, meant)
+    with ThreadPoolExecutor(2) as machines:
+        run = [machines.submit(shell, command.replace("--node-rank 0", f"--node-rank {each}"), trained[0]) for each in (0, 1)]
+    first, second = (each.result() for each in run)
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert "This run is finished" in first.stdout and "This run is finished" not in second.stdout
 
 
 SNIPPETS = re.findall(r"```python\n((PRETRAIN|DISTILL) = .*?)```", README, re.S)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import clean_environment, free_port
+from conftest import ALL_CORES, clean_environment, free_port
 from hypothesis import given
 from hypothesis import strategies as st
 from test_encoder import write_tokens
@@ -74,15 +74,14 @@ def config_in(folder: Path, **changes) -> TrainingConfig:
 
 
 def start(config: TrainingConfig, folder: Path, cores: int | None = None) -> subprocess.Popen:
-    """`prepare_data.py` with small pieces, in a process group of its own, on the first `cores` cores."""
+    """`prepare_data.py` with small pieces, in a process group of its own, on the first `cores` cores, or all."""
     script = folder / "prepare.py"
     script.write_text(PREPARE.format(config=config))
     process = subprocess.Popen(
         [sys.executable, str(script)], env=clean_environment(), text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    if cores is not None:
-        os.sched_setaffinity(process.pid, sorted(os.sched_getaffinity(0))[:cores])
+    os.sched_setaffinity(process.pid, ALL_CORES[:cores])
     return process
 
 

@@ -19,6 +19,7 @@ from conftest import (
     SAVE_EVERY,
     STEPS,
     TORCHRUN,
+    all_cores,
     as_if_stopped_after,
     ended_watch,
     expect_success,
@@ -422,6 +423,7 @@ else:
 
 
 @pytest.mark.slow
+@all_cores()
 def test_killed_twenty_times_anywhere_the_run_is_bitwise_the_uninterrupted_one(tmp_path):
     short = {"optimizer": "muon", "optimizer_state_precision": "bf16"}
     alone = tiny_config(tmp_path, num_steps=KILLED_STEPS, save_every_steps=3, eval_every_steps=5, keep_checkpoints=2, **short)
