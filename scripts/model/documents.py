@@ -171,7 +171,7 @@ class _HostDocumentAttention(torch.autograd.Function):
         attended = q.new_empty(len(documents.order), *of_tokens.shape[2:])
         for group in documents.groups:
             own_q, *others = (_of_group(each, documents, group) for each in (rotated_q, rotated_k, v))
-            wide = (own_q, *(each.repeat_interleave(repeats, 1) for each in others))
+            wide = (own_q, *(operations.for_every_head(each, repeats) for each in others))
             output, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*wide, 0.0, True)
             attended[group.places] = output.transpose(1, 2).flatten(0, 1)
             log_sums.append(sums)
@@ -188,11 +188,10 @@ class _HostDocumentAttention(torch.autograd.Function):
         for group, sums in zip(documents.groups, log_sums, strict=True):
             own_q, *others, attended, above = (_of_group(each, documents, group) for each in (q, k, v, output, gradient))
             above.transpose(1, 2).flatten(0, 1).masked_fill_(documents.is_filling[group.places], 0.0)
-            wide = (above, own_q, *(each.repeat_interleave(repeats, 1) for each in others), attended)
+            wide = (above, own_q, *(operations.for_every_head(each, repeats) for each in others), attended)
             made = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*wide, sums, 0.0, True)
             for grad, own in zip(grads, made, strict=True):
-                summed = own.unflatten(1, (grad.shape[1], -1)).sum(2) if grad.shape[1] < own.shape[1] else own
-                grad[group.places] = summed.transpose(1, 2).flatten(0, 1)
+                grad[group.places] = operations.of_shared_heads(own, grad.shape[1]).transpose(1, 2).flatten(0, 1)
         shape = (q.shape[0], q.shape[2])
         grads = [grad.index_select(0, documents.places).unflatten(0, shape).transpose(1, 2) for grad in grads]
         rotated = (operations.rotate_(grad, cos, -sin).to(q.dtype) for grad in grads[:2])

@@ -228,8 +228,8 @@ def _text_chunk(inputs: Tensor, head: Tensor, targets: Tensor, _: slice, wants_g
     if not wants_gradient:
         return _Costs(_nats(inputs, head, targets), inputs.new_empty(0))
     nats, gradient = _cross_entropy_(functional.linear(inputs, head).float(), targets)
-    ignored = targets == IGNORED
-    return _Costs(nats.masked_fill_(ignored, 0.0), gradient.masked_fill_(ignored.unsqueeze(1), 0.0))
+    kept = (targets != IGNORED).float()
+    return _Costs(nats.mul_(kept), gradient.mul_(kept.unsqueeze(1)))
 
 
 def _teacher_chunk(
@@ -326,9 +326,9 @@ def _cross_entropy_(logits: Tensor, targets: Tensor) -> _Costs:
     Ignored rows count as if their target were id 0. The likeliest id's probability gives the logarithm of the softmax's
     denominator, so that no second (C, V) is needed.
     """
-    (largest, best), own = logits.max(dim=-1), _at(logits, targets)
+    largest, own = logits.amax(dim=-1), _at(logits, targets)
     gradient = torch.softmax(logits, dim=-1, out=logits)
-    nats = largest - own - gradient.gather(1, best.unsqueeze(1)).squeeze(1).log_()
+    nats = largest - own - gradient.amax(dim=-1).log_()
     gradient[torch.arange(len(targets), device=targets.device), targets.clamp(min=0)] -= 1.0
     return _Costs(nats, gradient)
 

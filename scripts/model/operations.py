@@ -152,6 +152,16 @@ def attend_cached(q: Tensor, k: Tensor, v: Tensor, rotary: Tensor, cache: KeysVa
     return functional.scaled_dot_product_attention(rotate(q, rotary), keys, values, attn_mask=seen, enable_gqa=True)
 
 
+def for_every_head(x: Tensor, repeats: int) -> Tensor:
+    """Keys or values for each head that shares them: (B, G, T, K) -> (B, G * repeats, T, K); x itself if none is shared."""
+    return x if repeats == 1 else x.repeat_interleave(repeats, 1)
+
+
+def of_shared_heads(gradient: Tensor, num_groups: int) -> Tensor:
+    """The gradient of keys or values from that of `for_every_head`: (B, H, T, K) -> (B, num_groups, T, K)."""
+    return gradient if gradient.shape[1] == num_groups else gradient.unflatten(1, (num_groups, -1)).sum(2)
+
+
 def on_host(x: Tensor) -> bool:
     """Whether x lies in host memory, so that the variants for CPUs compute."""
     return x.device.type == "cpu"
@@ -182,8 +192,7 @@ def rms_norm_gradients(gradient: Tensor, x: Tensor, gain: Tensor, scale: Tensor)
     flat, gradients, scales, outputs = (each.flatten(0, -2) for each in (x, gradient, scale, grad_x))
     for rows in row_slices(len(flat), HOST_CHUNK_ROWS * _rows_of_token(x)):
         unit, inner = flat[rows].float() * scales[rows], gradients[rows].to(torch.float32, copy=True)
-        grad_gain += torch.linalg.vecdot(inner, unit, dim=0)
-        outputs[rows] = _input_gradient_(inner.mul_(gain), unit, scales[rows])
+        outputs[rows] = _norm_gradient_(inner, unit, gain, scales[rows], grad_gain)
     return NormGradients(grad_x, grad_gain.to(gain.dtype))
 
 
@@ -263,8 +272,7 @@ class _HostNormedProducts(torch.autograd.Function):
                 piece = gradient.flatten(0, -2)[rows].to(dtype)
                 _add_product_(grad, piece.T, normed)
                 _add_product_(inner, piece, matrix)
-            grad_gain += torch.linalg.vecdot(inner, unit, dim=0)
-            grad_x.flatten(0, -2)[rows] = _input_gradient_(inner.mul_(gain), unit, scale)
+            grad_x.flatten(0, -2)[rows] = _norm_gradient_(inner, unit, gain, scale, grad_gain)
         return grad_x, grad_gain.to(gain.dtype), None, *(grad.to(gain.dtype) for grad in grads)
 
 
@@ -351,7 +359,7 @@ class _HostAttention(torch.autograd.Function):
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, rotary: Tensor) -> Tensor:
         rotated_q, rotated_k = (rotate_(each.to(torch.float32, copy=True), *rotary) for each in (q, k))
         repeats = q.shape[1] // k.shape[1]
-        wide = (rotated_q, rotated_k.repeat_interleave(repeats, 1), v.float().repeat_interleave(repeats, 1))
+        wide = (rotated_q, for_every_head(rotated_k, repeats), for_every_head(v.float(), repeats))
         attended, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*wide, 0.0, True)
         output = attended.to(q.dtype)
         ctx.save_for_backward(rotated_q.to(q.dtype), rotated_k.to(q.dtype), v, output, log_sums, rotary)
@@ -360,12 +368,12 @@ class _HostAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, output, log_sums, (cos, sin) = ctx.saved_tensors
-        groups = (k.shape[0], k.shape[1], q.shape[1] // k.shape[1], *k.shape[2:])
-        wide_k, wide_v = (each.float().repeat_interleave(groups[2], 1) for each in (k, v))
+        num_groups, repeats = k.shape[1], q.shape[1] // k.shape[1]
+        wide_k, wide_v = (for_every_head(each.float(), repeats) for each in (k, v))
         grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             gradient.float(), q.float(), wide_k, wide_v, output.float(), log_sums, 0.0, True
         )
-        grad_k, grad_v = grad_k.view(groups).sum(2), grad_v.view(groups).sum(2)
+        grad_k, grad_v = (of_shared_heads(each, num_groups) for each in (grad_k, grad_v))
         return rotate_(grad_q, cos, -sin).to(q.dtype), rotate_(grad_k, cos, -sin).to(q.dtype), grad_v.to(q.dtype), None
 
 
@@ -396,7 +404,11 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left @ right
 
 
-def _input_gradient_(gradient: Tensor, unit: Tensor, scale: Tensor) -> Tensor:
-    """The gradient of x from that of `unit` = x * scale; it takes the memory of `gradient`."""
-    along = torch.linalg.vecdot(gradient, unit).div_(unit.shape[-1]).unsqueeze(-1)
-    return gradient.addcmul_(unit, along, value=-1).mul_(scale)
+def _norm_gradient_(gradient: Tensor, unit: Tensor, gain: Tensor, scale: Tensor, grad_gain: Tensor) -> Tensor:
+    """The gradient of x from that of gain * unit, where unit = x * scale (rows, K); it takes the memory of `gradient`. The
+    gain's is added to `grad_gain`.
+    """
+    both = gradient * unit
+    grad_gain += both.sum(0)
+    along = torch.mv(both, gain.float()).div_(unit.shape[-1]).unsqueeze(-1)
+    return gradient.mul_(gain).addcmul_(unit, along, value=-1).mul_(scale)
