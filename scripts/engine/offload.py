@@ -8,14 +8,13 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cpuinfo
+import cpuinfo.cpuinfo
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -61,15 +60,16 @@ def forget_shared_memory(address: str, port: str, rank: int) -> None:
 
 
 def start_quickly() -> None:
-    """Spares three detours. Each CPU Adam of DeepSpeed's asks `cpuinfo` for the processor's maker, which takes a second: it is
-    asked once, in a thread. Each engine imports Muon, and makes it ready for torch's compiler: it is not. torch loads its whole
-    compiler to tell it to leave an optimizer's methods alone (torch/_compile.py), two seconds and 70 MiB: it is not told.
+    """Spares three detours. Each CPU Adam asks `cpuinfo` for the processor's maker, which takes a second: /proc says it. Each
+    engine imports Muon and makes it ready for torch's compiler: it is not. torch loads its compiler to tell it to leave an
+    optimizer's methods alone (torch/_compile.py), two seconds and 70 MiB: it is not told.
     """
     from deepspeed.runtime import compiler
 
     for marked in (Optimizer.add_param_group, Optimizer.zero_grad):
         setattr(marked.__wrapped__, "__dynamo_disable", marked.__wrapped__)  # pyright: ignore[reportFunctionMemberAccess]
-    cpuinfo.get_cpu_info = ThreadPoolExecutor(1).submit(cpuinfo.get_cpu_info).result
+    found = cpuinfo.cpuinfo._get_cpu_info_from_proc_cpuinfo() | {"arch": cpuinfo.cpuinfo._parse_arch(os.uname().machine)[0]}
+    cpuinfo.get_cpu_info = cache(cpuinfo.get_cpu_info if {"vendor_id_raw", "flags"} - found.keys() else lambda: found)
     compile_with = compiler.compile
     compiler.compile = lambda *_, **__: lambda function: function
     try:
