@@ -9,6 +9,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import cpuinfo
 import pytest
 import torch
 from conftest import clean_environment
@@ -18,7 +19,7 @@ from torch.utils import cpp_extension
 from torch.utils.file_baton import FileBaton
 
 from scripts.config import TrainingConfig
-from scripts.engine import toolchain
+from scripts.engine import offload, toolchain
 from scripts.plan.machine import Card
 
 WIDE_SECONDS = 60
@@ -350,3 +351,19 @@ def test_other_local_ranks_wait_until_an_older_lock_is_gone(folders):
     (folders[0] / "lock").unlink()
     assert entered.wait(WIDE_SECONDS)
     thread.join()
+
+
+def test_deepspeed_is_told_of_the_processor_that_cpuinfo_finds(monkeypatch):
+    """The maker, and what decides how extensions are compiled. Where /proc names the maker, `cpuinfo` itself is not asked: it
+    takes a second of a core.
+    """
+
+    def told() -> tuple:
+        found = cpuinfo.get_cpu_info()
+        return found.get("vendor_id_raw"), found["arch"], {"avx2", "avx512f", "avx512", "sve"} & {*found.get("flags", ())}
+
+    expected = told()
+    is_named = "vendor_id" in Path("/proc/cpuinfo").read_text()
+    monkeypatch.setattr(cpuinfo, "get_cpu_info", pytest.fail if is_named else cpuinfo.get_cpu_info)
+    offload.start_quickly()
+    assert told() == expected
