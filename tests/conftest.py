@@ -38,6 +38,7 @@ LAUNCHING = (
     "test_footprint", "test_plan", "test_watch", "test_setup", "test_checkpoint", "test_train_distill",
 )  # fmt: skip
 
+NEXT_PORT = iter(range(10000 + os.getpid() * 511 % 20000, 32768))
 ALL_CORES = sorted(os.sched_getaffinity(0))
 
 HIDE_GPUS = """import os; os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -167,10 +168,17 @@ def clean_environment() -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody uses, never the same twice, and below those that the system gives to connections of its own choice:
+    one of these may be taken before a launch listens at it.
+    """
+    for port in NEXT_PORT:
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise OSError("no free port")
 
 
 UNCHECKED = """

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -33,6 +34,7 @@ from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed.rendezvous import rendezvous
 from transformers import AutoModelForCausalLM
 
 from scripts.config import TrainingConfig
@@ -73,6 +75,18 @@ def test_srun_variables_name_the_rank_and_the_first_node(monkeypatch, nodes, fir
     monkeypatch.setattr(os, "environ", environment := dict(os.environ))
     assert ranks_from_launcher() == (9, 16, 1, 8, 0)
     assert environment["MASTER_ADDR"] == first
+
+
+def test_a_process_without_a_launcher_holds_the_port_that_it_names(monkeypatch):
+    """Nobody else can take it before the process group meets there: each store that the process asks for is the one held."""
+    kept = {name: value for name, value in os.environ.items() if name != "RANK" and not name.startswith("SLURM_")}
+    monkeypatch.setattr(os, "environ", kept)
+    assert ranks_from_launcher()[:2] == (0, 1)
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("", int(kept["MASTER_PORT"])))
+    first, second = (next(rendezvous("env://"))[0] for _ in range(2))
+    first.set("said by", "the first")
+    assert second.get("said by") == b"the first"
 
 
 FLAGS = ["srun --ntasks-per-node", "torchrun --nproc-per-node", "deepspeed --num_gpus"]
@@ -150,6 +164,7 @@ def test_a_hand_edited_checkpoint_is_refused_in_one_line_and_left_alone(finished
 
 ONE_RANK_REFUSED = """
 import os
+import socket
 print(f"sees {os.environ['CUDA_VISIBLE_DEVICES']!r}")
 from scripts import prepare_data
 whole = prepare_data.prepare

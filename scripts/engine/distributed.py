@@ -8,7 +8,6 @@ import ctypes
 import errno
 import gc
 import os
-import random
 import re
 import socket
 import sys
@@ -40,6 +39,7 @@ from scripts.plan.machine import KERNEL_FILE, allocator_settings, is_wsl
 MESSAGE_BYTES = 2048
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 C_LIBRARY = ctypes.CDLL(None)
+LOOPBACK = "127.0.0.1"
 IS_VALUE_ERROR = -1
 Result = TypeVar("Result")
 
@@ -75,8 +75,8 @@ def ranks_from_launcher() -> Ranks:
     if "RANK" not in env and "SLURM_PROCID" in env and "SLURM_STEP_NODELIST" in env:
         env |= _slurm_as_torch(env)
     if "RANK" not in env:
-        port = str(random.SystemRandom().randint(20000, 60000))
-        env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        port = str(_lone_store().port)
+        env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": LOOPBACK, "MASTER_PORT": port}
     local_size = env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", "1"))
     return Ranks(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]), int(local_size), num_launchers)
 
@@ -334,6 +334,12 @@ def _first(work: Callable[[], Result], config: TrainingConfig, ranks: Ranks) -> 
     while not store.check([turn]):
         time.sleep(LOCK_POLL_SECONDS)
     return None
+
+
+@cache
+def _lone_store() -> Any:
+    """The store of a process without a launcher, at a port that the system chose: one picked at random may be in use."""
+    return torch.distributed.TCPStore(LOOPBACK, 0, is_master=True, multi_tenant=True)  # pyright: ignore[reportPrivateImportUsage]
 
 
 @cache
