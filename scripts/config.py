@@ -20,10 +20,10 @@ import torch
 from ds.loader import BatchWarmup, rows_before, rows_of_step
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SCHEDULES = ("cosine", "linear", "wsd")
-OPTIMIZERS = ("adamw", "muon")
+SCHEDULES, OPTIMIZERS = ("cosine", "linear", "wsd"), ("adamw", "muon")
 ACTIVATION_CHECKPOINTING = ("none", "block", "block_offload")
 PLACES = ("cpu", "gpu")
+COMPILED_ON = {"never": (), "gpu": ("cuda",), "always": ("cuda", "cpu")}
 TRACKERS = ("wandb", "trackio")
 GGUF_PRECISIONS = ("f16", "bf16", "q8_0")
 CHECKPOINTS = ("newest", "best")
@@ -47,7 +47,7 @@ BELOW_ONE = ("validation_fraction", "muon_momentum", "muon_first_momentum", "bet
 
 # Settings of the system: waits, threads, buffers and estimates. Memory and time estimates enter the plan alone, no result.
 GIB, MIB = 2**30, 2**20
-HOST_CHUNK_ROWS = 1024
+HOST_CHUNK_ROWS, KERNEL_VARIANTS = 1024, 64
 
 RUN_DIR_WAIT_SECONDS = 60
 RUN_DIR_POLL_SECONDS = 0.2
@@ -80,8 +80,8 @@ NUM_MULTIPROCESSORS = 192
 NCCL_COMMUNICATOR_BYTES = 256 * MIB
 ALLOCATOR_SLACK_SHARE = 0.02
 PROGRAM_BYTES = {"cuda": 2304 * MIB, "cpu": 480 * MIB}
-DATA_BYTES = 64 * MIB
-FILE_PIECES_BYTES = 64 * MIB
+COMPILER_BYTES = {"cuda": 512 * MIB, "cpu": 192 * MIB}
+DATA_BYTES, FILE_PIECES_BYTES = 64 * MIB, 64 * MIB
 PRODUCT_EFFICIENCY_SHARE = 0.6
 RATE_SECONDS = 0.08
 RATE_COPIED_BYTES = 32 * MIB
@@ -174,6 +174,7 @@ class TrainingConfig:
     accumulation_precision: str = "fp32"
     activation_checkpointing: str = "none"
     loss_chunk_rows: int = 1024
+    compile_kernels: str = "never"
 
     log_every_steps: int = 1
     eval_every_steps: int | None = 200
@@ -414,7 +415,7 @@ def _check_choices(config: TrainingConfig) -> None:
     memory = {"precision": tuple(PRECISIONS), **sums, "activation_checkpointing": ACTIVATION_CHECKPOINTING}
     learning = {"schedule": SCHEDULES, "optimizer": OPTIMIZERS, "optimizer_state_precision": ("bf16", "fp32")}
     use = {"sample_checkpoint": CHECKPOINTS, "gguf_precision": GGUF_PRECISIONS, "tracker": (None, *TRACKERS)}
-    choices = {**learning, **memory, **use, "distill_divergence": DIVERGENCES}
+    choices = {**learning, **memory, **use, "distill_divergence": DIVERGENCES, "compile_kernels": COMPILED_ON}
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise ValueError(f"{name}={getattr(config, name)!r} is unknown; one of {', '.join(map(repr, allowed))} works")

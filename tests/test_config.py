@@ -128,6 +128,7 @@ BAD = [
     ("optimizer_state_precision", {"optimizer_state_precision": "fp16"}),
     ("activation_checkpointing", {"activation_checkpointing": "full"}),
     ("accumulate_on", {"accumulate_on": "disk"}),
+    ("compile_kernels", {"compile_kernels": "cuda"}),
     ("accumulate_on", {"offload_optimizer": False}),
     ("accumulation_precision", {"accumulation_precision": "fp16"}),
     ("accumulation_precision", {"accumulation_precision": "bf16"}),

@@ -1,6 +1,8 @@
 """Laws of scripts/model/operations.py: plain torch's values and gradients in the variants of CPUs and of GPUs."""
 
-from collections.abc import Callable
+import copy
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -13,6 +15,8 @@ from hypothesis import strategies as st
 from test_decoder import CPU, TINY, fresh, paths, some_ids, take_path
 from test_huggingface import assert_same_logits_and_gradients, written
 from torch import nn
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.nn import functional
 from tracker import fake_mode
 from transformers import AutoModelForCausalLM
@@ -20,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from scripts.config import PRECISIONS
 from scripts.model import operations
 from scripts.model.decoder import empty_model, rotary_table
-from scripts.model.losses import next_token_loss
+from scripts.model.losses import IGNORED, next_token_loss
 from scripts.model.operations import flash_attends, padded_width
 
 ROTARY, ODD_ROTARY = (rotary_table(replace(TINY, head_size=width), 0, 24, CPU) for width in (8, 14))
@@ -120,6 +124,56 @@ def test_bf16_gradients_are_near_those_of_fp32(monkeypatch, tied, on_host):
     for (name, weight), exact in zip(narrow.named_parameters(), wide.parameters(), strict=True):
         assert weight.grad is not None and exact.grad is not None and weight.grad.dtype == torch.bfloat16
         assert (weight.grad - exact.grad).norm() < 0.03 * exact.grad.norm(), name
+
+
+@pytest.fixture
+def compiled() -> Iterator[None]:
+    operations.compile_kernels(True)
+    yield
+    operations.compile_kernels(False)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_compiled_kernels_have_the_values_and_gradients_of_written_ones(monkeypatch, compiled, precision):
+    """In float32 at shapes that the compiler treats as kinds of their own too: one row of one position."""
+    take_path(monkeypatch, False)
+    decoder = fresh(replace(TINY, precision=precision, init_std=0.05))
+    tolerance = {"fp32": 1e-6, "bf16": 0.01, "fp16": 0.002}[precision]
+    for rows, positions in ((3, 24), (1, 1))[: 1 + (precision == "fp32")]:
+        ids, found = some_ids(TINY, rows, positions + 1), []
+        targets = ids[:, 1:].masked_fill(ids[:, 1:] == ids[0, -1], IGNORED) if rows > 1 else ids[:, 1:]
+        for is_compiled in (False, True):
+            operations.compile_kernels(is_compiled)
+            num_compiled = counters["stats"]["unique_graphs"]
+            loss = next_token_loss(decoder(ids[:, :-1]), decoder.head, targets, 50)
+            found.append([loss.detach(), *torch.autograd.grad(loss, list(decoder.parameters()))])
+            assert is_compiled == (counters["stats"]["unique_graphs"] > num_compiled)
+        for ours, exact in zip(found[1], found[0], strict=True):
+            assert ours.dtype == exact.dtype and (ours - exact).norm() <= tolerance * exact.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_kernel_is_one_pass_that_makes_nothing_but_its_result(monkeypatch, compiled):
+    take_path(monkeypatch, False)
+    gate, up, x = (torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in (MLP, MLP, HIDDEN))
+    down, head, targets = copy.deepcopy(DOWN).bfloat16(), torch.randn(500, 32).bfloat16(), torch.arange(48).view(2, 24)
+    outputs = {
+        "rotate": lambda: operations.rotate(torch.randn(HEADS).bfloat16(), ROTARY),
+        "gated_product": lambda: operations.gated_product(gate, up, down).sum().backward(),
+        "next_token_loss": lambda: next_token_loss(x, head, targets, 48),
+    }
+    for name, output in outputs.items():
+        with fresh_cache():
+            _, codes = run_and_get_code(output)
+        made = [re.findall(r"= empty_strided_cpu\(\((.*?)\), \(.*?\), torch\.(\w+)\)", code) for code in codes]
+        if name == "next_token_loss":
+            assert made[0] and all("500" not in shape for shape, _ in made[0])
+        else:
+            assert [len(each) for each in made] == [code.count("async_compile.cpp") for code in codes] == [1] * len(codes)
+            assert len(codes) == (2 if name == "gated_product" else 1) and all(kind == "bfloat16" for ((_, kind),) in made)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=str)

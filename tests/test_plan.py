@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scripts import config as config_module
-from scripts.config import ACTIVATION_CHECKPOINTING, DISTILL, PRETRAIN, TrainingConfig
+from scripts.config import ACTIVATION_CHECKPOINTING, COMPILED_ON, DISTILL, PRETRAIN, TrainingConfig
 from scripts.memory import GPU, HOST, OUTSIDE_TORCH, allocated_bytes, needs
 from scripts.model.huggingface import teacher_config, transformers_config
 from scripts.plan.footprint import PHASES, TEACHER_ALONE, WINDOW_BYTES, checkpoint_bytes, device_moments, phases, plan
@@ -370,6 +370,16 @@ def test_goals_are_planned(goal):
     assert allocated_bytes(planned) <= goal.gpu_gb * GB
     assert max(planned.device[phase].total for phase in PHASES) <= (goal.gpu_gb + 0.5) * GB
     assert 0.9 * goal.host_gib * GIB <= needs(planned, 1)[HOST].moment.total <= goal.host_gib * GIB
+
+
+@pytest.mark.parametrize("device_type", ["cuda", "cpu"])
+@pytest.mark.parametrize("compiled", COMPILED_ON)
+def test_torchs_compiler_is_in_the_plan_of_the_host_where_it_compiles_and_nowhere_on_the_card(compiled, device_type):
+    without = plan(replace(DISTILL, compile_kernels="never"), 1, device_type)
+    planned = plan(replace(DISTILL, compile_kernels=compiled), 1, device_type)
+    more = config_module.COMPILER_BYTES[device_type] * (compiled == "always" or (compiled, device_type) == ("gpu", "cuda"))
+    assert needs(planned, 1)[HOST].moment.total - needs(without, 1)[HOST].moment.total == more
+    assert planned.device == without.device
 
 
 @pytest.mark.parametrize("name", CARDS)

@@ -58,7 +58,7 @@ def test_a_run_of_another_configuration_is_refused_with_its_fields(finished_run,
 
 
 def test_what_a_run_takes_of_the_card_may_change_on_the_way(finished_run):
-    changes = {"micro_batch_rows": 1, "activation_checkpointing": "block", "loss_chunk_rows": 7}
+    changes = {"micro_batch_rows": 1, "activation_checkpointing": "block", "loss_chunk_rows": 7, "compile_kernels": "gpu"}
     refuse_other_run(replace(finished_run, accumulate_on="gpu", accumulation_precision="bf16", precision="bf16", **changes))
 
 

@@ -238,6 +238,24 @@ def test_resume_is_bitwise_the_uninterrupted_run(finished_runs, resumed_runs, re
         assert sha256_of(resumed.run_dir / last / file) == sha256_of(whole.run_dir / last / file), file
 
 
+@pytest.mark.slow
+def test_compiled_kernels_make_the_run_of_written_ones_and_resume_bitwise(finished_runs, tmp_path):
+    """The second launch compiles all of them anew, and meets shapes in another order: the first evaluates and samples first."""
+    written, sampling = finished_runs[2, "bf16"], {"sample_every_steps": SAVE_EVERY, "sample_tokens": 4}
+    whole = replace(written, run_dir=str(tmp_path / "whole"), compile_kernels="always", **sampling)
+    stopped = replace(whole, run_dir=str(tmp_path / "stopped"))
+    for config in (whole, stopped):
+        cache = {"TORCHINDUCTOR_CACHE_DIR": f"{config.run_dir}-kernels"}
+        expect_success(launch(tmp_path, pretrain_script([config], "", ""), TORCHRUN[2], env=cache))
+        assert [*Path(f"{config.run_dir}-kernels").rglob("*.so")], "nothing was compiled"
+        if config is whole:
+            as_if_stopped_after(SAVE_EVERY, whole, Path(stopped.run_dir))
+    assert losses(stopped) == losses(whole) and held_out(stopped) == held_out(whole)
+    model = Path("checkpoints") / f"step-{STEPS:08d}" / "model.safetensors"
+    assert sha256_of(stopped.run_dir / model) == sha256_of(whole.run_dir / model)
+    np.testing.assert_allclose(*([loss for _, loss, _ in losses(config)] for config in (whole, written)), rtol=1e-3)
+
+
 def test_another_number_of_ranks_continues_the_run(finished_runs, resumed_runs, resuming_ranks):
     whole, resumed = finished_runs[3 - resuming_ranks, "fp32"], resumed_runs["elastic"]
     np.testing.assert_allclose([loss for _, loss, _ in losses(resumed)], [loss for _, loss, _ in losses(whole)], rtol=1e-4)

@@ -11,6 +11,8 @@ import torch
 from conftest import expect_success, launch, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._inductor import config as compiling
+from torch._inductor.utils import fresh_cache
 from torch.nn import functional
 
 from scripts.config import TrainingConfig
@@ -365,3 +367,18 @@ def test_adam_with_unbounded_updates_is_compared_after_one():
     bounded = truth_check.tiny_clone(TrainingConfig(beta1=0.9, beta2=0.98), 1)
     assert len(truth_check.tiny_windows(bounded, 1)) == 3
     assert len(truth_check.tiny_windows(replace(bounded, beta1=0.99, beta2=0.5), 1)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiler_of_torch_that_fails_is_refused_in_one_line_with_what_to_change(tmp_path):
+    config, device = tiny_config(tmp_path, compile_kernels="always"), torch.device("cpu")
+    no_compiler, refused = (
+        compiling.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(ValueError, match="^torch.compile "),
+    )
+    with fresh_cache(), no_compiler, refused as refusal:
+        truth_check.refuse_failing_compiler(config, device)
+    assert 'set compile_kernels="never"' in str(refusal.value) and "\n" not in str(refusal.value)
+    for place in ("gpu", "never"):
+        truth_check.refuse_failing_compiler(replace(config, compile_kernels=place), device)

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from scripts.config import NEWTON_SCHULZ_ITERATIONS, TrainingConfig
+from scripts.config import COMPILED_ON, NEWTON_SCHULZ_ITERATIONS, TrainingConfig
 from scripts.engine.distributed import release_memory
 from scripts.engine.offload import DEEPSPEED_VERSION
 from scripts.engine.updates import LEAST_NORM, NEWTON_SCHULZ, RMS_OF_ADAMW
 from scripts.model.decoder import Block, Decoder, empty_model, parameter_groups
 from scripts.model.documents import Windows, windows_of
+from scripts.model.losses import next_token_loss
+from scripts.model.operations import compile_kernels
 
 LEARNING_RATE = 1e-2
 MOST_TRIES = 40
@@ -63,6 +65,25 @@ TrainTiny = Callable[[TrainingConfig, Decoder, Steps, float], Trained]
 BOUNDS = {"fp32": Bounds(1e-3, 1e-3, 1e-4), "bf16": Bounds(0.07, 0.1, 0.04), "fp16": Bounds(0.025, 0.035, 0.008)}
 # Moments in 16 bits; and a group under Muon in 16 bits, which makes small parts of a gradient as large as the others.
 SHORT_MOMENTS, SHORT_MUON_UPDATE = Bounds(0.01, 0.015, 1e-3), 0.2
+
+
+def refuse_failing_compiler(config: TrainingConfig, device: torch.device) -> None:
+    """Sets whether kernels are compiled on `device` in this process, and if they are tries that with the tiny clone. Raises
+    ValueError where torch's compiler fails.
+    """
+    is_wanted = device.type in COMPILED_ON[config.compile_kernels]
+    compile_kernels(is_wanted)
+    if not is_wanted:
+        return
+    tiny = tiny_clone(config, 1)
+    model, windows = draw_weights(empty_model(tiny, device)), tiny_windows(tiny, 1)[0, 0, 0].to(device)
+    try:
+        next_token_loss(model(windows[:, :-1]), model.head, windows[:, 1:], tiny.loss_chunk_rows).backward()
+    except RuntimeError as fault:
+        if isinstance(fault, torch.OutOfMemoryError):
+            raise
+        words = " ".join(str(fault).splitlines()[:2])
+        raise ValueError(f'torch.compile fails here: {words}; set compile_kernels="never", which is slower') from fault
 
 
 def refuse_untrue_updates(

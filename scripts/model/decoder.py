@@ -6,16 +6,26 @@ Shape letters, here and everywhere: B rows, T positions, D width, H heads, G kv 
 import math
 from contextlib import nullcontext
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from scripts.config import TrainingConfig
 from scripts.model import operations
 from scripts.model.activation_offload import BlockInputOffload, HostInputs
 from scripts.model.documents import Documents, attend_within
-from scripts.model.operations import KeysValues, attend, attend_cached, normalise, normed_products
+from scripts.model.operations import attend, normalise, normed_products, rotate
+
+
+class KeysValues(NamedTuple):
+    """What one layer's attention remembers of earlier positions: rotated keys and values, each (B, G, length, K)."""
+
+    keys: Tensor
+    values: Tensor
+
 
 Cache = list[KeysValues]
 
@@ -43,10 +53,25 @@ class Attention(nn.Module):
             q, k = normalise(q, self.q_norm), normalise(k, self.k_norm)
         q, k, v = (each.transpose(1, 2) for each in (q, k, v))
         if isinstance(seen, KeysValues):
-            output = attend_cached(q, k, v, rotary, seen, start=start)
+            output = _attend_cached(q, k, v, rotary, seen, start=start)
         else:
             output = attend(q, k, v, rotary) if seen is None else attend_within(q, k, v, rotary, seen)
         return operations.product(output.transpose(1, 2).flatten(2), self.o_proj)
+
+
+def _attend_cached(q: Tensor, k: Tensor, v: Tensor, rotary: Tensor, cache: KeysValues, *, start: int) -> Tensor:
+    """`attend` for positions from `start` on, over the cached ones before it too; writes rotated k, and v, into the cache.
+
+    With a mask torch holds every score, and k and v in float32 for every head: for one position after others, which is what
+    sampling asks for, less than a training step.
+    """
+    stop, rotated = start + q.shape[2], rotate(k, rotary)
+    cache.keys[:, :, start:stop], cache.values[:, :, start:stop] = rotated, v
+    if start == 0:
+        return attend(q, k, v, rotary)
+    seen = torch.ones(q.shape[2], stop, dtype=torch.bool, device=q.device).tril(start)
+    keys, values = cache.keys[:, :, :stop], cache.values[:, :, :stop]
+    return functional.scaled_dot_product_attention(rotate(q, rotary), keys, values, attn_mask=seen, enable_gqa=True)
 
 
 class MLP(nn.Module):

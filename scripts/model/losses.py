@@ -16,7 +16,7 @@ from torch.nn import functional
 from ds.shards import Labels
 from scripts.config import HOST_CHUNK_ROWS, TrainingConfig
 from scripts.model.documents import Windows
-from scripts.model.operations import on_host, product_dtype, row_slices
+from scripts.model.operations import kernel, on_host, product_dtype, row_slices
 
 IGNORED = -100
 HALF_GRADIENT_SCALE = 2.0**8
@@ -125,7 +125,7 @@ class _Chunk(NamedTuple):
 
 
 class _Costs(NamedTuple):
-    """Each row's nats (C,) float32, and their gradient with respect to the logits (C, V) float32, empty where not wanted."""
+    """Each row's nats (C,) float32, and their gradient with respect to the logits (C, V), empty where not wanted."""
 
     nats: Tensor
     gradient: Tensor
@@ -141,8 +141,9 @@ class _Tail(NamedTuple):
 class _ChunkedLoss(torch.autograd.Function):
     """The forward computes the gradients too, chunk by chunk; the backward only scales them (as Liger-kernel does, 2024).
 
-    `chunk.loss_function(inputs, head, targets, rows, wants_gradient)` gets hidden states (C, D), the head (V, D), targets (C,)
-    and `rows`, the slice that they are. It returns _Costs, zero where ignored.
+    `chunk.loss_function(inputs, head, targets, rows, scale)` gets hidden states (C, D), the head (V, D), targets (C,) and
+    `rows`, the slice that they are. It returns _Costs, zero where ignored, the gradient times `scale` in the dtype of `inputs`.
+    No gradient is wanted where `scale` is None.
 
     In float16 probabilities below 3e-8 would vanish from the gradient of the logits, before the loss scale can save them. So it
     is made HALF_GRADIENT_SCALE times as large, less where the loss's `largest` gradient is above 1; its products with hidden
@@ -159,10 +160,8 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_head = torch.zeros_like(head, dtype=torch.float32) if needed[1] and is_split else None
         for rows in row_slices(len(hidden), chunk_rows):
             inputs = hidden[rows].to(matrix.dtype)
-            nats, gradient = chunk.loss_function(inputs, matrix, targets[rows], rows, any(needed))
+            nats, gradient = chunk.loss_function(inputs, matrix, targets[rows], rows, scale if any(needed) else None)
             total += nats.sum()
-            if any(needed):
-                gradient = _scaled(gradient, scale, inputs.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = gradient @ matrix
             if grad_head is not None:
@@ -216,37 +215,39 @@ def _for_products(head: Tensor) -> Tensor:
     return head.to(product_dtype(head.dtype, head.device))
 
 
-def _scaled(gradient: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """scale * gradient in `dtype`, rounded once."""
-    if scale == 1.0:
+def _scaled(gradient: Tensor, scale: float | None, dtype: torch.dtype) -> Tensor:
+    """scale * gradient in `dtype`, rounded once; unscaled where `scale` is None."""
+    if scale in (None, 1.0):
         return gradient.to(dtype)
     return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
 
 
-def _text_chunk(inputs: Tensor, head: Tensor, targets: Tensor, _: slice, wants_gradient: bool) -> _Costs:
-    """The next-token loss of a chunk; one (C, V) float32 is alive at a time."""
-    if not wants_gradient:
+def _text_chunk(inputs: Tensor, head: Tensor, targets: Tensor, _: slice, scale: float | None) -> _Costs:
+    """The next-token loss of a chunk; one (C, V) float32 is alive at a time, beside the logits where these are shorter."""
+    if scale is None:
         return _Costs(_nats(inputs, head, targets), inputs.new_empty(0))
-    nats, gradient = _cross_entropy_(functional.linear(inputs, head).float(), targets)
-    kept = (targets != IGNORED).float()
-    return _Costs(nats.mul_(kept), gradient.mul_(kept.unsqueeze(1)))
+    logits = functional.linear(inputs, head)
+    return _Costs(_text_costs_(logits, targets, scale), logits)
 
 
 def _teacher_chunk(
-    inputs: Tensor, head: Tensor, targets: Tensor, rows: slice, _: bool, *, teacher_hidden: Tensor, teacher_head: Tensor,
-    settings: _Distillation,
+    inputs: Tensor, head: Tensor, targets: Tensor, rows: slice, scale: float | None, *, teacher_hidden: Tensor,
+    teacher_head: Tensor, settings: _Distillation,
 ) -> _Costs:  # fmt: skip
     """The distillation loss of a chunk; at most three (C, V) float32 are alive at a time."""
     logs = _log_probabilities(inputs, head, settings.temperature)
     teacher_logs = _log_probabilities(teacher_hidden[rows].to(teacher_head.dtype), teacher_head, settings.temperature)
     nats, gradient = _divergence_(logs, teacher_logs, settings.divergence)
     del teacher_logs
-    return _with_text_(logs, targets, nats, gradient, settings)
+    nats = _with_text_(logs, targets, nats, gradient, settings)
+    del gradient
+    return _Costs(nats, _scaled(logs, scale, inputs.dtype))
 
 
 def _label_chunk(
-    inputs: Tensor, head: Tensor, targets: Tensor, rows: slice, _: bool, *, labels: Labels[Tensor], settings: _Distillation
-) -> _Costs:
+    inputs: Tensor, head: Tensor, targets: Tensor, rows: slice, scale: float | None, *, labels: Labels[Tensor],
+    settings: _Distillation,
+) -> _Costs:  # fmt: skip
     """The label loss of a chunk; at most two (C, V) float32 are alive at a time.
 
     The gradient of an outcome's log-probability goes to the ids that the outcome sums up, in proportion to their probabilities.
@@ -258,7 +259,18 @@ def _label_chunk(
     outcomes = _log_outcomes(labels.logs[rows], labels.tail[rows])
     nats, by_outcome = _divergence_(torch.cat((likely, log_tail), dim=1), outcomes, settings.divergence)
     gradient.mul_(by_outcome[:, -1:]).scatter_(1, ids, by_outcome[:, :-1])
-    return _with_text_(logs, targets, nats, gradient, settings)
+    nats = _with_text_(logs, targets, nats, gradient, settings)
+    del gradient
+    return _Costs(nats, _scaled(logs, scale, inputs.dtype))
+
+
+@kernel(any_shape=False)
+def _text_costs_(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
+    """Cross-entropy of each row (C,), zero where ignored. Its gradient times `scale` overwrites `logits` (C, V)."""
+    nats, gradient = _cross_entropy_(logits.float(), targets)
+    kept = (targets != IGNORED).float()
+    logits.copy_(gradient.mul_((scale * kept).unsqueeze(1)))
+    return nats.mul_(kept)
 
 
 def _log_probabilities(inputs: Tensor, head: Tensor, temperature: float) -> Tensor:
@@ -304,15 +316,17 @@ def _divergence_(student: Tensor, teacher: Tensor, divergence: str) -> _Costs:
 
 def _with_text_(
     logs: Tensor, targets: Tensor, divergence: Tensor, divergence_gradient: Tensor, settings: _Distillation
-) -> _Costs:
-    """The weighted sum of divergence and next-token loss. Its gradient overwrites the student's `logs` at the temperature."""
+) -> Tensor:
+    """The weighted sum of divergence and next-token loss of each row, zero where ignored. Its gradient overwrites the
+    student's `logs` at the temperature.
+    """
     kept, soft = (targets != IGNORED).float(), settings.weight * settings.temperature
     if settings.temperature != 1.0:
         logs.mul_(settings.temperature)
     nats, gradient = _cross_entropy_(logs, targets)
     total, by_row = (1.0 - settings.weight) * nats + soft * settings.temperature * divergence, kept.unsqueeze(1)
     gradient.mul_((1.0 - settings.weight) * by_row).addcmul_(divergence_gradient, soft * by_row)
-    return _Costs(total * kept, gradient)
+    return total * kept
 
 
 def _nats(inputs: Tensor, head: Tensor, targets: Tensor) -> Tensor:
@@ -326,10 +340,13 @@ def _cross_entropy_(logits: Tensor, targets: Tensor) -> _Costs:
     Ignored rows count as if their target were id 0. The likeliest id's probability gives the logarithm of the softmax's
     denominator, so that no second (C, V) is needed.
     """
-    largest, own = logits.amax(dim=-1), _at(logits, targets)
-    gradient = torch.softmax(logits, dim=-1, out=logits)
+    own, aims = _at(logits, targets), targets.clamp(min=0)
+    if torch.compiler.is_compiling():  # so that no pass needs what another one has written
+        log_sums, is_aim = logits.logsumexp(dim=-1), torch.arange(logits.shape[1], device=aims.device) == aims.unsqueeze(1)
+        return _Costs(log_sums - own, logits.sub_(log_sums.unsqueeze(1)).exp_().sub_(is_aim.float()))
+    largest, gradient = logits.amax(dim=-1), torch.softmax(logits, dim=-1, out=logits)
     nats = largest - own - gradient.amax(dim=-1).log_()
-    gradient[torch.arange(len(targets), device=targets.device), targets.clamp(min=0)] -= 1.0
+    gradient[torch.arange(len(aims), device=aims.device), aims] -= 1.0
     return _Costs(nats, gradient)
 
 

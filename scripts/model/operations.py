@@ -1,24 +1,23 @@
 """The decoder's operations and their gradients, on GPUs and on CPUs. Knows tensors; no layers and no configuration.
 
 Shape letters are decoder.py's. Each operation keeps little for its backward: what is cheap to compute again is computed again.
-On a CPU the variants named `_Host...` work on HOST_CHUNK_ROWS rows at a time, which stay in the cache.
+On a CPU the variants named `_Host...` work on HOST_CHUNK_ROWS rows at a time, which stay in the cache. What `kernel` marks is
+compiled by torch.compile where `compile_kernels` asks for it: one pass over memory, of the same tensors.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from scripts.config import HOST_CHUNK_ROWS
+from scripts.config import HOST_CHUNK_ROWS, KERNEL_VARIANTS
 
-
-class KeysValues(NamedTuple):
-    """What one layer's attention remembers of earlier positions: rotated keys and values, each (B, G, length, K)."""
-
-    keys: Tensor
-    values: Tensor
+_bodies: dict[Callable, bool] = {}
+_compiled: dict[Callable, Callable] = {}
 
 
 class Normed(NamedTuple):
@@ -33,6 +32,36 @@ class NormGradients(NamedTuple):
 
     x: Tensor
     gain: Tensor
+
+
+def kernel(*, any_shape: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Marks a function of tensors for `compile_kernels`. A function that adds up rows is compiled for each shape anew: one for
+    `any_shape` would add in an order that depends on the first shape that it met.
+    """
+
+    def mark(body: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(body)
+        def run(*inputs: Any) -> Any:
+            if body not in _compiled:
+                return body(*inputs)
+            return _compiled[body](*(each.detach() if isinstance(each, Tensor) else each for each in inputs))
+
+        _bodies[body] = any_shape
+        return run
+
+    return mark
+
+
+def compile_kernels(is_wanted: bool) -> None:
+    """From now on this process runs what `kernel` marks as torch.compile makes it at the first call, or as it is written."""
+    _compiled.clear()
+    if not is_wanted:
+        return
+    from torch._dynamo import config as tracing  # here alone: torch's compiler takes two seconds to load
+    from torch._inductor import config as compiling
+
+    tracing.recompile_limit, compiling.compile_threads = KERNEL_VARIANTS, 1
+    _compiled.update({body: torch.compile(body, fullgraph=True, dynamic=any_shape) for body, any_shape in _bodies.items()})
 
 
 def product_dtype(storage: torch.dtype, device: torch.device) -> torch.dtype:
@@ -135,21 +164,6 @@ def flash_attends(capability: tuple[int, ...] | None, dtype: torch.dtype, head_w
     has_flash = dtype in (torch.float16, torch.bfloat16) and 80 <= sm <= 121
     is_refused = needs_gradient and (86 <= sm <= 89 or sm >= 120) and 192 < head_width <= 224
     return has_flash and head_width <= 256 and not is_refused
-
-
-def attend_cached(q: Tensor, k: Tensor, v: Tensor, rotary: Tensor, cache: KeysValues, *, start: int) -> Tensor:
-    """`attend` for positions from `start` on, over the cached ones before it too; writes rotated k, and v, into the cache.
-
-    With a mask torch holds every score, and k and v in float32 for every head: for one position after others, which is what
-    sampling asks for, less than a training step.
-    """
-    stop, rotated = start + q.shape[2], rotate(k, rotary)
-    cache.keys[:, :, start:stop], cache.values[:, :, start:stop] = rotated, v
-    if start == 0:
-        return attend(q, k, v, rotary)
-    seen = torch.ones(q.shape[2], stop, dtype=torch.bool, device=q.device).tril(start)
-    keys, values = cache.keys[:, :, :stop], cache.values[:, :, :stop]
-    return functional.scaled_dot_product_attention(rotate(q, rotary), keys, values, attn_mask=seen, enable_gqa=True)
 
 
 def for_every_head(x: Tensor, repeats: int) -> Tensor:
@@ -282,19 +296,17 @@ class _GatedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
-        return functional.linear(functional.silu(gate).mul_(up), weight)
+        return functional.linear(_gated(gate.flatten(0, -2), up.flatten(0, -2)).view_as(gate), weight)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         gate, up, weight = ctx.saved_tensors
         gates, ups, piece = (each.flatten(0, -2) for each in (gate, up, gradient))
-        active = functional.silu(gates)
-        inner = active * ups
+        inner = _gated(gates, ups)
         grad = piece.T @ inner
         torch.mm(piece, weight, out=inner)
-        active.mul_(inner)
-        torch.ops.aten.silu_backward.grad_input(inner.mul_(ups), gates, grad_input=inner)
-        return inner.view_as(gate), active.view_as(up), grad
+        grad_up = _gate_gradients_(inner, gates, ups)
+        return inner.view_as(gate), grad_up.view_as(up), grad
 
 
 class _HostGatedProduct(torch.autograd.Function):
@@ -344,12 +356,12 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, rotary: Tensor) -> Tensor:
         ctx.save_for_backward(rotary)
-        return rotate_(x.to(torch.float32, copy=True), *rotary).to(x.dtype)
+        return _rotated(x, *rotary)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         cos, sin = ctx.saved_tensors[0]
-        return rotate_(gradient.to(torch.float32, copy=True), cos, -sin).to(gradient.dtype), None
+        return _rotated(gradient, cos, -sin), None
 
 
 class _HostAttention(torch.autograd.Function):
@@ -375,6 +387,26 @@ class _HostAttention(torch.autograd.Function):
         )
         grad_k, grad_v = (of_shared_heads(each, num_groups) for each in (grad_k, grad_v))
         return rotate_(grad_q, cos, -sin).to(q.dtype), rotate_(grad_k, cos, -sin).to(q.dtype), grad_v.to(q.dtype), None
+
+
+@kernel(any_shape=True)
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate_` of a copy, in the dtype of x."""
+    return rotate_(x.to(torch.float32, copy=True), cos, sin).to(x.dtype)
+
+
+@kernel(any_shape=True)
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, all of one shape."""
+    return functional.silu(gate).mul_(up)
+
+
+@kernel(any_shape=True)
+def _gate_gradients_(gradient: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """The gradient of `up` from that of `_gated`, over which that of `gate` is written."""
+    grad_up = functional.silu(gate).mul_(gradient)
+    torch.ops.aten.silu_backward.grad_input(gradient.mul_(up), gate, grad_input=gradient)
+    return grad_up
 
 
 def _unit_rows(x: Tensor, eps: float) -> Normed:

@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from scripts.config import TrainingConfig
-from scripts.model.decoder import Cache, Decoder
-from scripts.model.operations import KeysValues
+from scripts.model.decoder import Cache, Decoder, KeysValues
 
 LEAST_TEMPERATURE = 1e-6
 

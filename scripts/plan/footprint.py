@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from scripts import config as settings
-from scripts.config import PRECISIONS, TrainingConfig
+from scripts.config import COMPILED_ON, PRECISIONS, TrainingConfig
 from scripts.model.huggingface import teacher_config
 from scripts.model.operations import flash_attends, padded_width, product_dtype
 from scripts.plan.machine import moments_bytes, pinned_bytes
@@ -416,6 +416,7 @@ def _host_moment(config: TrainingConfig, world_size: int, device_type: str, phas
     if config.accumulate_on == "gpu":
         staging += 2 * pinned_bytes(sums * piece, device_type) * (device_type == "cuda") + 4 * piece * (sums < 4)
     parts = {"the program": settings.PROGRAM_BYTES[device_type], "the data": settings.DATA_BYTES}
+    parts["torch's compiler"] = settings.COMPILER_BYTES[device_type] * (device_type in COMPILED_ON[config.compile_kernels])
     locked = {kind: f"page-locked {kind}" if device_type == "cuda" else kind for kind in ("staging", "block inputs")}
     if phase in (TEACHER_ALONE, "training step"):
         parts["labels being read"] = LABEL_COPIES * _label_bytes(config)

@@ -13,7 +13,10 @@ from scripts.config import RUN_DIR_POLL_SECONDS, TrainingConfig
 from scripts.model.huggingface import parse_json, read_json
 from scripts.run.storage import lock, lock_words, write_text
 
-MEMORY_FIELDS = ("micro_batch_rows", "accumulate_on", "accumulation_precision", "activation_checkpointing", "loss_chunk_rows")
+MEMORY_FIELDS = (
+    "micro_batch_rows", "accumulate_on", "accumulation_precision", "activation_checkpointing", "loss_chunk_rows",
+    "compile_kernels",
+)  # fmt: skip
 # What a person reads or makes of a run. It changes no update.
 USE_FIELDS = (
     "sample_every_steps", "sample_prompt", "sample_tokens", "sample_temperature", "sample_top_k", "sample_top_p",

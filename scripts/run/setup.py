@@ -213,6 +213,7 @@ def _open_run(start: Start, given: Given) -> Run | None:
     if ranks.rank == 0:
         start = start._replace(planned_tokens_per_second=_say_plan(config, ranks))
     data, teaching = in_turn(lambda: given.prepare(config), config, ranks), None
+    together(lambda: truth_check.refuse_failing_compiler(config, device_of(ranks)))
     if start.teacher is not None:
         teaching = open_teaching(start.teacher, config, ranks, data, label=given.label, found=found)
     return _assemble_run(start, given, data, found, teaching)

@@ -148,6 +148,8 @@ def main() -> None:
 def first_rows() -> list[Row]:
     """What tells most of a card, in the first ten minutes."""
     whole, stopped, second = {"fields": [EXACT]}, {"fields": [EXACT], "stop_after": 4}, {"fields": [BEFORE, EXACT]}
+    fast = {"fields": [EXACT | {"compile_kernels": "gpu"}]}
+    compiled = {"one": [fast], "other": [fast | {"stop_after": 4}, fast]}
     return [
         Row("exact", "GPU tests", "", "tests", {"arguments": ["-m", "gpu"]}, TESTS_SECONDS),
         Row("exact", "truth check", "bf16", "train", {"fields": [TINY | {"precision": "bf16"}]}, ROW_SECONDS),
@@ -156,10 +158,13 @@ def first_rows() -> list[Row]:
         ours("speed", "1.3B", "tightfit"),
         stock("1.3B", "stock, checkpointing"),
         ours("speed", "3B", "tightfit"),
+        ours("speed", "3B", "compiled kernels", compile_kernels="gpu"),
         ours("speed", "6.7B", "tightfit"),
         ours("capped", "GPU_4GB", "4 GB", cap_gb=4),
         Row("exact", "resume", "", "alike", {"one": [whole], "other": [stopped, whole]}, LAUNCHES_SECONDS),
+        Row("exact", "resume, compiled kernels", "", "alike", compiled, LAUNCHES_SECONDS),
         ours("speed", "124M", "tightfit"),
+        ours("speed", "124M", "compiled kernels", compile_kernels="gpu"),
         stock("124M", "stock"),
         Row("exact", "two runs in a process", "", "alike", {"one": [whole], "other": [second]}, LAUNCHES_SECONDS),
     ]
