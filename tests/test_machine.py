@@ -327,3 +327,13 @@ def test_swap_in_use_is_told_from_a_gibibyte_on(total, free):
     words = machine.swap_words({"SwapTotal": total, "SwapFree": min(free, total)})
     assert (words is None) == (total - min(free, total) < 2**30) and (words is None or "sudo swapoff -a" in words)
     assert machine.swap_words({}) is None
+
+
+@given(st.dictionaries(st.integers(0, 5), st.tuples(st.integers(1, 64), st.integers(1, 8)), min_size=1), st.randoms())
+def test_ranks_with_the_same_cores_share_them_and_one_with_cores_of_its_own_uses_all(places, random):
+    """`places`: by number, how many cores there are and how many ranks have them."""
+    numbers = [number for number, (_, num_ranks) in places.items() for _ in range(num_ranks)]
+    random.shuffle(numbers)
+    for number, (num_cores, num_ranks) in places.items():
+        (threads,) = {machine.num_threads(num_cores, numbers, rank) for rank, each in enumerate(numbers) if each == number}
+        assert threads == 1 if num_ranks > num_cores else num_cores - num_ranks < threads * num_ranks <= num_cores

@@ -18,6 +18,7 @@ from conftest import (
     SAVE_EVERY,
     STEPS,
     TORCHRUN,
+    all_cores,
     as_if_stopped_after,
     clean_environment,
     expect_success,
@@ -197,6 +198,28 @@ def test_launched_ranks_see_no_gpu(one_rank_refused):
     """Without `-m gpu`: two ranks must pass on a machine with one card. DeepSpeed's launcher sets the variable anew."""
     assert one_rank_refused.stdout.count("sees ''") == 2, one_rank_refused.stdout
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()
+
+
+BOUND_TO_CORES = """
+import os
+import torch
+from scripts.config import PRETRAIN
+from scripts.engine import distributed
+
+ranks, cores = distributed.ranks_from_launcher(), sorted(os.sched_getaffinity(0))[:2]
+with distributed.leaving():
+    os.sched_setaffinity(0, cores[ranks.rank :])
+    distributed.join(PRETRAIN, ranks)
+    print(f"rank {ranks.rank} has {torch.get_num_threads()} threads", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_its_launcher_gave_cores_of_its_own_uses_all_of_them(tmp_path):
+    with all_cores():
+        results = launch(tmp_path, BOUND_TO_CORES, TORCHRUN[2])
+    lines = [line for line in expect_success(results).splitlines() if line.startswith("rank ")]
+    assert sorted(lines) == ["rank 0 has 2 threads", "rank 1 has 1 threads"]
 
 
 SLOW_FIRST_RANK = """

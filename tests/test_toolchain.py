@@ -20,7 +20,7 @@ from torch.utils.file_baton import FileBaton
 
 from scripts.config import TrainingConfig
 from scripts.engine import offload, toolchain
-from scripts.plan.machine import Card
+from scripts.plan.machine import Card, boot_id
 
 WIDE_SECONDS = 60
 HOLDER = """
@@ -260,7 +260,7 @@ def test_lock_of_a_killed_launch_is_removed_and_that_of_a_living_one_is_left(hol
 def leave_dead_note(root: Path, host: str | None = None) -> Path:
     """The note of a real process that is killed."""
     with subprocess.Popen(["sleep", "100"]) as process:
-        text = f"{toolchain.boot_id()} {toolchain.process_namespace()} {toolchain.started_ticks(process.pid)}"
+        text = f"{boot_id()} {toolchain.process_namespace()} {toolchain.started_ticks(process.pid)}"
         process.kill()
     note = root / f"tightfit-{host or os.uname().nodename}-{process.pid}"
     note.write_text(text)

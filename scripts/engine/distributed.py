@@ -34,7 +34,7 @@ from ds.files import one_line
 from ds.pieces import start_worker
 from scripts.config import CONNECT_SECONDS, DASK_SECONDS, LOCK_POLL_SECONDS, PROGRESS_SECONDS, TrainingConfig
 from scripts.engine import offload, watch
-from scripts.plan.machine import KERNEL_FILE, allocator_settings, is_wsl
+from scripts.plan.machine import KERNEL_FILE, allocator_settings, cores_number, is_wsl, num_threads
 
 MESSAGE_BYTES = 2048
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -124,7 +124,6 @@ def join(config: TrainingConfig, ranks: Ranks) -> None:
     deepspeed.utils.logger.setLevel("WARNING")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\.")  # what a user cannot mend
     offload.start_quickly()
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_size))
     torch.set_deterministic_debug_mode("error")
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
@@ -135,7 +134,7 @@ def join(config: TrainingConfig, ranks: Ranks) -> None:
     backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(minutes=config.rank_timeout_minutes)
     with _refusing_taken_port(), redirect_stdout(StringIO()):  # DeepSpeed prints what it has built
         deepspeed.init_distributed(backend, verbose=False, timeout=timeout)
-    wait_for_all()
+    torch.set_num_threads(num_threads(len(os.sched_getaffinity(0)), gather_numbers(cores_number()), ranks.rank))
     offload.forget_shared_memory(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], ranks.rank)
 
 

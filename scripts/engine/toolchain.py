@@ -19,7 +19,7 @@ from torch.utils import cpp_extension
 
 from scripts.config import LOCK_POLL_SECONDS, LONG_LOCK_SECONDS, TrainingConfig
 from scripts.engine.watch import process_stat
-from scripts.plan.machine import Card
+from scripts.plan.machine import Card, boot_id
 
 
 def extension_folders(config: TrainingConfig) -> list[Path]:
@@ -173,11 +173,6 @@ def names_the_dead(note: Path) -> bool:
     if host != socket.gethostname():
         return False
     return boot != boot_id() or (namespace == process_namespace() and started_ticks(int(process)) != started)
-
-
-def boot_id() -> str:
-    """The kernel's name for the time since this machine was started."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def process_namespace() -> str:

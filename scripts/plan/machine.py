@@ -1,11 +1,13 @@
 """What the machine has, what this process has taken of it, how fast it is, and the hours to expect. Knows no plan."""
 
+import os
 import re
 import resource
 import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
@@ -195,6 +197,25 @@ def pinned_bytes(num_bytes: int, device_type: str) -> int:
 def can_pin_exactly(torch_version: str) -> bool:
     """Whether this torch knows the settings with which page-locked memory is not rounded up."""
     return TorchVersion(torch_version) >= "2.13"
+
+
+def boot_id() -> str:
+    """The kernel's name for the time since this machine was started."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def cores_number() -> int:
+    """A number that two processes have in common if they may run on the same cores of the same machine: 32 bits of a hash."""
+    words = f"{boot_id()} {sorted(os.sched_getaffinity(0))}"
+    return int.from_bytes(blake2b(words.encode(), digest_size=4).digest(), "big")
+
+
+def num_threads(num_cores: int, numbers: list[int], rank: int) -> int:
+    """Threads of a rank on its `num_cores`, which it shares with the ranks that have its `cores_number`; by rank, `numbers`.
+
+    A launcher may give each rank cores of its own: `srun --cpus-per-task`, `deepspeed --bind_cores_to_rank`.
+    """
+    return max(1, num_cores // numbers.count(numbers[rank]))
 
 
 def is_wsl(kernel: str) -> bool:
