@@ -48,6 +48,8 @@ BELOW_ONE = ("validation_fraction", "muon_momentum", "muon_first_momentum", "bet
 # Settings of the system: waits, threads, buffers and estimates. Memory and time estimates enter the plan alone, no result.
 GIB, MIB = 2**30, 2**20
 HOST_CHUNK_ROWS, KERNEL_VARIANTS = 1024, 64
+# Of torch.compile: nothing is chosen by timing, so that the order of sums is the same in every launch.
+COMPILER_OPTIONS = {"deterministic": True, "triton.autotune_pointwise": False, "compile_threads": 1}
 
 RUN_DIR_WAIT_SECONDS = 60
 RUN_DIR_POLL_SECONDS = 0.2
@@ -57,8 +59,7 @@ LOCK_POLL_SECONDS = 0.1
 WATCH_BEAT_SECONDS = 0.25
 COMPANY_SECONDS, COMPANY_CORES, TEAM_ELEMENTS = 1.0, 0.3, 2**16
 SECOND_SIGNAL_AFTER_SECONDS = {"SIGINT": 0.3, "SIGTERM": 2.0}
-LEAVE_SECONDS = 3.0
-LAST_WORDS_SECONDS = 1.0
+LEAVE_SECONDS, LAST_WORDS_SECONDS = 3.0, 1.0
 SAY_SECONDS = 1.0
 VERDICT_SECONDS = 1.0
 CONNECT_SECONDS = 60.0
@@ -72,8 +73,7 @@ GRADIENT_PIECE_ELEMENTS = 2**22
 GRADIENT_CACHE_ELEMENTS = 2**18
 NEWTON_SCHULZ_ITERATIONS = 5
 
-CUDA_CONTEXT_BYTES = 256 * MIB
-CUDA_LIBRARIES_BYTES = 256 * MIB
+CUDA_CONTEXT_BYTES, CUDA_LIBRARIES_BYTES = 256 * MIB, 256 * MIB
 CUBLAS_WORKSPACE_BYTES = 64 * MIB
 NUM_MULTIPROCESSORS = 192
 # An estimate for cards on PCIe, not measured. Between A100s with NVLink it was 544 to 688 MB (NVIDIA/nccl, issue 964).

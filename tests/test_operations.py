@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -16,12 +17,13 @@ from test_decoder import CPU, TINY, fresh, paths, some_ids, take_path
 from test_huggingface import assert_same_logits_and_gradients, written
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._inductor import list_options
 from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.nn import functional
 from tracker import fake_mode
 from transformers import AutoModelForCausalLM
 
-from scripts.config import PRECISIONS
+from scripts.config import COMPILER_OPTIONS, PRECISIONS
 from scripts.model import operations
 from scripts.model.decoder import empty_model, rotary_table
 from scripts.model.losses import IGNORED, next_token_loss
@@ -152,6 +154,22 @@ def test_compiled_kernels_have_the_values_and_gradients_of_written_ones(monkeypa
             assert is_compiled == (counters["stats"]["unique_graphs"] > num_compiled)
         for ours, exact in zip(found[1], found[0], strict=True):
             assert ours.dtype == exact.dtype and (ours - exact).norm() <= tolerance * exact.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_loss_is_compiled_for_more_shapes_than_torch_allows_by_itself_also_in_another_thread(compiled):
+    """As CUDA's backward is one. Each thread has torch's own settings; beyond eight shapes they would raise."""
+    hidden, head = torch.randn(1, 12, 8), torch.randn(9, 8).requires_grad_()
+
+    def lose() -> list[float]:
+        return [next_token_loss(hidden[:, :rows], head, torch.ones(1, rows).long(), 12).item() for rows in range(2, 11)]
+
+    assert COMPILER_OPTIONS.keys() <= {*list_options()}
+    with ThreadPoolExecutor(1) as thread:
+        found = thread.submit(lose).result()
+    operations.compile_kernels(False)
+    assert found == pytest.approx(lose())
 
 
 @pytest.mark.slow

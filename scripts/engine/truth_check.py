@@ -76,12 +76,14 @@ def refuse_failing_compiler(config: TrainingConfig, device: torch.device) -> Non
     if not is_wanted:
         return
     tiny = tiny_clone(config, 1)
-    model, windows = draw_weights(empty_model(tiny, device)), tiny_windows(tiny, 1)[0, 0, 0].to(device)
+    model = draw_weights(empty_model(tiny, device))
+    windows = windows_of(tiny_windows(tiny, 1)[0, 0, 0].numpy(), tiny_borders(tiny), device)
     try:
-        next_token_loss(model(windows[:, :-1]), model.head, windows[:, 1:], tiny.loss_chunk_rows).backward()
-    except RuntimeError as fault:
-        if isinstance(fault, torch.OutOfMemoryError):
-            raise
+        hidden = model(windows.inputs, documents=windows.documents)
+        next_token_loss(hidden, model.head, windows.targets, tiny.loss_chunk_rows).backward()
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as fault:  # torch's compiler raises of every kind
         words = " ".join(str(fault).splitlines()[:2])
         raise ValueError(f'torch.compile fails here: {words}; set compile_kernels="never", which is slower') from fault
 

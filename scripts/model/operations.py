@@ -2,7 +2,7 @@
 
 Shape letters are decoder.py's. Each operation keeps little for its backward: what is cheap to compute again is computed again.
 On a CPU the variants named `_Host...` work on HOST_CHUNK_ROWS rows at a time, which stay in the cache. What `kernel` marks is
-compiled by torch.compile where `compile_kernels` asks for it: one pass over memory, of the same tensors.
+compiled by torch.compile where `compile_kernels` asks for it: fewer passes over the same tensors.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from scripts.config import HOST_CHUNK_ROWS, KERNEL_VARIANTS
+from scripts.config import COMPILER_OPTIONS, HOST_CHUNK_ROWS, KERNEL_VARIANTS
 
 _bodies: dict[Callable, bool] = {}
 _compiled: dict[Callable, Callable] = {}
@@ -40,14 +40,8 @@ def kernel(*, any_shape: bool) -> Callable[[Callable[..., Any]], Callable[..., A
     """
 
     def mark(body: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(body)
-        def run(*inputs: Any) -> Any:
-            if body not in _compiled:
-                return body(*inputs)
-            return _compiled[body](*(each.detach() if isinstance(each, Tensor) else each for each in inputs))
-
         _bodies[body] = any_shape
-        return run
+        return wraps(body)(lambda *inputs: _compiled.get(body, body)(*inputs))
 
     return mark
 
@@ -55,13 +49,23 @@ def kernel(*, any_shape: bool) -> Callable[[Callable[..., Any]], Callable[..., A
 def compile_kernels(is_wanted: bool) -> None:
     """From now on this process runs what `kernel` marks as torch.compile makes it at the first call, or as it is written."""
     _compiled.clear()
-    if not is_wanted:
-        return
-    from torch._dynamo import config as tracing  # here alone: torch's compiler takes two seconds to load
-    from torch._inductor import config as compiling
+    if is_wanted:
+        _compiled.update({body: _as_compiled(body, any_shape) for body, any_shape in _bodies.items()})
 
-    tracing.recompile_limit, compiling.compile_threads = KERNEL_VARIANTS, 1
-    _compiled.update({body: torch.compile(body, fullgraph=True, dynamic=any_shape) for body, any_shape in _bodies.items()})
+
+def _as_compiled(body: Callable[..., Any], any_shape: bool) -> Callable[..., Any]:
+    import torch._dynamo as tracer  # here alone: torch's compiler takes two seconds to load
+    import torch._inductor as compiler
+
+    options = {name: value for name, value in COMPILER_OPTIONS.items() if name in compiler.list_options()}
+    compiled = torch.compile(body, fullgraph=True, dynamic=any_shape, options=options)
+
+    def run(*inputs: Any) -> Any:
+        if tracer.config.recompile_limit < KERNEL_VARIANTS:  # each thread has settings of its own, and so CUDA's backward
+            tracer.config.recompile_limit = KERNEL_VARIANTS
+        return compiled(*(each.detach() if isinstance(each, Tensor) else each for each in inputs))
+
+    return run
 
 
 def product_dtype(storage: torch.dtype, device: torch.device) -> torch.dtype:

@@ -508,15 +508,16 @@ def measure_alike(one: list[dict], other: list[dict]) -> dict[str, Any]:
 
 
 def launch_all(name: str, launches: list[dict]) -> dict[str, Any]:
-    """Runs `train` for one launch after another in a folder. What the last run leaves: weights and optimizer files by sha256,
-    and losses. Raises RuntimeError where a launch does not end as it should.
+    """Runs `train` for one launch after another in a folder, each with kernels of its own. What the last run leaves: weights
+    and optimizer files by sha256, and losses. Raises RuntimeError where a launch does not end as it should.
     """
     folder = Path(name)
     folder.mkdir()
-    for launch in launches:
+    for number, launch in enumerate(launches):
         command, wanted = [sys.executable, __file__, json.dumps(["train", launch])], STOPPED if "stop_after" in launch else 0
+        own = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str((folder / f"kernels-{number}").absolute())}
         with (folder / OUTPUT).open("wb") as output:
-            status = subprocess.run(command, stdout=output, stderr=output, cwd=folder, check=False).returncode
+            status = subprocess.run(command, stdout=output, stderr=output, cwd=folder, check=False, env=own).returncode
         if status != wanted:
             raise RuntimeError(f"exit status {status} and not {wanted}: {last_words(folder / OUTPUT)}")
     run = folder / f"run-{len(launches[-1]['fields']) - 1}"
