@@ -47,7 +47,7 @@ BELOW_ONE = ("validation_fraction", "muon_momentum", "muon_first_momentum", "bet
 
 # Settings of the system: waits, threads, buffers and estimates. Memory and time estimates enter the plan alone, no result.
 GIB, MIB = 2**30, 2**20
-HOST_CHUNK_ROWS, KERNEL_VARIANTS = 1024, 64
+HOST_CHUNK_ROWS, HOST_CHUNK_LOGITS, KERNEL_VARIANTS = 1024, 2**21, 64
 # Of torch.compile: nothing is chosen by timing, so that the order of sums is the same in every launch.
 COMPILER_OPTIONS = {"deterministic": True, "triton.autotune_pointwise": False, "compile_threads": 1}
 
@@ -62,10 +62,10 @@ SECOND_SIGNAL_AFTER_SECONDS = {"SIGINT": 0.3, "SIGTERM": 2.0}
 LEAVE_SECONDS, LAST_WORDS_SECONDS = 3.0, 1.0
 SAY_SECONDS = 1.0
 VERDICT_SECONDS = 1.0
-CONNECT_SECONDS = 60.0
-LABEL_PROGRESS_SECONDS, TRACKER_END_SECONDS = 300, 10
-
+CONNECT_SECONDS, LABEL_PROGRESS_SECONDS, TRACKER_END_SECONDS = 60.0, 300, 10
 HASH_THREADS, VERIFY_THREADS, LOAD_THREADS = 2, 8, 2
+# By the C library's numbers (malloc.h): what it keeps at the top of its heap, and the size from which it asks the system anew.
+MALLOC_OPTIONS = {-1: 2**30, -3: 2**25}
 WRITE_BACK_BYTES = 32 * MIB
 LOAD_PIECE_ELEMENTS = 2**22
 OPTIMIZER_CHUNK_ELEMENTS = 2**24

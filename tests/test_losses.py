@@ -74,10 +74,13 @@ def live_bytes(loss: Callable[[], torch.Tensor], *given: torch.Tensor) -> LiveBy
     return LiveBytes(forward - before, held - before, backward - held)
 
 
-@given(**SIZES)
-def test_loss_and_gradients_are_those_of_plain_cross_entropy(chunk_rows, **sizes):
+@given(**SIZES, at_once=st.integers(1, 200))
+def test_loss_and_gradients_are_those_of_plain_cross_entropy(chunk_rows, at_once, **sizes):
+    """Also where the host works on a few of a chunk's logits at a time."""
     hidden, head, targets = drawn(**sizes)
-    ours, theirs = next_token_loss(hidden, head, targets, chunk_rows), plain_loss(hidden, head, targets)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(losses, "HOST_CHUNK_LOGITS", at_once)
+        ours, theirs = next_token_loss(hidden, head, targets, chunk_rows), plain_loss(hidden, head, targets)
     assert ours.shape == () and ours.dtype == torch.float32
     assert_same(ours, theirs)
     assert_same(gradients(ours, hidden, head), gradients(theirs, hidden, head))
@@ -196,15 +199,21 @@ def test_logits_never_exist_whole(dtype):
 
 
 @pytest.mark.parametrize(("dtype", "chunk_rows"), [(torch.bfloat16, 64), (torch.bfloat16, 256), (torch.float32, 64)])
-def test_peak_is_one_chunk_in_float32_and_one_in_the_training_dtype_beside_the_gradients(monkeypatch, dtype, chunk_rows):
-    monkeypatch.setattr(losses, "product_dtype", lambda storage, device: storage)
+@pytest.mark.parametrize("at_once", [16, 1024])
+def test_peak_is_one_chunk_in_float32_and_one_in_the_training_dtype_beside_the_gradients(
+    monkeypatch, dtype, chunk_rows, at_once
+):
+    """In float32 no more than the rows that the host works on at once, where the products are of another dtype."""
     tokens, width, vocabulary, size = 256, 256, 2048, dtype.itemsize
+    monkeypatch.setattr(losses, "product_dtype", lambda storage, device: storage)
+    monkeypatch.setattr(losses, "HOST_CHUNK_LOGITS", at_once * vocabulary)
     hidden, head, targets = drawn(2, tokens // 2, width, vocabulary, 3, seed=0, dtype=dtype)
     logits, weights, is_split = chunk_rows * vocabulary, vocabulary * width, chunk_rows < tokens
     gradients_bytes = size * tokens * width + (4 if is_split else 0) * weights
     live = live_bytes(lambda: next_token_loss(hidden, head, targets, chunk_rows), hidden, head, targets)
     forward_bytes = (4 if size == 4 else 4 + size) * logits
-    chunk_bytes = max(forward_bytes, size * (logits + min(logits, weights)))
+    wide = 4 * min(chunk_rows, at_once) * vocabulary if size < 4 else 0
+    chunk_bytes = max(size * logits + wide, size * (logits + min(logits, weights)))
     small = 64 * chunk_rows + 16 * tokens
     assert gradients_bytes + chunk_bytes <= live.forward <= gradients_bytes + chunk_bytes + small
     assert live.held <= size * tokens * width + (4 if is_split else size) * weights + 16 * tokens

@@ -202,6 +202,7 @@ def test_launched_ranks_see_no_gpu(one_rank_refused):
 
 BOUND_TO_CORES = """
 import os
+import resource
 import torch
 from scripts.config import PRETRAIN
 from scripts.engine import distributed
@@ -210,16 +211,27 @@ ranks, cores = distributed.ranks_from_launcher(), sorted(os.sched_getaffinity(0)
 with distributed.leaving():
     os.sched_setaffinity(0, cores[ranks.rank :])
     distributed.join(PRETRAIN, ranks)
-    print(f"rank {ranks.rank} has {torch.get_num_threads()} threads", flush=True)
+    print(f"rank {ranks.rank} has {torch.get_num_threads()} threads\\n", end="", flush=True)
+    for turn in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for step in range(3):
+            made = [torch.ones(6 * 2**20) for _ in range(6)]
+            made.clear()
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before  # else 110,000
+    print("no memory is asked for anew\\n" if faults < 20_000 else f"{faults} faults\\n", end="", flush=True)
 """
 
 
 @pytest.mark.slow
-def test_a_rank_that_its_launcher_gave_cores_of_its_own_uses_all_of_them(tmp_path):
+def test_a_rank_uses_all_cores_that_its_launcher_gave_it_alone_and_keeps_the_memory_of_its_last_step(tmp_path):
     with all_cores():
         results = launch(tmp_path, BOUND_TO_CORES, TORCHRUN[2])
-    lines = [line for line in expect_success(results).splitlines() if line.startswith("rank ")]
-    assert sorted(lines) == ["rank 0 has 2 threads", "rank 1 has 1 threads"]
+    output = expect_success(results)
+    assert sorted(line for line in output.splitlines() if line.startswith("rank ")) == [
+        "rank 0 has 2 threads",
+        "rank 1 has 1 threads",
+    ]
+    assert output.count("no memory is asked for anew") == 2, output
 
 
 SLOW_FIRST_RANK = """

@@ -34,7 +34,7 @@ from ds.files import one_line
 from ds.pieces import start_worker
 from scripts.config import CONNECT_SECONDS, DASK_SECONDS, LOCK_POLL_SECONDS, PROGRESS_SECONDS, TrainingConfig
 from scripts.engine import offload, watch
-from scripts.plan.machine import KERNEL_FILE, allocator_settings, cores_number, is_wsl, num_threads
+from scripts.plan.machine import KERNEL_FILE, allocator_settings, cores_number, is_wsl, keep_freed_memory, num_threads
 
 MESSAGE_BYTES = 2048
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -124,6 +124,7 @@ def join(config: TrainingConfig, ranks: Ranks) -> None:
     deepspeed.utils.logger.setLevel("WARNING")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\.")  # what a user cannot mend
     offload.start_quickly()
+    keep_freed_memory()
     torch.set_deterministic_debug_mode("error")
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ds.shards import Labels
-from scripts.config import HOST_CHUNK_ROWS, TrainingConfig
+from scripts.config import HOST_CHUNK_LOGITS, HOST_CHUNK_ROWS, TrainingConfig
 from scripts.model.documents import Windows
 from scripts.model.operations import kernel, on_host, product_dtype, row_slices
 
@@ -223,11 +223,16 @@ def _scaled(gradient: Tensor, scale: float | None, dtype: torch.dtype) -> Tensor
 
 
 def _text_chunk(inputs: Tensor, head: Tensor, targets: Tensor, _: slice, scale: float | None) -> _Costs:
-    """The next-token loss of a chunk; one (C, V) float32 is alive at a time, beside the logits where these are shorter."""
+    """The next-token loss of a chunk; beside logits of 16 bits one (C, V) float32 is alive at a time. On the host only
+    HOST_CHUNK_LOGITS of its elements are, which stay in the cache and in memory that the process has already.
+    """
     if scale is None:
         return _Costs(_nats(inputs, head, targets), inputs.new_empty(0))
-    logits = functional.linear(inputs, head)
-    return _Costs(_text_costs_(logits, targets, scale), logits)
+    logits, nats = functional.linear(inputs, head), torch.empty_like(targets, dtype=torch.float32)
+    at_once = max(1, HOST_CHUNK_LOGITS // len(head)) if on_host(logits) else len(logits)
+    for rows in row_slices(len(logits), at_once):
+        nats[rows] = _text_costs_(logits[rows], targets[rows], scale)
+    return _Costs(nats, logits)
 
 
 def _teacher_chunk(

@@ -93,7 +93,7 @@ class _Model:
     `storage` and `products` are bytes of an element in weights and in matrix products, `cast` those of one that is copied for
     products (0 where they read it as stored). The others are counts: `tokens` M, `places` of tokens in groups of documents, M
     where they are not masked, `chunk` C, `queries` H * K, `keys` G * K, `padded_queries` and `padded_keys` with the zeros that
-    a GPU's attention needs; `rows` are the tokens that operations without a GPU take at a time.
+    a GPU's attention needs; `rows` are the tokens that operations without a GPU take at a time, `wide_logits` the elements.
     """
 
     def __init__(self, config: TrainingConfig, device_type: str) -> None:
@@ -102,15 +102,15 @@ class _Model:
         self.cast = self.products * (self.products != self.storage)
         self.tokens = config.micro_batch_rows * config.context_length
         self.places = self.tokens + self.tokens // 4 * config.mask_across_documents
-        self.rows = min(self.tokens, settings.HOST_CHUNK_ROWS)
-        self.chunk = min(self.tokens, config.loss_chunk_rows)
+        self.rows, self.chunk = min(self.tokens, settings.HOST_CHUNK_ROWS), min(self.tokens, config.loss_chunk_rows)
         self.width, self.mlp, self.vocabulary = config.hidden_size, config.mlp_size, config.vocab_size
         self.queries, self.keys = config.num_heads * config.head_width, config.num_kv_heads * config.head_width
         self.padded_head = padded_width(config.head_width) if device_type == "cuda" else config.head_width
         self.padded_queries, self.padded_keys = (heads * self.padded_head for heads in (config.num_heads, config.num_kv_heads))
         self.hidden_bytes = self.storage * self.tokens * self.width
-        logit_bytes = 4 + self.products * (self.products < 4)  # in float32, and in the product's dtype that they are cast from
-        self.made_logits_bytes = self.chunk * self.vocabulary * logit_bytes
+        self.made_logits_bytes = self.chunk * self.vocabulary * (4 + self.products * (self.products < 4))
+        at_once = max(1, settings.HOST_CHUNK_LOGITS // self.vocabulary) if device_type == "cpu" else self.chunk
+        self.wide_logits = min(self.chunk, at_once) * self.vocabulary
 
     def cast_bytes(self, num_rows: int) -> int:
         """A copy of (num_rows, D) elements for matrix products."""
@@ -302,8 +302,8 @@ def _kept_block_bytes(model: _Model) -> int:
 
 def _loss(student: _Model) -> Iterator[Moment]:
     """The loss, at the chunk in which logits or their gradient take most, and its backward, with what the last norm keeps. A
-    chunk's gradient of logits takes three float32 (C, V) with a teacher, two with labels, else one. In fp16 the head's gradient
-    is added up in float32 even of one chunk.
+    chunk's gradient of logits takes three float32 (C, V) with a teacher, two with labels, else one, on the host of fewer rows.
+    In fp16 the head's gradient is added up in float32 even of one chunk.
     """
     teacher, is_split = _teacher_beside(student), student.chunk < student.tokens or student.config.precision == "fp16"
     s, w, head = student.storage, student.products, student.vocabulary * student.width
@@ -311,7 +311,7 @@ def _loss(student: _Model) -> Iterator[Moment]:
     hidden, logits = 2 * student.hidden_bytes + 16 * student.tokens, student.chunk * student.vocabulary
     multiplying = w * (logits + max(student.chunk * student.width, min(head, logits) if is_split else head))
     chunk = hidden + student.cast_bytes(student.chunk) + student.cast_bytes(student.vocabulary)
-    made, top_k, beside = student.made_logits_bytes, student.config.teacher_top_k, {}
+    made, top_k, beside = w * logits + 4 * student.wide_logits * (w < 4), student.config.teacher_top_k, {}
     if top_k is not None:
         made = 8 * logits + LABEL_CHUNK_BYTES * student.chunk * top_k
     if teacher is not None:
