@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from scripts.config import TrainingConfig
 from scripts.engine import truth_check
+from scripts.model import operations
 from scripts.model.decoder import empty_model
 from scripts.model.documents import windows_of
 
@@ -371,7 +372,7 @@ def test_adam_with_unbounded_updates_is_compared_after_one():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_compiler_of_torch_that_fails_is_refused_in_one_line_with_what_to_change(tmp_path):
+def test_a_compiler_of_torch_that_fails_is_refused_in_one_line_with_what_to_change(tmp_path, monkeypatch):
     config, device = tiny_config(tmp_path, compile_kernels="always"), torch.device("cpu")
     no_compiler, refused = (
         compiling.patch({"cpp.cxx": ("no-such-compiler",)}),
@@ -380,5 +381,8 @@ def test_a_compiler_of_torch_that_fails_is_refused_in_one_line_with_what_to_chan
     with fresh_cache(), no_compiler, refused as refusal:
         truth_check.refuse_failing_compiler(config, device)
     assert 'set compile_kernels="never"' in str(refusal.value) and "\n" not in str(refusal.value)
+    monkeypatch.setattr(operations, "COMPILER_OPTIONS", {"unknown to this torch": True})
+    with pytest.raises(ValueError, match='^torch.compile fails here: .*unknown to this torch.*; set compile_kernels="never"'):
+        truth_check.refuse_failing_compiler(config, device)
     for place in ("gpu", "never"):
         truth_check.refuse_failing_compiler(replace(config, compile_kernels=place), device)

@@ -71,14 +71,14 @@ def refuse_failing_compiler(config: TrainingConfig, device: torch.device) -> Non
     """Sets whether kernels are compiled on `device` in this process, and if they are tries that with the tiny clone. Raises
     ValueError where torch's compiler fails.
     """
-    is_wanted = device.type in COMPILED_ON[config.compile_kernels]
-    compile_kernels(is_wanted)
-    if not is_wanted:
+    if device.type not in COMPILED_ON[config.compile_kernels]:
+        compile_kernels(False)
         return
     tiny = tiny_clone(config, 1)
     model = draw_weights(empty_model(tiny, device))
     windows = windows_of(tiny_windows(tiny, 1)[0, 0, 0].numpy(), tiny_borders(tiny), device)
     try:
+        compile_kernels(True)
         hidden = model(windows.inputs, documents=windows.documents)
         next_token_loss(hidden, model.head, windows.targets, tiny.loss_chunk_rows).backward()
     except (MemoryError, torch.OutOfMemoryError):

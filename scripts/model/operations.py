@@ -47,7 +47,9 @@ def kernel(*, any_shape: bool) -> Callable[[Callable[..., Any]], Callable[..., A
 
 
 def compile_kernels(is_wanted: bool) -> None:
-    """From now on this process runs what `kernel` marks as torch.compile makes it at the first call, or as it is written."""
+    """From now on this process runs what `kernel` marks as torch.compile makes it at the first call, or as it is written.
+    Raises RuntimeError where this torch does not know an option.
+    """
     _compiled.clear()
     if is_wanted:
         _compiled.update({body: _as_compiled(body, any_shape) for body, any_shape in _bodies.items()})
@@ -55,10 +57,8 @@ def compile_kernels(is_wanted: bool) -> None:
 
 def _as_compiled(body: Callable[..., Any], any_shape: bool) -> Callable[..., Any]:
     import torch._dynamo as tracer  # here alone: torch's compiler takes two seconds to load
-    import torch._inductor as compiler
 
-    options = {name: value for name, value in COMPILER_OPTIONS.items() if name in compiler.list_options()}
-    compiled = torch.compile(body, fullgraph=True, dynamic=any_shape, options=options)
+    compiled = torch.compile(body, fullgraph=True, dynamic=any_shape, options=COMPILER_OPTIONS)
 
     def run(*inputs: Any) -> Any:
         if tracer.config.recompile_limit < KERNEL_VARIANTS:  # each thread has settings of its own, and so CUDA's backward
