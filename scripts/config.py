@@ -47,7 +47,7 @@ BELOW_ONE = ("validation_fraction", "muon_momentum", "muon_first_momentum", "bet
 
 # Settings of the system: waits, threads, buffers and estimates. Memory and time estimates enter the plan alone, no result.
 GIB, MIB = 2**30, 2**20
-HOST_CHUNK_ROWS, HOST_CHUNK_LOGITS, KERNEL_VARIANTS = 1024, 2**21, 64
+HOST_CHUNK_ROWS, HOST_CHUNK_LOGITS, HOST_CHUNK_QUERIES, HOST_CHUNK_SCORES, KERNEL_VARIANTS = 1024, 2**21, 64, 2**20, 64
 # Of torch.compile: nothing is chosen by timing, so that the order of sums is the same in every launch.
 COMPILER_OPTIONS = {"deterministic": True, "triton.autotune_pointwise": False, "compile_threads": 1}
 

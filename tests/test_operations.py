@@ -25,9 +25,9 @@ from transformers import AutoModelForCausalLM
 
 from scripts.config import COMPILER_OPTIONS, PRECISIONS
 from scripts.model import operations
+from scripts.model.attention import attend, flash_attends, padded_width
 from scripts.model.decoder import empty_model, rotary_table
 from scripts.model.losses import IGNORED, next_token_loss
-from scripts.model.operations import flash_attends, padded_width
 
 ROTARY, ODD_ROTARY = (rotary_table(replace(TINY, head_size=width), 0, 24, CPU) for width in (8, 14))
 TABLE, IDS = nn.Embedding(9, 32), torch.arange(48).view(2, 24) % 7
@@ -75,9 +75,9 @@ CASES = {
     ),
     "product": Case(lambda x: operations.product(x, UP), UP, (HIDDEN,), (UP,)),
     "rotate": Case(lambda x: operations.rotate(x, ROTARY), plain_rotate, (HEADS,), ()),
-    "attend": Case(partial(operations.attend, rotary=ROTARY), plain_attend, (HEADS, KV_HEADS, KV_HEADS), ()),
+    "attend": Case(partial(attend, rotary=ROTARY), plain_attend, (HEADS, KV_HEADS, KV_HEADS), ()),
     "attend with heads whose width is no multiple of 8": Case(
-        partial(operations.attend, rotary=ODD_ROTARY),
+        partial(attend, rotary=ODD_ROTARY),
         partial(plain_attend, rotary=ODD_ROTARY),
         ((2, 4, 24, 14), (2, 2, 24, 14), (2, 2, 24, 14)),
         (),
@@ -202,7 +202,7 @@ def test_no_head_width_leaves_a_card_to_the_kernel_that_computes_every_score(cap
         for dtype, width, kv_heads, trains in product(dtypes, HEAD_WIDTHS, (2, 4), (False, True)):
             shapes = (4, 16, width), (kv_heads, 16, width), (kv_heads, 16, width)
             q, k, v = (torch.empty(1, *shape, dtype=dtype, device=card.device).requires_grad_(trains) for shape in shapes)
-            output = operations.attend(q, k, v, torch.empty(2, 16, width // 2, device=card.device))
+            output = attend(q, k, v, torch.empty(2, 16, width // 2, device=card.device))
             assert card.kernels.pop() == ("flash" if flash_attends(capability, dtype, width, trains) else "efficient")
             assert not card.kernels and output.shape == q.shape and output.dtype == dtype and output.device == q.device
 

@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from scripts.config import TrainingConfig
 from scripts.model import operations
 from scripts.model.activation_offload import BlockInputOffload, HostInputs
+from scripts.model.attention import attend
 from scripts.model.documents import Documents, attend_within
-from scripts.model.operations import attend, normalise, normed_products, rotate
+from scripts.model.operations import normalise, normed_products, rotate
 
 
 class KeysValues(NamedTuple):
@@ -95,7 +96,7 @@ class Block(nn.Module):
     What the backward keeps of each token: 2D + (2H + 2G) K + 2F elements of the training dtype (x, x after attention, rotated
     q and k, v, the attention output, gate, up) and H float32 (attention's log-sums). `qk_norm` adds (H + G) K elements and
     H + G float32 (q and k before their norms, and the norms' scales). Where a card has no flash attention for such heads
-    (`operations.flash_attends`) k and v are kept for every head: 2 (H - G) K more. On a card a K that is no multiple of 8
+    (`attention.flash_attends`) k and v are kept for every head: 2 (H - G) K more. On a card a K that is no multiple of 8
     counts as the next one, and adds H K elements, the attention output as the last product reads it.
     """
 

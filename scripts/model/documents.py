@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from scripts.model import operations
+from scripts.model import attention, operations
+from scripts.model.attention import Heads, stacked, unstacked
 
 # Kernels' own on a card: their backward makes room for so many tokens a piece, however short it is.
 TILE_ROWS = 128
@@ -102,7 +103,7 @@ def documents_of(borders: np.ndarray, device: torch.device) -> Documents:
 
 
 def attend_within(q: Tensor, k: Tensor, v: Tensor, rotary: Tensor, documents: Documents) -> Tensor:
-    """`operations.attend` within documents: q (B, H, T, K), k and v (B, G, T, K), rotary by token (2, B, 1, T, K / 2) ->
+    """`attention.attend` within documents: q (B, H, T, K), k and v (B, G, T, K), rotary by token (2, B, 1, T, K / 2) ->
     (B, H, T, K).
     """
     if operations.on_host(q):
@@ -120,13 +121,13 @@ def _attend_rotated_within(q: Tensor, k: Tensor, v: Tensor, documents: Documents
     rows, positions, width = q.shape[0], q.shape[2], q.shape[3]
     tokens = [each.transpose(1, 2).flatten(0, 1) for each in (q, k, v)]
     is_long = TILE_ROWS * (len(documents.borders) - 1) <= rows * positions
-    if q.device.type == "cuda" and is_long and operations.takes_flash(q, k, v):
-        padded = [functional.pad(each, (0, operations.padded_width(width) - width)) for each in tokens]
+    if q.device.type == "cuda" and is_long and attention.takes_flash(q, k, v):
+        padded = [functional.pad(each, (0, attention.padded_width(width) - width)) for each in tokens]
         lengths, scale = (documents.borders,) * 2 + (documents.longest,) * 2, 1 / math.sqrt(width)
         output = torch.ops.aten._flash_attention_forward(*padded, *lengths, 0.0, True, False, scale=scale)[0][..., :width]
     else:
         parts = zip(*(_split(_Grouped.apply(each, documents), documents) for each in tokens), strict=True)
-        output = torch.cat([operations.attend_rotated(*part).transpose(1, 2).flatten(0, 1) for part in parts])
+        output = torch.cat([attention.attend_rotated(*part).transpose(1, 2).flatten(0, 1) for part in parts])
         output = _Ungrouped.apply(output, documents)
     return output.unflatten(0, (rows, positions)).transpose(1, 2)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -162,43 +163,40 @@ class _Ungrouped(torch.autograd.Function):
 
 
 class _HostDocumentAttention(torch.autograd.Function):
-    """`_HostAttention` within documents, one group of pieces after the other."""
+    """Attention by blocks within documents, one group of pieces after the other."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, rotary: Tensor, documents: Documents) -> Tensor:
-        rotated_q, rotated_k = (operations.rotate_(each.to(torch.float32, copy=True), *rotary) for each in (q, k))
-        repeats, log_sums, of_tokens = q.shape[1] // k.shape[1], [], q.transpose(1, 2)
+        q, k = (operations.rotate_(each.to(torch.float32, copy=True), *rotary).to(each.dtype) for each in (q, k))
+        of_tokens, num_groups = q.transpose(1, 2), k.shape[1]
         attended = q.new_empty(len(documents.order), *of_tokens.shape[2:])
         for group in documents.groups:
-            own_q, *others = (_of_group(each, documents, group) for each in (rotated_q, rotated_k, v))
-            wide = (own_q, *(operations.for_every_head(each, repeats) for each in others))
-            output, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*wide, 0.0, True)
+            heads = Heads(*(_of_group(each, num_groups, documents, group) for each in (q, k, v)))
+            output = unstacked(attention.attend_by_blocks(heads), group.num_pieces, group.length)
             attended[group.places] = output.transpose(1, 2).flatten(0, 1)
-            log_sums.append(sums)
-        output = attended.index_select(0, documents.places).view(of_tokens.shape).transpose(1, 2)
-        ctx.save_for_backward(rotated_q.to(q.dtype), rotated_k.to(q.dtype), v, output, rotary, *log_sums)
+        ctx.save_for_backward(q, k, v, rotary)
         ctx.documents = documents
-        return output
+        return attended.index_select(0, documents.places).view(of_tokens.shape).transpose(1, 2)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (q, k, v, output, (cos, sin), *log_sums), documents = ctx.saved_tensors, ctx.documents
-        repeats, places = q.shape[1] // k.shape[1], len(documents.order)
+        (q, k, v, (cos, sin)), documents = ctx.saved_tensors, ctx.documents
+        num_groups, places = k.shape[1], len(documents.order)
         grads = [q.new_empty(places, each.shape[1], each.shape[3], dtype=torch.float32) for each in (q, k, v)]
-        for group, sums in zip(documents.groups, log_sums, strict=True):
-            own_q, *others, attended, above = (_of_group(each, documents, group) for each in (q, k, v, output, gradient))
-            above.transpose(1, 2).flatten(0, 1).masked_fill_(documents.is_filling[group.places], 0.0)
-            wide = (above, own_q, *(operations.for_every_head(each, repeats) for each in others), attended)
-            made = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*wide, sums, 0.0, True)
-            for grad, own in zip(grads, made, strict=True):
-                grad[group.places] = operations.of_shared_heads(own, grad.shape[1]).transpose(1, 2).flatten(0, 1)
+        for group in documents.groups:
+            above = _of_group(gradient, num_groups, documents, group, is_zero_behind_ends=True)
+            heads = Heads(*(_of_group(each, num_groups, documents, group) for each in (q, k, v)))
+            for grad, own in zip(grads, attention.gradients_by_blocks(above, heads), strict=True):
+                grad[group.places] = unstacked(own, group.num_pieces, group.length).transpose(1, 2).flatten(0, 1)
         shape = (q.shape[0], q.shape[2])
         grads = [grad.index_select(0, documents.places).unflatten(0, shape).transpose(1, 2) for grad in grads]
         rotated = (operations.rotate_(grad, cos, -sin).to(q.dtype) for grad in grads[:2])
         return *rotated, grads[2].to(q.dtype), None, None
 
 
-def _of_group(x: Tensor, documents: Documents, group: Group) -> Tensor:
-    """The pieces of one group of x, as a batch: (B, H, T, K) -> (pieces, H, length, K) float32."""
+def _of_group(x: Tensor, num_groups: int, documents: Documents, group: Group, *, is_zero_behind_ends: bool = False) -> Tensor:
+    """The pieces of one group of x (B, H, T, K), stacked: (pieces * num_groups, length * H / num_groups, K)."""
     tokens = x.transpose(1, 2).flatten(0, 1).index_select(0, documents.order[group.places])
-    return tokens.float().unflatten(0, (group.num_pieces, group.length)).transpose(1, 2)
+    if is_zero_behind_ends:
+        tokens.masked_fill_(documents.is_filling[group.places], 0.0)
+    return stacked(tokens.unflatten(0, (group.num_pieces, group.length)).transpose(1, 2), num_groups)

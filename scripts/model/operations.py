@@ -120,66 +120,6 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, rotary: Tensor) -> Tensor:
-    """Causal attention over rotated q and k: q (B, H, T, K), k and v (B, G, T, K) -> (B, H, T, K)."""
-    if on_host(q):
-        return _HostAttention.apply(q, k, v, rotary)  # pyright: ignore[reportReturnType]
-    return attend_rotated(rotate(q, rotary), rotate(k, rotary), v)
-
-
-def attend_rotated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attend` off the host, where q and k are rotated already.
-
-    torch takes flash attention or, where that refuses and k and v are copied for every head, its memory-efficient kernel. Both
-    want heads as wide as `padded_width`: the zeros that are added change no score.
-    """
-    width, padded, repeats = q.shape[-1], padded_width(q.shape[-1]), q.shape[1] // k.shape[1]
-    is_flash = takes_flash(q, k, v)
-    if padded > width:
-        q, k, v = (functional.pad(each, (0, padded - width)) for each in (q, k, v))
-    if repeats > 1 and not is_flash:
-        k, v, repeats = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1), 1
-    scale = 1 / math.sqrt(width)
-    output = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=repeats > 1)
-    return output if padded == width else output[..., :width]
-
-
-def takes_flash(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether flash attention takes these heads on this device."""
-    needs_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in (q, k, v))
-    capability = torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else None
-    return flash_attends(capability, q.dtype, q.shape[-1], needs_gradient)
-
-
-def padded_width(head_width: int) -> int:
-    """The width of a head on a GPU: the next multiple of 8, which the memory-efficient kernel demands of 16-bit heads."""
-    return -(-head_width // 8) * 8
-
-
-def flash_attends(capability: tuple[int, ...] | None, dtype: torch.dtype, head_width: int, needs_gradient: bool) -> bool:
-    """Whether flash attention takes such heads on a card of this compute capability; None is the worst that has the dtype.
-
-    The rules are torch's (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, 2.11 to 2.13): 8.0 to 12.1, 16 bits, at most
-    256 wide, and on 8.6 to 8.9 and 12.x no gradients of heads 193 to 224 wide. The memory-efficient kernel does not read shared
-    kv heads: with those torch would take the kernel that holds every score, whose memory grows with T squared.
-    """
-    worst = 75 if dtype == torch.float16 else 86
-    sm = worst if capability is None else 10 * capability[0] + capability[1]
-    has_flash = dtype in (torch.float16, torch.bfloat16) and 80 <= sm <= 121
-    is_refused = needs_gradient and (86 <= sm <= 89 or sm >= 120) and 192 < head_width <= 224
-    return has_flash and head_width <= 256 and not is_refused
-
-
-def for_every_head(x: Tensor, repeats: int) -> Tensor:
-    """Keys or values for each head that shares them: (B, G, T, K) -> (B, G * repeats, T, K); x itself if none is shared."""
-    return x if repeats == 1 else x.repeat_interleave(repeats, 1)
-
-
-def of_shared_heads(gradient: Tensor, num_groups: int) -> Tensor:
-    """The gradient of keys or values from that of `for_every_head`: (B, H, T, K) -> (B, num_groups, T, K)."""
-    return gradient if gradient.shape[1] == num_groups else gradient.unflatten(1, (num_groups, -1)).sum(2)
-
-
 def on_host(x: Tensor) -> bool:
     """Whether x lies in host memory, so that the variants for CPUs compute."""
     return x.device.type == "cpu"
@@ -366,31 +306,6 @@ class _Rotation(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         cos, sin = ctx.saved_tensors[0]
         return _rotated(gradient, cos, -sin), None
-
-
-class _HostAttention(torch.autograd.Function):
-    """Rotary positions and flash attention in float32; kept in the storage dtype, in which torch's own is 7 times slower."""
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, rotary: Tensor) -> Tensor:
-        rotated_q, rotated_k = (rotate_(each.to(torch.float32, copy=True), *rotary) for each in (q, k))
-        repeats = q.shape[1] // k.shape[1]
-        wide = (rotated_q, for_every_head(rotated_k, repeats), for_every_head(v.float(), repeats))
-        attended, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*wide, 0.0, True)
-        output = attended.to(q.dtype)
-        ctx.save_for_backward(rotated_q.to(q.dtype), rotated_k.to(q.dtype), v, output, log_sums, rotary)
-        return output
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, output, log_sums, (cos, sin) = ctx.saved_tensors
-        num_groups, repeats = k.shape[1], q.shape[1] // k.shape[1]
-        wide_k, wide_v = (for_every_head(each.float(), repeats) for each in (k, v))
-        grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            gradient.float(), q.float(), wide_k, wide_v, output.float(), log_sums, 0.0, True
-        )
-        grad_k, grad_v = (of_shared_heads(each, num_groups) for each in (grad_k, grad_v))
-        return rotate_(grad_q, cos, -sin).to(q.dtype), rotate_(grad_k, cos, -sin).to(q.dtype), grad_v.to(q.dtype), None
 
 
 @kernel(any_shape=True)

@@ -12,8 +12,9 @@ import torch
 
 from scripts import config as settings
 from scripts.config import COMPILED_ON, PRECISIONS, TrainingConfig
+from scripts.model.attention import flash_attends, padded_width
 from scripts.model.huggingface import teacher_config
-from scripts.model.operations import flash_attends, padded_width, product_dtype
+from scripts.model.operations import product_dtype
 from scripts.plan.machine import moments_bytes, pinned_bytes
 
 PHASES = ("initialisation", "training step", "save and load")

@@ -1,0 +1,187 @@
+"""Causal attention: torch's kernels on GPUs, blocks of scores on CPUs. Knows tensors; no layers.
+
+Shape letters are decoder.py's; besides, R = H / G heads read each kv head, and N = B * G. On a CPU a block has the scores of
+HOST_CHUNK_QUERIES positions, and of as many kv heads as make HOST_CHUNK_SCORES: they stay in the cache. Its backward computes
+them again, and no sums are kept for it.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from scripts.config import HOST_CHUNK_QUERIES, HOST_CHUNK_SCORES
+from scripts.model import operations
+
+
+class Heads(NamedTuple):
+    """Queries (N, T * R, K), keys and values (N, T, K) of each kv head, or their gradients. Queries of one position that read
+    the same kv head lie side by side.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+class Block(NamedTuple):
+    """A part of the scores: of some kv heads, of some `rows` of their queries, and of the positions that these have `seen`."""
+
+    kv_heads: slice
+    rows: slice
+    seen: slice
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, rotary: Tensor) -> Tensor:
+    """Causal attention over rotated q and k: q (B, H, T, K), k and v (B, G, T, K) -> (B, H, T, K)."""
+    if operations.on_host(q):
+        return _HostAttention.apply(q, k, v, rotary)  # pyright: ignore[reportReturnType]
+    return attend_rotated(operations.rotate(q, rotary), operations.rotate(k, rotary), v)
+
+
+def attend_rotated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attend` off the host, where q and k are rotated already.
+
+    torch takes flash attention or, where that refuses and k and v are copied for every head, its memory-efficient kernel. Both
+    want heads as wide as `padded_width`: the zeros that are added change no score.
+    """
+    width, padded, repeats = q.shape[-1], padded_width(q.shape[-1]), q.shape[1] // k.shape[1]
+    is_flash = takes_flash(q, k, v)
+    if padded > width:
+        q, k, v = (functional.pad(each, (0, padded - width)) for each in (q, k, v))
+    if repeats > 1 and not is_flash:
+        k, v, repeats = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1), 1
+    scale = 1 / math.sqrt(width)
+    output = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=repeats > 1)
+    return output if padded == width else output[..., :width]
+
+
+def takes_flash(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether flash attention takes these heads on this device."""
+    needs_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in (q, k, v))
+    capability = torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else None
+    return flash_attends(capability, q.dtype, q.shape[-1], needs_gradient)
+
+
+def padded_width(head_width: int) -> int:
+    """The width of a head on a GPU: the next multiple of 8, which the memory-efficient kernel demands of 16-bit heads."""
+    return -(-head_width // 8) * 8
+
+
+def flash_attends(capability: tuple[int, ...] | None, dtype: torch.dtype, head_width: int, needs_gradient: bool) -> bool:
+    """Whether flash attention takes such heads on a card of this compute capability; None is the worst that has the dtype.
+
+    The rules are torch's (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, 2.11 to 2.13): 8.0 to 12.1, 16 bits, at most
+    256 wide, and on 8.6 to 8.9 and 12.x no gradients of heads 193 to 224 wide. The memory-efficient kernel does not read shared
+    kv heads: with those torch would take the kernel that holds every score, whose memory grows with T squared.
+    """
+    worst = 75 if dtype == torch.float16 else 86
+    sm = worst if capability is None else 10 * capability[0] + capability[1]
+    has_flash = dtype in (torch.float16, torch.bfloat16) and 80 <= sm <= 121
+    is_refused = needs_gradient and (86 <= sm <= 89 or sm >= 120) and 192 < head_width <= 224
+    return has_flash and head_width <= 256 and not is_refused
+
+
+def attend_by_blocks(heads: Heads) -> Tensor:
+    """Causal attention on a CPU, of rotated queries and keys: (N, T * R, K), in the dtype of `heads`."""
+    output, keys, values = torch.empty_like(heads.queries), heads.keys.float(), heads.values.to(weights_dtype(heads.values))
+    for block in blocks_of(len(keys), keys.shape[1], heads.queries.shape[1] // keys.shape[1]):
+        own = block.kv_heads, block.rows
+        output[own] = torch.bmm(_weights(heads.queries[own], keys, block, values.dtype), values[block.kv_heads, block.seen])
+    return output
+
+
+def gradients_by_blocks(gradient: Tensor, heads: Heads) -> Heads:
+    """The gradients of `heads` in float32, from that of `attend_by_blocks`, (N, T * R, K)."""
+    grads, narrow = Heads(*(torch.zeros_like(each, dtype=torch.float32) for each in heads)), weights_dtype(heads.values)
+    wide, read = heads.keys.float(), Heads(heads.queries, heads.keys.to(narrow), heads.values.to(narrow))
+    for block in blocks_of(len(wide), wide.shape[1], heads.queries.shape[1] // wide.shape[1]):
+        weights = _weights(heads.queries[block.kv_heads, block.rows], wide, block, narrow)
+        _add_gradients_of_block_(grads, weights, gradient[block.kv_heads, block.rows].to(narrow), read, block)
+        del weights
+    for each in (grads.queries, grads.keys):
+        each.mul_(1 / math.sqrt(each.shape[-1]))
+    return grads
+
+
+def blocks_of(num_kv_heads: int, length: int, repeats: int) -> Iterator[Block]:
+    """The blocks of all scores of `num_kv_heads` N, with `length` T positions and `repeats` R queries at each."""
+    for positions in operations.row_slices(length, HOST_CHUNK_QUERIES):
+        stop = min(positions.stop, length)
+        at_once = max(1, HOST_CHUNK_SCORES // ((stop - positions.start) * repeats * stop))
+        for kv_heads in operations.row_slices(num_kv_heads, at_once):
+            yield Block(kv_heads, slice(positions.start * repeats, stop * repeats), slice(0, stop))
+
+
+def weights_dtype(values: Tensor) -> torch.dtype:
+    """The dtype in which a CPU multiplies by attention's weights: bfloat16 if values and products are, else float32, in which
+    no weight vanishes.
+    """
+    dtype = operations.product_dtype(values.dtype, values.device)
+    return dtype if dtype == torch.bfloat16 else torch.float32
+
+
+def stacked(x: Tensor, num_groups: int) -> Tensor:
+    """Heads in the order of `Heads`: (B, H, T, K) -> (B * num_groups, T * H / num_groups, K)."""
+    return x.unflatten(1, (num_groups, -1)).transpose(2, 3).reshape(len(x) * num_groups, -1, x.shape[-1])
+
+
+def unstacked(x: Tensor, num_rows: int, length: int) -> Tensor:
+    """Heads back from `stacked`, in memory position by position: (N, T * R, K) -> (B, H, T, K), B `num_rows`, T `length`."""
+    by_group = x.view(num_rows, len(x) // num_rows, length, -1, x.shape[-1])
+    return by_group.transpose(1, 2).contiguous().flatten(2, 3).transpose(1, 2)
+
+
+def _weights(queries: Tensor, keys: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
+    """The shares that queries (n, rows, K) give the positions that they see: (n, rows, seen), each row's sum is 1. The keys
+    (N, T, K) are float32, and so are scores.
+    """
+    scores = torch.bmm(queries.float() * (1 / math.sqrt(keys.shape[-1])), keys[block.kv_heads, block.seen].transpose(1, 2))
+    num_positions = block.seen.stop * (block.rows.stop - block.rows.start) // block.rows.stop
+    later = scores.new_full((num_positions, num_positions), -torch.inf).triu_(1)
+    scores.unflatten(1, (num_positions, -1))[..., -num_positions:].add_(later.unsqueeze(1))
+    return torch.softmax(scores, -1, out=scores).to(dtype)
+
+
+def _add_gradients_of_block_(grads: Heads, weights: Tensor, gradient: Tensor, read: Heads, block: Block) -> None:
+    """Adds a block's part to the gradients; writes those of its queries, which no other block has. They lack the scale of
+    scores.
+    """
+    own, seen = (block.kv_heads, block.rows), (block.kv_heads, block.seen)
+    _add_products_(grads.values[seen], weights.transpose(1, 2), gradient)
+    by_score = torch.bmm(gradient, read.values[seen].transpose(1, 2))
+    torch.ops.aten._softmax_backward_data.out(by_score, weights, -1, weights.dtype, grad_input=by_score)
+    grads.queries[own] = torch.bmm(by_score, read.keys[seen])
+    _add_products_(grads.keys[seen], by_score.transpose(1, 2), read.queries[own].to(weights.dtype))
+
+
+def _add_products_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds left @ right, batch by batch, to `total`, which is float32; in one pass if they are too."""
+    if left.dtype == total.dtype:
+        total.baddbmm_(left, right)
+    else:
+        total += torch.bmm(left, right)
+
+
+class _HostAttention(torch.autograd.Function):
+    """Rotary positions, rounded to the storage dtype as on a GPU, and attention by blocks."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, rotary: Tensor) -> Tensor:
+        num_groups = k.shape[1]
+        rotated = (operations.rotate_(each.to(torch.float32, copy=True), *rotary).to(q.dtype) for each in (q, k))
+        heads = Heads(*(stacked(each, num_groups) for each in rotated), stacked(v, num_groups))
+        ctx.save_for_backward(*heads, rotary)
+        return unstacked(attend_by_blocks(heads), len(q), q.shape[2])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        *saved, (cos, sin) = ctx.saved_tensors
+        heads, (num_rows, _, length, _) = Heads(*saved), gradient.shape
+        grads = gradients_by_blocks(stacked(gradient, len(heads.keys) // num_rows), heads)
+        q, k, v = (unstacked(each, num_rows, length) for each in grads)
+        dtype = heads.values.dtype
+        return *(operations.rotate_(each, cos, -sin).to(dtype) for each in (q, k)), v.to(dtype), None
