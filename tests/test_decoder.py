@@ -165,9 +165,10 @@ def bytes_of_block(config: TrainingConfig, on_host: bool) -> int:
     read = kv_heads if on_host or config.precision == "bf16" else heads
     numbers = 2 * config.hidden_size + (2 * heads + 2 * read) * padded + 2 * config.mlp_size
     numbers += heads * width * (padded > width)
+    sums = 0 if on_host else 4 * heads
     if config.qk_norm:
-        return (numbers + (heads + kv_heads) * width) * config.dtype.itemsize + 4 * (2 * heads + kv_heads)
-    return numbers * config.dtype.itemsize + 4 * heads
+        return (numbers + (heads + kv_heads) * width) * config.dtype.itemsize + 4 * (heads + kv_heads) + sums
+    return numbers * config.dtype.itemsize + sums
 
 
 @pytest.mark.parametrize("mode", MODES)

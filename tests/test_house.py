@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = ("config", "model", "plan", "engine", "run", "trainer", "entries")
 ROOMS = {
-    "model": {"decoder", "documents", "operations", "losses", "sampling", "activation_offload", "huggingface"},
+    "model": {"decoder", "attention", "documents", "operations", "losses", "sampling", "activation_offload", "huggingface"},
     "plan": {"budget", "footprint", "machine"},
     "engine": {"distributed", "watch", "toolchain", "truth_check", "offload", "updates"},
     "run": {"state", "setup", "run_dir", "metrics", "checkpoint", "storage", "evaluate", "teacher", "page", "tracker"},

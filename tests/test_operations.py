@@ -23,9 +23,9 @@ from torch.nn import functional
 from tracker import fake_mode
 from transformers import AutoModelForCausalLM
 
-from scripts.config import COMPILER_OPTIONS, PRECISIONS
-from scripts.model import operations
-from scripts.model.attention import attend, flash_attends, padded_width
+from scripts.config import COMPILER_OPTIONS, HOST_CHUNK_SCORES, PRECISIONS
+from scripts.model import attention, operations
+from scripts.model.attention import attend, flash_attends, kv_heads_at_once, padded_width, stacked, unstacked, weights_dtype
 from scripts.model.decoder import empty_model, rotary_table
 from scripts.model.losses import IGNORED, next_token_loss
 
@@ -91,6 +91,8 @@ CASES = {
 def test_an_operation_has_plain_torchs_values_and_gradients(monkeypatch, name, chunk_rows, on_host):
     take_path(monkeypatch, on_host)
     monkeypatch.setattr(operations, "HOST_CHUNK_ROWS", chunk_rows)
+    monkeypatch.setattr(attention, "HOST_CHUNK_QUERIES", chunk_rows)
+    monkeypatch.setattr(attention, "HOST_CHUNK_SCORES", 2**10 * chunk_rows)
     case, generator, found = CASES[name], torch.Generator().manual_seed(0), []
     inputs = [torch.randn(shape, generator=generator).requires_grad_() for shape in case.shapes]
     wanted = [*inputs, *(weight for module in case.modules for weight in module.parameters())]
@@ -238,6 +240,44 @@ def test_flash_attention_is_there_from_ampere_on_in_16_bits_up_to_256_and_on_sma
             is_small = capability in ((8, 6), (8, 9), (12, 1))
             assert widths(capability, half, trains) == set(range(1, 257)) - (refused if is_small and trains else set())
     assert all(widths(capability, torch.float32, False) == set() for capability in CAPABILITIES)
+
+
+@given(st.tuples(*[st.integers(1, 3)] * 4), st.sampled_from([4, 6]), st.booleans())
+def test_heads_stacked_by_the_kv_head_that_they_read_come_back_as_they_were(sizes, width, is_by_position):
+    rows, groups, repeats, length = sizes
+    heads = torch.randn(rows, length, groups * repeats, width).transpose(1, 2)
+    heads = heads if is_by_position else heads.contiguous()
+    by_group = stacked(heads, groups)
+    assert by_group.shape == (rows * groups, length * repeats, width)
+    for kv_head in range(rows * groups):
+        own = heads[kv_head // groups, kv_head % groups * repeats :][:repeats]
+        assert torch.equal(by_group[kv_head].unflatten(0, (length, repeats)).transpose(0, 1), own)
+    back = unstacked(by_group, rows, length, torch.float32)
+    assert torch.equal(back, heads) and back.transpose(1, 2).is_contiguous()
+    assert back.untyped_storage().data_ptr() != heads.untyped_storage().data_ptr()
+
+
+@given(st.integers(1, 2**20), st.integers(1, 2**12), st.integers(1, 2**17), st.integers(1, 2**9))
+def test_a_block_has_as_many_kv_heads_as_stay_in_the_cache_and_at_least_one(num_kv_heads, num_queries, num_seen, width):
+    found = kv_heads_at_once(num_kv_heads, num_queries, num_seen, width)
+    a_head = num_queries * max(num_seen, width)
+    assert 1 <= found <= num_kv_heads
+    assert found == 1 or found * a_head <= HOST_CHUNK_SCORES
+    assert found == num_kv_heads or (found + 1) * a_head > HOST_CHUNK_SCORES
+
+
+def test_no_weight_of_attention_vanishes_in_half_precision_on_a_cpu(monkeypatch):
+    for has_16_bit_products, wanted in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda found=has_16_bit_products: found)
+        assert weights_dtype(torch.bfloat16) == wanted
+        assert weights_dtype(torch.float16) == weights_dtype(torch.float32) == torch.float32
+    queries, keys, values = torch.zeros(3, 1, 1, 1024, 2, dtype=torch.float16)
+    queries[..., 0], keys[..., 1:, 0], values[..., 1:, :] = 4.0, -6.5, 2.0**15
+    still = torch.stack((torch.ones(1024, 1), torch.zeros(1024, 1)))
+    likelihood = torch.exp(queries[0, 0, 0].double() @ keys[0, 0, -1].double() / 2**0.5)
+    assert likelihood < 2.0**-25, "a weight that half precision does not have"
+    wanted = 2.0**15 * 1023 * likelihood / (1 + 1023 * likelihood)
+    torch.testing.assert_close(attend(queries, keys, values, still)[0, 0, -1].double(), wanted.expand(2), rtol=1e-2, atol=0.0)
 
 
 @given(num_rows=st.integers(0, 99), rows_at_once=st.integers(1, 40))

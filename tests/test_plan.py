@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scripts import config as config_module
-from scripts.config import ACTIVATION_CHECKPOINTING, COMPILED_ON, DISTILL, PRETRAIN, TrainingConfig
+from scripts.config import ACTIVATION_CHECKPOINTING, COMPILED_ON, DISTILL, PRECISIONS, PRETRAIN, TrainingConfig
 from scripts.memory import GPU, HOST, OUTSIDE_TORCH, allocated_bytes, needs
 from scripts.model.huggingface import teacher_config, transformers_config
 from scripts.plan.footprint import PHASES, TEACHER_ALONE, WINDOW_BYTES, checkpoint_bytes, device_moments, phases, plan
@@ -453,6 +453,22 @@ def test_plan_of_a_step_with_a_teacher_is_what_a_tracker_counts_on_a_processor(
     config = taught(student(precision=precision, **pair.student), tmp_path, **pair.teacher)
     planned = tracked_part(config, "cpu", STEP).num_bytes
     assert planned == pytest.approx(tracker.fake_step_peak(config, "cpu").num_bytes, rel=CLOSE)
+
+
+@pytest.mark.parametrize("length", [100, 1024])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (3, 1)])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("has_16_bit_products", [False, True])
+def test_plan_of_heads_wider_than_the_mlp_is_what_a_tracker_counts_on_a_processor(
+    monkeypatch, precision, has_16_bit_products, heads, kv_heads, length
+):
+    """The moments of attention, and of the products that make its heads."""
+    as_on_host(monkeypatch, has_16_bit_products)
+    config = shaped("124M", length, precision=precision, num_layers=2, mlp_size=64, vocab_size=257, loss_chunk_rows=64)
+    config = replace(config, hidden_size=64 * heads, head_size=128, num_heads=heads, num_kv_heads=kv_heads)
+    planned, tracked = tracked_part(config, "cpu", STEP), tracker.fake_step_peak(config, "cpu").num_bytes
+    assert planned.moment in (ATTENTION, "the backward of attention's first products")
+    assert 0.97 * tracked <= planned.num_bytes <= 1.2 * tracked
 
 
 @pytest.mark.parametrize("device_type", ["cuda", "cpu"])

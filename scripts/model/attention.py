@@ -1,8 +1,8 @@
 """Causal attention: torch's kernels on GPUs, blocks of scores on CPUs. Knows tensors; no layers.
 
 Shape letters are decoder.py's; besides, R = H / G heads read each kv head, and N = B * G. On a CPU a block has the scores of
-HOST_CHUNK_QUERIES positions, and of as many kv heads as make HOST_CHUNK_SCORES: they stay in the cache. Its backward computes
-them again, and no sums are kept for it.
+HOST_CHUNK_QUERIES positions, and of so many kv heads that neither they nor the queries have more than HOST_CHUNK_SCORES
+elements: they stay in the cache. The backward computes scores again, and keeps no sums for it.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from scripts.config import HOST_CHUNK_QUERIES, HOST_CHUNK_SCORES
+from scripts.config import HOST_CHUNK_QUERIES, HOST_CHUNK_SCORES, NUM_MULTIPROCESSORS, TrainingConfig
 from scripts.model import operations
 
 
@@ -28,9 +28,11 @@ class Heads(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A part of the scores: of some kv heads, of some `rows` of their queries, and of the positions that these have `seen`."""
+    """A part of the scores: of some kv heads and some `positions`, whose queries are `rows`, and of all that these have `seen`.
+    """
 
     kv_heads: slice
+    positions: slice
     rows: slice
     seen: slice
 
@@ -87,8 +89,12 @@ def flash_attends(capability: tuple[int, ...] | None, dtype: torch.dtype, head_w
 
 def attend_by_blocks(heads: Heads) -> Tensor:
     """Causal attention on a CPU, of rotated queries and keys: (N, T * R, K), in the dtype of `heads`."""
-    output, keys, values = torch.empty_like(heads.queries), heads.keys.float(), heads.values.to(weights_dtype(heads.values))
-    for block in blocks_of(len(keys), keys.shape[1], heads.queries.shape[1] // keys.shape[1]):
+    output, keys, values = (
+        torch.empty_like(heads.queries),
+        heads.keys.float(),
+        heads.values.to(weights_dtype(heads.values.dtype)),
+    )
+    for block in _blocks(heads):
         own = block.kv_heads, block.rows
         output[own] = torch.bmm(_weights(heads.queries[own], keys, block, values.dtype), values[block.kv_heads, block.seen])
     return output
@@ -96,9 +102,9 @@ def attend_by_blocks(heads: Heads) -> Tensor:
 
 def gradients_by_blocks(gradient: Tensor, heads: Heads) -> Heads:
     """The gradients of `heads` in float32, from that of `attend_by_blocks`, (N, T * R, K)."""
-    grads, narrow = Heads(*(torch.zeros_like(each, dtype=torch.float32) for each in heads)), weights_dtype(heads.values)
+    grads, narrow = Heads(*(torch.zeros_like(each, dtype=torch.float32) for each in heads)), weights_dtype(heads.values.dtype)
     wide, read = heads.keys.float(), Heads(heads.queries, heads.keys.to(narrow), heads.values.to(narrow))
-    for block in blocks_of(len(wide), wide.shape[1], heads.queries.shape[1] // wide.shape[1]):
+    for block in _blocks(heads):
         weights = _weights(heads.queries[block.kv_heads, block.rows], wide, block, narrow)
         _add_gradients_of_block_(grads, weights, gradient[block.kv_heads, block.rows].to(narrow), read, block)
         del weights
@@ -107,20 +113,77 @@ def gradients_by_blocks(gradient: Tensor, heads: Heads) -> Heads:
     return grads
 
 
-def blocks_of(num_kv_heads: int, length: int, repeats: int) -> Iterator[Block]:
-    """The blocks of all scores of `num_kv_heads` N, with `length` T positions and `repeats` R queries at each."""
-    for positions in operations.row_slices(length, HOST_CHUNK_QUERIES):
-        stop = min(positions.stop, length)
-        at_once = max(1, HOST_CHUNK_SCORES // ((stop - positions.start) * repeats * stop))
-        for kv_heads in operations.row_slices(num_kv_heads, at_once):
-            yield Block(kv_heads, slice(positions.start * repeats, stop * repeats), slice(0, stop))
+def backward_kernel_bytes(config: TrainingConfig) -> int:
+    """What torch's kernels make for themselves on a GPU, in deterministic mode, for tiles of positions and features.
 
-
-def weights_dtype(values: Tensor) -> torch.dtype:
-    """The dtype in which a CPU multiplies by attention's weights: bfloat16 if values and products are, else float32, in which
-    no weight vanishes.
+    Flash attention (flash_attn/flash_api.cpp, mha_bwd; Dao 2023) adds up a float32 gradient of q for each share of the
+    processors, and where kv heads are shared one of k and v for every head. The memory-efficient kernel (workspace_size in
+    mem_eff_attention/kernel_backward.h) has one float32 gradient of q, and a tile of those of k and v. With zeros after heads
+    the output's gradient is copied into the kernels' order, and for flash attention the output too. Documents are given to
+    them so that tiles of rows take no more than their tokens do again (`documents_of`).
     """
-    dtype = operations.product_dtype(values.dtype, values.device)
+    masks, heads, head = (
+        config.mask_across_documents,
+        config.micro_batch_rows * config.num_heads,
+        padded_width(config.head_width),
+    )
+    length, tokens = -(-config.context_length // 128) * 128 * (2 if masks else 1), heads * config.context_length
+    sums, queries, is_padded = 4 * heads * length, config.dtype.itemsize * tokens * head, head > config.head_width
+    if not flash_attends(None, config.dtype, config.head_width, needs_gradient=True):
+        tiles = max(128 * heads, tokens * masks)
+        return sums * (-(-head // 64) * 64 + 1) + 4 * tiles * (-(-head // 128) * 128) + queries * is_padded
+    shares, tile = -(-NUM_MULTIPROCESSORS // heads), 32 if head <= 128 else 64
+    copies = 2 * queries * ((config.num_kv_heads < config.num_heads) + is_padded)
+    return sums * (shares * (-(-head // tile) * tile) + 1) + copies
+
+
+def kv_heads_at_once(num_kv_heads: int, num_queries: int, num_seen: int, width: int) -> int:
+    """How many of `num_kv_heads` kv heads a block has, with so many queries for each that see `num_seen` positions."""
+    return min(num_kv_heads, max(1, HOST_CHUNK_SCORES // (num_queries * max(num_seen, width))))
+
+
+def host_bytes(config: TrainingConfig, num_places: int, *, has_backward: bool) -> int:
+    """The most that attention of a micro-batch takes on a CPU beside q, k and v: in the forward, or in the backward beside what
+    that one keeps. With documents masked `num_places` is more than the tokens: heads are then read at these places.
+    """
+    size, narrow = config.dtype.itemsize, weights_dtype(config.dtype).itemsize
+    tokens, is_grouped = config.micro_batch_rows * config.context_length, config.mask_across_documents
+    queries, keys = config.num_heads * config.head_width, config.num_kv_heads * config.head_width
+    copied, block = int(is_grouped or config.num_kv_heads > 1), _largest_block_bytes(config, num_places, has_backward)
+    casts = keys * (4 * (size < 4) + (1 + has_backward) * narrow * (narrow != size))
+    if has_backward:
+        grads = 4 * (queries + 2 * keys) * num_places
+        above, returned = size * queries * copied * num_places, size * (queries + 2 * keys) * num_places
+        around = grads + size * 2 * (queries + keys) * num_places if is_grouped else 0
+        return around + grads + max(above + casts * num_places + block, returned, 2 * queries * num_places)
+    heads, output = size * (queries + keys + keys * copied) * num_places, size * queries * num_places
+    around = size * (queries + keys) * tokens + output if is_grouped else 0
+    return max(6 * queries * tokens, around + heads + output + max(casts * num_places + block, output))
+
+
+def _largest_block_bytes(config: TrainingConfig, num_places: int, has_backward: bool) -> int:
+    """The most that a block takes: queries in float32, scores and weights; then weights, in a backward their gradient too, and
+    what they are multiplied by.
+    """
+    size, narrow, length = config.dtype.itemsize, weights_dtype(config.dtype).itemsize, config.context_length
+    rows, repeats, most = min(length, HOST_CHUNK_QUERIES), config.num_heads // config.num_kv_heads, 0
+    num_kv_heads, width = -(-num_places // length) * config.num_kv_heads, config.head_width
+    for seen in range(rows, length + rows, rows):
+        at_once = kv_heads_at_once(num_kv_heads, rows * repeats, seen, width)
+        queries, keys, scores = (at_once * each for each in (rows * repeats * width, seen * width, rows * repeats * seen))
+        weighing = max(4 * queries * (1 + (size < 4)), 4 * queries + 4 * scores, (4 + narrow * (narrow < 4)) * scores)
+        using = narrow * (scores + queries)
+        if has_backward:
+            using = narrow * (queries * (narrow != size) + scores + max(keys, scores + max(queries, keys)))
+        most = max(most, weighing, using)
+    return most
+
+
+def weights_dtype(storage: torch.dtype) -> torch.dtype:
+    """The dtype in which a CPU multiplies by attention's weights: bfloat16 where `storage` and products are, else float32, in
+    which no weight vanishes.
+    """
+    dtype = operations.product_dtype(storage, torch.device("cpu"))
     return dtype if dtype == torch.bfloat16 else torch.float32
 
 
@@ -129,10 +192,22 @@ def stacked(x: Tensor, num_groups: int) -> Tensor:
     return x.unflatten(1, (num_groups, -1)).transpose(2, 3).reshape(len(x) * num_groups, -1, x.shape[-1])
 
 
-def unstacked(x: Tensor, num_rows: int, length: int) -> Tensor:
-    """Heads back from `stacked`, in memory position by position: (N, T * R, K) -> (B, H, T, K), B `num_rows`, T `length`."""
-    by_group = x.view(num_rows, len(x) // num_rows, length, -1, x.shape[-1])
-    return by_group.transpose(1, 2).contiguous().flatten(2, 3).transpose(1, 2)
+def unstacked(x: Tensor, num_rows: int, length: int, dtype: torch.dtype) -> Tensor:
+    """Heads back from `stacked`, a copy, in memory position by position: (N, T * R, K) -> (B, H, T, K), B `num_rows`, T
+    `length`.
+    """
+    by_position = x.view(num_rows, len(x) // num_rows, length, -1, x.shape[-1]).transpose(1, 2)
+    return by_position.to(dtype, copy=True, memory_format=torch.contiguous_format).flatten(2, 3).transpose(1, 2)
+
+
+def _blocks(heads: Heads) -> Iterator[Block]:
+    (num_kv_heads, length, width), repeats = heads.keys.shape, heads.queries.shape[1] // heads.keys.shape[1]
+    for start in range(0, length, HOST_CHUNK_QUERIES):
+        positions = slice(start, min(start + HOST_CHUNK_QUERIES, length))
+        rows, seen = slice(repeats * start, repeats * positions.stop), slice(0, positions.stop)
+        at_once = kv_heads_at_once(num_kv_heads, rows.stop - rows.start, seen.stop, width)
+        for kv_heads in operations.row_slices(num_kv_heads, at_once):
+            yield Block(kv_heads, positions, rows, seen)
 
 
 def _weights(queries: Tensor, keys: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
@@ -140,7 +215,7 @@ def _weights(queries: Tensor, keys: Tensor, block: Block, dtype: torch.dtype) ->
     (N, T, K) are float32, and so are scores.
     """
     scores = torch.bmm(queries.float() * (1 / math.sqrt(keys.shape[-1])), keys[block.kv_heads, block.seen].transpose(1, 2))
-    num_positions = block.seen.stop * (block.rows.stop - block.rows.start) // block.rows.stop
+    num_positions = block.positions.stop - block.positions.start
     later = scores.new_full((num_positions, num_positions), -torch.inf).triu_(1)
     scores.unflatten(1, (num_positions, -1))[..., -num_positions:].add_(later.unsqueeze(1))
     return torch.softmax(scores, -1, out=scores).to(dtype)
@@ -172,16 +247,22 @@ class _HostAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, rotary: Tensor) -> Tensor:
         num_groups = k.shape[1]
-        rotated = (operations.rotate_(each.to(torch.float32, copy=True), *rotary).to(q.dtype) for each in (q, k))
-        heads = Heads(*(stacked(each, num_groups) for each in rotated), stacked(v, num_groups))
+        heads = Heads(*(_rotated(each, num_groups, rotary) for each in (q, k)), stacked(v, num_groups))
         ctx.save_for_backward(*heads, rotary)
-        return unstacked(attend_by_blocks(heads), len(q), q.shape[2])
+        return unstacked(attend_by_blocks(heads), len(q), q.shape[2], q.dtype)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         *saved, (cos, sin) = ctx.saved_tensors
         heads, (num_rows, _, length, _) = Heads(*saved), gradient.shape
         grads = gradients_by_blocks(stacked(gradient, len(heads.keys) // num_rows), heads)
-        q, k, v = (unstacked(each, num_rows, length) for each in grads)
-        dtype = heads.values.dtype
-        return *(operations.rotate_(each, cos, -sin).to(dtype) for each in (q, k)), v.to(dtype), None
+        for each in (grads.queries, grads.keys):
+            operations.rotate_(each.unflatten(1, (length, -1)), cos.unsqueeze(1), -sin.unsqueeze(1))
+        return *(unstacked(each, num_rows, length, gradient.dtype) for each in grads), None
+
+
+def _rotated(x: Tensor, num_groups: int, rotary: Tensor) -> Tensor:
+    """`stacked` heads, rotated in float32 and rounded to their dtype: (B, H, T, K) -> (B * num_groups, T * R, K)."""
+    by_group = x.unflatten(1, (num_groups, -1)).transpose(2, 3)
+    wide = by_group.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    return operations.rotate_(wide, *rotary.unsqueeze(2)).to(x.dtype).view(len(x) * num_groups, -1, x.shape[-1])

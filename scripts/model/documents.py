@@ -168,11 +168,11 @@ class _HostDocumentAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, rotary: Tensor, documents: Documents) -> Tensor:
         q, k = (operations.rotate_(each.to(torch.float32, copy=True), *rotary).to(each.dtype) for each in (q, k))
-        of_tokens, num_groups = q.transpose(1, 2), k.shape[1]
+        of_tokens = q.transpose(1, 2)
         attended = q.new_empty(len(documents.order), *of_tokens.shape[2:])
         for group in documents.groups:
-            heads = Heads(*(_of_group(each, num_groups, documents, group) for each in (q, k, v)))
-            output = unstacked(attention.attend_by_blocks(heads), group.num_pieces, group.length)
+            heads = _heads_of_group(q, k, v, documents, group)
+            output = unstacked(attention.attend_by_blocks(heads), group.num_pieces, group.length, q.dtype)
             attended[group.places] = output.transpose(1, 2).flatten(0, 1)
         ctx.save_for_backward(q, k, v, rotary)
         ctx.documents = documents
@@ -181,22 +181,25 @@ class _HostDocumentAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         (q, k, v, (cos, sin)), documents = ctx.saved_tensors, ctx.documents
-        num_groups, places = k.shape[1], len(documents.order)
+        places = len(documents.order)
         grads = [q.new_empty(places, each.shape[1], each.shape[3], dtype=torch.float32) for each in (q, k, v)]
         for group in documents.groups:
-            above = _of_group(gradient, num_groups, documents, group, is_zero_behind_ends=True)
-            heads = Heads(*(_of_group(each, num_groups, documents, group) for each in (q, k, v)))
-            for grad, own in zip(grads, attention.gradients_by_blocks(above, heads), strict=True):
-                grad[group.places] = unstacked(own, group.num_pieces, group.length).transpose(1, 2).flatten(0, 1)
+            above, heads = _of_group(gradient, documents, group), _heads_of_group(q, k, v, documents, group)
+            above.transpose(1, 2).flatten(0, 1).masked_fill_(documents.is_filling[group.places], 0.0)
+            for grad, own in zip(grads, attention.gradients_by_blocks(stacked(above, k.shape[1]), heads), strict=True):
+                of_pieces = unstacked(own, group.num_pieces, group.length, own.dtype)
+                grad[group.places] = of_pieces.transpose(1, 2).flatten(0, 1)
         shape = (q.shape[0], q.shape[2])
         grads = [grad.index_select(0, documents.places).unflatten(0, shape).transpose(1, 2) for grad in grads]
         rotated = (operations.rotate_(grad, cos, -sin).to(q.dtype) for grad in grads[:2])
         return *rotated, grads[2].to(q.dtype), None, None
 
 
-def _of_group(x: Tensor, num_groups: int, documents: Documents, group: Group, *, is_zero_behind_ends: bool = False) -> Tensor:
-    """The pieces of one group of x (B, H, T, K), stacked: (pieces * num_groups, length * H / num_groups, K)."""
+def _heads_of_group(q: Tensor, k: Tensor, v: Tensor, documents: Documents, group: Group) -> Heads:
+    return Heads(*(stacked(_of_group(each, documents, group), k.shape[1]) for each in (q, k, v)))
+
+
+def _of_group(x: Tensor, documents: Documents, group: Group) -> Tensor:
+    """The pieces of one group of x, as a batch: (B, H, T, K) -> (pieces, H, length, K)."""
     tokens = x.transpose(1, 2).flatten(0, 1).index_select(0, documents.order[group.places])
-    if is_zero_behind_ends:
-        tokens.masked_fill_(documents.is_filling[group.places], 0.0)
-    return stacked(tokens.unflatten(0, (group.num_pieces, group.length)).transpose(1, 2), num_groups)
+    return tokens.unflatten(0, (group.num_pieces, group.length)).transpose(1, 2)

@@ -12,7 +12,7 @@ import torch
 
 from scripts import config as settings
 from scripts.config import COMPILED_ON, PRECISIONS, TrainingConfig
-from scripts.model.attention import flash_attends, padded_width
+from scripts.model.attention import backward_kernel_bytes, flash_attends, host_bytes, padded_width
 from scripts.model.huggingface import teacher_config
 from scripts.model.operations import product_dtype
 from scripts.plan.machine import moments_bytes, pinned_bytes
@@ -23,7 +23,7 @@ HOST_MOMENTS = {
     TEACHER_ALONE: "reading weights and writing labels", "initialisation": "DeepSpeed's copies", "training step": "the update",
     "save and load": "reading and writing files",
 }  # fmt: skip
-BLOCK_PARTS = ("an MLP's last product", "an MLP's first products", "attention")
+BLOCK_PARTS = ("an MLP's last product", "an MLP's first products", "attention", "attention's first products")
 LABEL_CHUNK_BYTES, LABEL_COPIES = 24, 4
 DOCUMENT_BYTES, WINDOW_BYTES = 19, 33
 
@@ -268,13 +268,11 @@ def _forward_bytes(model: _Model, needs_gradient: bool) -> int:
 
 
 def _forward_on_host(model: _Model, projected: int) -> Iterator[int]:
-    """The moments of a block: q, k and v, attention in float32, its last product, the MLP's first products and its last."""
+    """The moments of a block: q, k and v, attention, its last product, the MLP's first products and its last."""
     s, w, m, r, d, f = model.storage, model.products, model.tokens, model.rows, model.width, model.mlp
     q, k, cast = model.queries, model.keys, model.cast
     yield s * m * (d + q + 2 * k) + cast * d * (q + 2 * k) + _normed_rows(model, q)
-    p, sums = model.places, 4 * model.places * model.config.num_heads
-    grouped = (4 * m + s * m * (s < 4)) * (q + k) + s * (m + p) * q + 4 * p * (4 * q + 2 * k)
-    yield projected + sums + (grouped if p > m else 4 * m * (4 * q + k) + s * m * (2 * q + k) * (s < 4))
+    yield projected + host_bytes(model.config, model.places, has_backward=False)
     yield projected + s * m * q + cast * (m * q + d * q) + 4 * m * d + s * m * d * (s < 4)
     yield s * m * 2 * (d + f) + cast * 2 * d * f + _normed_rows(model, f)
     yield s * m * (3 * d + 2 * f) + cast * d * f + r * (4 * f + max(4 * f * (s < 4), w * d * (w != s)))
@@ -289,7 +287,7 @@ def _normed_rows(model: _Model, widest: int) -> int:
 
 def _kept_block_bytes(model: _Model) -> int:
     """A block's input, hidden states between attention and MLP, q, k, v, attention's output, gate and up, what qk_norm reads,
-    sums. Without flash attention k and v are kept for every head; with zeros after heads, the output without them too.
+    a GPU's sums. Without flash attention k and v are kept for every head; with zeros after heads, the output without them too.
     """
     config, q, k, is_grouped = model.config, model.queries, model.keys, model.places > model.tokens
     is_copied = model.padded_queries > q or is_grouped and model.device_type == "cuda"
@@ -297,6 +295,7 @@ def _kept_block_bytes(model: _Model) -> int:
     attended = 2 * (model.padded_queries + model.attended_keys(True))
     elements += attended * (model.places if model.device_type == "cuda" else model.tokens)
     sums = model.places * 4 * config.num_heads * (1 if model.has_flash(True) or not is_grouped else 2)
+    sums *= model.device_type == "cuda"
     normed = model.storage * (q + k) + 4 * (config.num_heads + config.num_kv_heads)
     return elements * model.storage + sums + model.tokens * (normed if config.qk_norm else 0)
 
@@ -304,13 +303,16 @@ def _kept_block_bytes(model: _Model) -> int:
 def _loss(student: _Model) -> Iterator[Moment]:
     """The loss, at the chunk in which logits or their gradient take most, and its backward, with what the last norm keeps. A
     chunk's gradient of logits takes three float32 (C, V) with a teacher, two with labels, else one, on the host of fewer rows.
-    In fp16 the head's gradient is added up in float32 even of one chunk.
+    In fp16 the head's gradient is added up in float32 even of one chunk, and made of float32 on the host.
     """
     teacher, is_split = _teacher_beside(student), student.chunk < student.tokens or student.config.precision == "fp16"
     s, w, head = student.storage, student.products, student.vocabulary * student.width
     last = {"last norm's activations": student.hidden_bytes + 4 * student.tokens}
     hidden, logits = 2 * student.hidden_bytes + 16 * student.tokens, student.chunk * student.vocabulary
     multiplying = w * (logits + max(student.chunk * student.width, min(head, logits) if is_split else head))
+    part = min(student.vocabulary, max(1, logits // student.width // 2))
+    is_half_on_host = student.config.precision == "fp16" and student.device_type == "cpu"
+    multiplying += 4 * student.chunk * (part + student.width) * is_half_on_host
     chunk = hidden + student.cast_bytes(student.chunk) + student.cast_bytes(student.vocabulary)
     made, top_k, beside = w * logits + 4 * student.wide_logits * (w < 4), student.config.teacher_top_k, {}
     if top_k is not None:
@@ -330,7 +332,7 @@ def _block_backward(student: _Model, block: int, num_above: int) -> Iterator[Mom
     hidden, gates = student.hidden_bytes, 2 * student.storage * student.tokens * student.mlp
     tied = student.storage * student.vocabulary * student.width * student.config.tie_embeddings
     works = (_work_on_gpu if student.device_type == "cuda" else _work_on_host)(student)
-    for part, kept, work in zip(BLOCK_PARTS, (block, block - gates, block - gates - hidden), works, strict=True):
+    for part, kept, work in zip(BLOCK_PARTS, (block, block - gates, block - gates - hidden, hidden), works, strict=True):
         if mode == "none":
             saved = {"saved activations": (num_left - 1) * block + kept}
         else:
@@ -349,32 +351,10 @@ def _work_on_gpu(model: _Model) -> Iterator[dict[str, int]]:
     made = gradient + s * m * (2 * (padded + model.attended_keys(True)) - q * (padded > q))
     if model.places > m:
         made = gradient + s * (m * q + model.places * (3 * padded + 2 * model.attended_keys(True) + q + 2 * model.keys))
-    yield {
-        "one block's backward": made,
-        "kernels' own work": _attention_backward_kernel(model),
-        "gradients in flight": s * d * q,
-    }
-
-
-def _attention_backward_kernel(model: _Model) -> int:
-    """What torch's kernels make for themselves, in deterministic mode, for tiles of positions and features.
-
-    Flash attention (flash_attn/flash_api.cpp, mha_bwd; Dao 2023) adds up a float32 gradient of q for each share of the
-    processors, and where kv heads are shared one of k and v for every head. The memory-efficient kernel (workspace_size in
-    mem_eff_attention/kernel_backward.h) has one float32 gradient of q, and a tile of those of k and v. With zeros after heads
-    the output's gradient is copied into the kernels' order, and for flash attention the output too. Documents are given to
-    them so that tiles of rows take no more than their tokens do again (`documents_of`).
-    """
-    config, head = model.config, model.padded_head
-    masks, heads = config.mask_across_documents, config.micro_batch_rows * config.num_heads
-    length = -(-config.context_length // 128) * 128 * (2 if masks else 1)
-    sums, queries, is_padded = 4 * heads * length, model.storage * model.tokens * model.padded_queries, head > config.head_width
-    if not model.has_flash(True):
-        tiles = max(128 * heads, model.tokens * config.num_heads * masks)
-        return sums * (-(-head // 64) * 64 + 1) + 4 * tiles * (-(-head // 128) * 128) + queries * is_padded
-    shares, tile = -(-settings.NUM_MULTIPROCESSORS // heads), 32 if head <= 128 else 64
-    copies = 2 * queries * ((model.keys < model.queries) + is_padded)
-    return sums * (shares * (-(-head // tile) * tile) + 1) + copies
+    kernel = backward_kernel_bytes(model.config)
+    yield {"one block's backward": made, "kernels' own work": kernel, "gradients in flight": s * d * q}
+    outputs = q + 2 * model.keys
+    yield {"one block's backward": 3 * gradient + s * m * outputs, "gradients in flight": s * d * outputs}
 
 
 def _work_on_host(model: _Model) -> Iterator[dict[str, int]]:
@@ -387,14 +367,20 @@ def _work_on_host(model: _Model) -> Iterator[dict[str, int]]:
     read, made = r * (2 * copied * f + cast * d), r * 8 * f
     piece = max(read * (1 + last) + made * last, read + made * (1 + last) + narrow, read + made + 4 * r * f + w * matrix)
     yield {"one block's backward": gradient + gates + cast * matrix + piece, "gradients in flight": 4 * matrix}
-    rows, gates_cast = 4 * r * d, r * cast * f
-    casting = rows * 4 + gates_cast * (1 + last) + w * matrix
-    piece = max(rows * (3 + 3 * last) + gates_cast * last, casting, rows * 3 + gates_cast + copied * matrix)
-    yield {"one block's backward": 2 * gradient + gates + 2 * cast * matrix + piece, "gradients in flight": 8 * matrix}
-    q, k, output = model.queries, model.keys, 4 * m * model.queries
-    grouped = 4 * model.places * (9 * q + 5 * k) + 4 * m * (q + 2 * k) + s * m * (q + k) * (s < 4)
-    made = grouped if model.places > m else 5 * output + max(3 * (s < 4) * output, 8 * m * k)
-    yield {"one block's backward": gradient + s * m * q + made}
+    yield _first_products_on_host(model, [f, f])
+    made = s * m * model.queries + host_bytes(model.config, model.places, has_backward=True)
+    yield {"one block's backward": gradient + made}
+    yield _first_products_on_host(model, [model.queries, model.keys, model.keys])
+
+
+def _first_products_on_host(model: _Model, widths: list[int]) -> dict[str, int]:
+    """The backward of a norm and of products of such widths, all made of its result."""
+    s, w, d, rows, last = model.storage, model.products, model.width, 4 * model.rows * model.width, model.tokens > model.rows
+    matrix, cast = d * max(widths), model.rows * model.cast * max(widths)
+    casting = rows * 4 + cast * (1 + last) + w * matrix
+    piece = max(rows * (3 + 3 * last) + cast * last, casting, rows * 3 + cast + s * (s < 4) * d * sum(widths))
+    made = s * model.tokens * (2 * d + sum(widths)) + model.cast * d * sum(widths)
+    return {"one block's backward": made + piece, "gradients in flight": 4 * d * sum(widths)}
 
 
 def _embedding_backward(model: _Model) -> dict[str, int]:
