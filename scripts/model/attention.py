@@ -28,8 +28,7 @@ class Heads(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A part of the scores: of some kv heads and some `positions`, whose queries are `rows`, and of all that these have `seen`.
-    """
+    """A part of the scores: of some kv heads and `positions`, whose queries are `rows`, and of all that these have `seen`."""
 
     kv_heads: slice
     positions: slice
@@ -89,11 +88,8 @@ def flash_attends(capability: tuple[int, ...] | None, dtype: torch.dtype, head_w
 
 def attend_by_blocks(heads: Heads) -> Tensor:
     """Causal attention on a CPU, of rotated queries and keys: (N, T * R, K), in the dtype of `heads`."""
-    output, keys, values = (
-        torch.empty_like(heads.queries),
-        heads.keys.float(),
-        heads.values.to(weights_dtype(heads.values.dtype)),
-    )
+    output, keys = torch.empty_like(heads.queries), heads.keys.float()
+    values = heads.values.to(weights_dtype(heads.values.dtype))
     for block in _blocks(heads):
         own = block.kv_heads, block.rows
         output[own] = torch.bmm(_weights(heads.queries[own], keys, block, values.dtype), values[block.kv_heads, block.seen])
@@ -102,14 +98,13 @@ def attend_by_blocks(heads: Heads) -> Tensor:
 
 def gradients_by_blocks(gradient: Tensor, heads: Heads) -> Heads:
     """The gradients of `heads` in float32, from that of `attend_by_blocks`, (N, T * R, K)."""
-    grads, narrow = Heads(*(torch.zeros_like(each, dtype=torch.float32) for each in heads)), weights_dtype(heads.values.dtype)
+    narrow, by_key = weights_dtype(heads.values.dtype), (torch.zeros_like(each, dtype=torch.float32) for each in heads[1:])
+    grads = Heads(torch.empty_like(heads.queries, dtype=torch.float32), *by_key)
     wide, read = heads.keys.float(), Heads(heads.queries, heads.keys.to(narrow), heads.values.to(narrow))
     for block in _blocks(heads):
         weights = _weights(heads.queries[block.kv_heads, block.rows], wide, block, narrow)
         _add_gradients_of_block_(grads, weights, gradient[block.kv_heads, block.rows].to(narrow), read, block)
         del weights
-    for each in (grads.queries, grads.keys):
-        each.mul_(1 / math.sqrt(each.shape[-1]))
     return grads
 
 
@@ -122,11 +117,8 @@ def backward_kernel_bytes(config: TrainingConfig) -> int:
     the output's gradient is copied into the kernels' order, and for flash attention the output too. Documents are given to
     them so that tiles of rows take no more than their tokens do again (`documents_of`).
     """
-    masks, heads, head = (
-        config.mask_across_documents,
-        config.micro_batch_rows * config.num_heads,
-        padded_width(config.head_width),
-    )
+    masks, heads = config.mask_across_documents, config.micro_batch_rows * config.num_heads
+    head = padded_width(config.head_width)
     length, tokens = -(-config.context_length // 128) * 128 * (2 if masks else 1), heads * config.context_length
     sums, queries, is_padded = 4 * heads * length, config.dtype.itemsize * tokens * head, head > config.head_width
     if not flash_attends(None, config.dtype, config.head_width, needs_gradient=True):
@@ -171,7 +163,7 @@ def _largest_block_bytes(config: TrainingConfig, num_places: int, has_backward: 
     for seen in range(rows, length + rows, rows):
         at_once = kv_heads_at_once(num_kv_heads, rows * repeats, seen, width)
         queries, keys, scores = (at_once * each for each in (rows * repeats * width, seen * width, rows * repeats * seen))
-        weighing = max(4 * queries * (1 + (size < 4)), 4 * queries + 4 * scores, (4 + narrow * (narrow < 4)) * scores)
+        weighing = max(4 * queries * (size < 4) + 4 * scores, (4 + narrow * (narrow < 4)) * scores)
         using = narrow * (scores + queries)
         if has_backward:
             using = narrow * (queries * (narrow != size) + scores + max(keys, scores + max(queries, keys)))
@@ -214,7 +206,8 @@ def _weights(queries: Tensor, keys: Tensor, block: Block, dtype: torch.dtype) ->
     """The shares that queries (n, rows, K) give the positions that they see: (n, rows, seen), each row's sum is 1. The keys
     (N, T, K) are float32, and so are scores.
     """
-    scores = torch.bmm(queries.float() * (1 / math.sqrt(keys.shape[-1])), keys[block.kv_heads, block.seen].transpose(1, 2))
+    seen = keys[block.kv_heads, block.seen].transpose(1, 2)
+    scores = torch.baddbmm(keys.new_empty(1), queries.float(), seen, beta=0, alpha=_scale(keys))
     num_positions = block.positions.stop - block.positions.start
     later = scores.new_full((num_positions, num_positions), -torch.inf).triu_(1)
     scores.unflatten(1, (num_positions, -1))[..., -num_positions:].add_(later.unsqueeze(1))
@@ -222,23 +215,26 @@ def _weights(queries: Tensor, keys: Tensor, block: Block, dtype: torch.dtype) ->
 
 
 def _add_gradients_of_block_(grads: Heads, weights: Tensor, gradient: Tensor, read: Heads, block: Block) -> None:
-    """Adds a block's part to the gradients; writes those of its queries, which no other block has. They lack the scale of
-    scores.
-    """
+    """Adds a block's part to the gradients; writes those of its queries, which no other block has."""
     own, seen = (block.kv_heads, block.rows), (block.kv_heads, block.seen)
-    _add_products_(grads.values[seen], weights.transpose(1, 2), gradient)
+    _add_products_(grads.values[seen], weights.transpose(1, 2), gradient, 1.0)
     by_score = torch.bmm(gradient, read.values[seen].transpose(1, 2))
     torch.ops.aten._softmax_backward_data.out(by_score, weights, -1, weights.dtype, grad_input=by_score)
-    grads.queries[own] = torch.bmm(by_score, read.keys[seen])
-    _add_products_(grads.keys[seen], by_score.transpose(1, 2), read.queries[own].to(weights.dtype))
+    torch.mul(torch.bmm(by_score, read.keys[seen]), _scale(read.keys), out=grads.queries[own])
+    _add_products_(grads.keys[seen], by_score.transpose(1, 2), read.queries[own].to(weights.dtype), _scale(read.keys))
 
 
-def _add_products_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Adds left @ right, batch by batch, to `total`, which is float32; in one pass if they are too."""
+def _add_products_(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """Adds scale * left @ right, batch by batch, to `total`, which is float32; in one pass if they are too."""
     if left.dtype == total.dtype:
-        total.baddbmm_(left, right)
+        total.baddbmm_(left, right, alpha=scale)
     else:
-        total += torch.bmm(left, right)
+        total.add_(torch.bmm(left, right), alpha=scale)
+
+
+def _scale(keys: Tensor) -> float:
+    """What scores are multiplied by: 1 / sqrt(K)."""
+    return 1 / math.sqrt(keys.shape[-1])
 
 
 class _HostAttention(torch.autograd.Function):
