@@ -1,12 +1,17 @@
 """Laws of the machine: its cards, control groups, peaks, pinned memory, FLOP, and hours that follow the rates."""
 
+import resource
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
@@ -70,6 +75,14 @@ def test_peak_of_the_host_is_the_most_that_was_ever_resident():
     peaks, resident = peak_bytes(), proc_bytes("/proc/self/status")["VmHWM"]
     assert 0.99 * resident <= peaks.host_bytes <= proc_bytes("/proc/meminfo")["MemTotal"]
     assert peaks.gpu_bytes == 0 or torch.cuda.is_available()
+
+
+def test_peak_of_the_host_leaves_out_the_program_that_started_this_one():
+    """Linux hands a process's peak on to what it starts, also to another program."""
+    held = np.ones(2**30, dtype=np.uint8)
+    script = "from scripts.plan.machine import peak_bytes; print(peak_bytes().host_bytes)"
+    found = int(subprocess.check_output([sys.executable, "-c", script], cwd=REPOSITORY))
+    assert 0 < found < held.nbytes < resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @pytest.mark.parametrize(("version", "wanted"), [("2.11.0", 4096), ("2.12.1", 4096), ("2.13.0", 3000), ("2.14.0", 3000)])

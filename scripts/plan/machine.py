@@ -182,9 +182,12 @@ def room_in_all(config: TrainingConfig, device: torch.device) -> Room:
 
 
 def peak_bytes() -> Peaks:
-    """What this process has held at most: on the GPU since its run began, of the host ever, as Linux counts it, in KiB."""
+    """What this process has held at most: on the GPU since its run began, of the host since its program began. getrusage counts
+    what started the program too, and is for systems without VmHWM.
+    """
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return Peaks(gpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    ever = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Peaks(gpu, proc_bytes("/proc/self/status").get("VmHWM", ever))
 
 
 def pinned_bytes(num_bytes: int, device_type: str) -> int:
