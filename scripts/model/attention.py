@@ -27,19 +27,29 @@ class Heads(NamedTuple):
     values: Tensor
 
 
+class Within(NamedTuple):
+    """Documents that attention does not leave: at which position each token's begins, (B, T) int32, and the most tokens of one."""
+
+    begins: Tensor
+    longest: int
+
+
 class Block(NamedTuple):
-    """A part of the scores: of some kv heads and `positions`, whose queries are `rows`, and of all that these have `seen`."""
+    """A part of the scores: of some kv heads and `positions`, whose queries are `rows`, and of all that these have `seen`. With
+    documents, `begins` (n, positions) are where each position's begins.
+    """
 
     kv_heads: slice
     positions: slice
     rows: slice
     seen: slice
+    begins: Tensor | None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, rotary: Tensor) -> Tensor:
     """Causal attention over rotated q and k: q (B, H, T, K), k and v (B, G, T, K) -> (B, H, T, K)."""
     if operations.on_host(q):
-        return _HostAttention.apply(q, k, v, rotary)  # pyright: ignore[reportReturnType]
+        return attend_on_host(q, k, v, rotary, None)
     return attend_rotated(operations.rotate(q, rotary), operations.rotate(k, rotary), v)
 
 
@@ -86,26 +96,9 @@ def flash_attends(capability: tuple[int, ...] | None, dtype: torch.dtype, head_w
     return has_flash and head_width <= 256 and not is_refused
 
 
-def attend_by_blocks(heads: Heads) -> Tensor:
-    """Causal attention on a CPU, of rotated queries and keys: (N, T * R, K), in the dtype of `heads`."""
-    output, keys = torch.empty_like(heads.queries), heads.keys.float()
-    values = heads.values.to(weights_dtype(heads.values.dtype))
-    for block in _blocks(heads):
-        own = block.kv_heads, block.rows
-        output[own] = torch.bmm(_weights(heads.queries[own], keys, block, values.dtype), values[block.kv_heads, block.seen])
-    return output
-
-
-def gradients_by_blocks(gradient: Tensor, heads: Heads) -> Heads:
-    """The gradients of `heads` in float32, from that of `attend_by_blocks`, (N, T * R, K)."""
-    narrow, by_key = weights_dtype(heads.values.dtype), (torch.zeros_like(each, dtype=torch.float32) for each in heads[1:])
-    grads = Heads(torch.empty_like(heads.queries, dtype=torch.float32), *by_key)
-    wide, read = heads.keys.float(), Heads(heads.queries, heads.keys.to(narrow), heads.values.to(narrow))
-    for block in _blocks(heads):
-        weights = _weights(heads.queries[block.kv_heads, block.rows], wide, block, narrow)
-        _add_gradients_of_block_(grads, weights, gradient[block.kv_heads, block.rows].to(narrow), read, block)
-        del weights
-    return grads
+def attend_on_host(q: Tensor, k: Tensor, v: Tensor, rotary: Tensor, within: Within | None) -> Tensor:
+    """`attend` on a CPU. `within` documents rotary is by token: (2, B, 1, T, K / 2)."""
+    return _HostAttention.apply(q, k, v, rotary, within)  # pyright: ignore[reportReturnType]
 
 
 def backward_kernel_bytes(config: TrainingConfig) -> int:
@@ -134,36 +127,35 @@ def kv_heads_at_once(num_kv_heads: int, num_queries: int, num_seen: int, width: 
     return min(num_kv_heads, max(1, HOST_CHUNK_SCORES // (num_queries * max(num_seen, width))))
 
 
-def host_bytes(config: TrainingConfig, num_places: int, *, has_backward: bool) -> int:
+def host_bytes(config: TrainingConfig, *, has_backward: bool) -> int:
     """The most that attention of a micro-batch takes on a CPU beside q, k and v: in the forward, or in the backward beside what
-    that one keeps. With documents masked `num_places` is more than the tokens: heads are then read at these places.
+    that one keeps.
     """
     size, narrow = config.dtype.itemsize, weights_dtype(config.dtype).itemsize
-    tokens, is_grouped = config.micro_batch_rows * config.context_length, config.mask_across_documents
+    tokens = config.micro_batch_rows * config.context_length
     queries, keys = config.num_heads * config.head_width, config.num_kv_heads * config.head_width
-    copied, block = int(is_grouped or config.num_kv_heads > 1), _largest_block_bytes(config, num_places, has_backward)
+    block, is_copied = _largest_block_bytes(config, has_backward), config.num_kv_heads > 1
     casts = keys * (4 * (size < 4) + (1 + has_backward) * narrow * (narrow != size))
+    block += tokens * casts + 4 * tokens * config.num_kv_heads * config.mask_across_documents
     if has_backward:
-        grads = 4 * (queries + 2 * keys) * num_places
-        above, returned = size * queries * copied * num_places, size * (queries + 2 * keys) * num_places
-        around = grads + size * 2 * (queries + keys) * num_places if is_grouped else 0
-        return around + grads + max(above + casts * num_places + block, returned, 2 * queries * num_places)
-    heads, output = size * (queries + keys + keys * copied) * num_places, size * queries * num_places
-    around = size * (queries + keys) * tokens + output if is_grouped else 0
-    return max(6 * queries * tokens, around + heads + output + max(casts * num_places + block, output))
+        grads, returned = 4 * tokens * (queries + 2 * keys), size * tokens * (queries + 2 * keys)
+        return grads + max(size * tokens * queries * is_copied + block, returned, 2 * tokens * queries)
+    heads, output = size * tokens * (queries + keys + keys * is_copied), size * tokens * queries
+    return max(6 * tokens * queries, heads + output + max(block, output))
 
 
-def _largest_block_bytes(config: TrainingConfig, num_places: int, has_backward: bool) -> int:
-    """The most that a block takes: queries in float32, scores and weights; then weights, in a backward their gradient too, and
-    what they are multiplied by.
+def _largest_block_bytes(config: TrainingConfig, has_backward: bool) -> int:
+    """The most that a block takes: queries in float32, scores, what hides other documents, and weights; then weights, in a
+    backward their gradient too, and what they are multiplied by.
     """
     size, narrow, length = config.dtype.itemsize, weights_dtype(config.dtype).itemsize, config.context_length
     rows, repeats, most = min(length, HOST_CHUNK_QUERIES), config.num_heads // config.num_kv_heads, 0
-    num_kv_heads, width = -(-num_places // length) * config.num_kv_heads, config.head_width
+    num_kv_heads, width = config.micro_batch_rows * config.num_kv_heads, config.head_width
     for seen in range(rows, length + rows, rows):
         at_once = kv_heads_at_once(num_kv_heads, rows * repeats, seen, width)
         queries, keys, scores = (at_once * each for each in (rows * repeats * width, seen * width, rows * repeats * seen))
-        weighing = max(4 * queries * (size < 4) + 4 * scores, (4 + narrow * (narrow < 4)) * scores)
+        hiding = 5 * scores // repeats * config.mask_across_documents
+        weighing = 4 * scores + max(4 * queries * (size < 4), hiding, narrow * (narrow < 4) * scores)
         using = narrow * (scores + queries)
         if has_backward:
             using = narrow * (queries * (narrow != size) + scores + max(keys, scores + max(queries, keys)))
@@ -192,14 +184,41 @@ def unstacked(x: Tensor, num_rows: int, length: int, dtype: torch.dtype) -> Tens
     return by_position.to(dtype, copy=True, memory_format=torch.contiguous_format).flatten(2, 3).transpose(1, 2)
 
 
-def _blocks(heads: Heads) -> Iterator[Block]:
-    (num_kv_heads, length, width), repeats = heads.keys.shape, heads.queries.shape[1] // heads.keys.shape[1]
+def _attend(heads: Heads, within: Within | None) -> Tensor:
+    """Attention by blocks, of rotated queries and keys: (N, T * R, K), in the dtype of `heads`."""
+    output, keys = torch.empty_like(heads.queries), heads.keys.float()
+    values = heads.values.to(weights_dtype(heads.values.dtype))
+    for block in _blocks(heads, within):
+        weights = _weights(heads.queries[block.kv_heads, block.rows], keys, block, values.dtype)
+        output[block.kv_heads, block.rows] = torch.bmm(weights, values[block.kv_heads, block.seen])
+        del weights
+    return output
+
+
+def _gradients(gradient: Tensor, heads: Heads, within: Within | None) -> Heads:
+    """The gradients of `heads` in float32, from that of `_attend`, (N, T * R, K)."""
+    narrow, by_key = weights_dtype(heads.values.dtype), (torch.zeros_like(each, dtype=torch.float32) for each in heads[1:])
+    grads = Heads(torch.empty_like(heads.queries, dtype=torch.float32), *by_key)
+    wide, read = heads.keys.float(), Heads(heads.queries, heads.keys.to(narrow), heads.values.to(narrow))
+    for block in _blocks(heads, within):
+        weights = _weights(heads.queries[block.kv_heads, block.rows], wide, block, narrow)
+        _add_gradients_of_block_(grads, weights, gradient[block.kv_heads, block.rows].to(narrow), read, block)
+        del weights
+    return grads
+
+
+def _blocks(heads: Heads, within: Within | None) -> Iterator[Block]:
+    (num_kv_heads, length, width), repeats, begins = heads.keys.shape, heads.queries.shape[1] // heads.keys.shape[1], None
+    if within is not None:
+        begins = within.begins.repeat_interleave(num_kv_heads // len(within.begins), 0)
     for start in range(0, length, HOST_CHUNK_QUERIES):
         positions = slice(start, min(start + HOST_CHUNK_QUERIES, length))
         rows, seen = slice(repeats * start, repeats * positions.stop), slice(0, positions.stop)
-        at_once = kv_heads_at_once(num_kv_heads, rows.stop - rows.start, seen.stop, width)
+        if within is not None:
+            seen = slice(max(0, start + 1 - within.longest), positions.stop)
+        at_once = kv_heads_at_once(num_kv_heads, rows.stop - rows.start, seen.stop - seen.start, width)
         for kv_heads in operations.row_slices(num_kv_heads, at_once):
-            yield Block(kv_heads, positions, rows, seen)
+            yield Block(kv_heads, positions, rows, seen, None if begins is None else begins[kv_heads, positions])
 
 
 def _weights(queries: Tensor, keys: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
@@ -209,8 +228,11 @@ def _weights(queries: Tensor, keys: Tensor, block: Block, dtype: torch.dtype) ->
     seen = keys[block.kv_heads, block.seen].transpose(1, 2)
     scores = torch.baddbmm(keys.new_empty(1), queries.float(), seen, beta=0, alpha=_scale(keys))
     num_positions = block.positions.stop - block.positions.start
-    later = scores.new_full((num_positions, num_positions), -torch.inf).triu_(1)
-    scores.unflatten(1, (num_positions, -1))[..., -num_positions:].add_(later.unsqueeze(1))
+    by_position, later = scores.unflatten(1, (num_positions, -1)), scores.new_full((num_positions,) * 2, -torch.inf)
+    by_position[..., -num_positions:].add_(later.triu_(1).unsqueeze(1))
+    if block.begins is not None:
+        is_before = torch.arange(block.seen.start, block.seen.stop, device=keys.device) < block.begins.unsqueeze(-1)
+        by_position.add_(scores.new_zeros(is_before.shape).masked_fill_(is_before, -torch.inf).unsqueeze(2))
     return torch.softmax(scores, -1, out=scores).to(dtype)
 
 
@@ -241,24 +263,25 @@ class _HostAttention(torch.autograd.Function):
     """Rotary positions, rounded to the storage dtype as on a GPU, and attention by blocks."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, rotary: Tensor) -> Tensor:
-        num_groups = k.shape[1]
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, rotary: Tensor, within: Within | None) -> Tensor:
+        num_groups, ctx.within = k.shape[1], within
         heads = Heads(*(_rotated(each, num_groups, rotary) for each in (q, k)), stacked(v, num_groups))
         ctx.save_for_backward(*heads, rotary)
-        return unstacked(attend_by_blocks(heads), len(q), q.shape[2], q.dtype)
+        return unstacked(_attend(heads, within), len(q), q.shape[2], q.dtype)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        *saved, (cos, sin) = ctx.saved_tensors
-        heads, (num_rows, _, length, _) = Heads(*saved), gradient.shape
-        grads = gradients_by_blocks(stacked(gradient, len(heads.keys) // num_rows), heads)
+        *saved, rotary = ctx.saved_tensors
+        heads, (num_rows, _, length, width) = Heads(*saved), gradient.shape
+        num_groups, (cos, sin) = len(heads.keys) // num_rows, rotary.unsqueeze(-2)
+        grads = _gradients(stacked(gradient, num_groups), heads, ctx.within)
         for each in (grads.queries, grads.keys):
-            operations.rotate_(each.unflatten(1, (length, -1)), cos.unsqueeze(1), -sin.unsqueeze(1))
-        return *(unstacked(each, num_rows, length, gradient.dtype) for each in grads), None
+            operations.rotate_(each.view(num_rows, num_groups, length, -1, width), cos, -sin)
+        return *(unstacked(each, num_rows, length, gradient.dtype) for each in grads), None, None
 
 
 def _rotated(x: Tensor, num_groups: int, rotary: Tensor) -> Tensor:
     """`stacked` heads, rotated in float32 and rounded to their dtype: (B, H, T, K) -> (B * num_groups, T * R, K)."""
     by_group = x.unflatten(1, (num_groups, -1)).transpose(2, 3)
     wide = by_group.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    return operations.rotate_(wide, *rotary.unsqueeze(2)).to(x.dtype).view(len(x) * num_groups, -1, x.shape[-1])
+    return operations.rotate_(wide, *rotary.unsqueeze(-2)).to(x.dtype).view(len(x) * num_groups, -1, x.shape[-1])

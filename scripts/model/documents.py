@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from scripts.model import attention, operations
-from scripts.model.attention import Heads, stacked, unstacked
+from scripts.model.attention import Within
 
 # Kernels' own on a card: their backward makes room for so many tokens a piece, however short it is.
 TILE_ROWS = 128
@@ -107,7 +107,9 @@ def attend_within(q: Tensor, k: Tensor, v: Tensor, rotary: Tensor, documents: Do
     (B, H, T, K).
     """
     if operations.on_host(q):
-        return _HostDocumentAttention.apply(q, k, v, rotary, documents)  # pyright: ignore[reportReturnType]
+        positions = torch.arange(q.shape[2], dtype=torch.int32, device=q.device)
+        within = Within(positions - documents.positions.view(len(q), -1), documents.longest)
+        return attention.attend_on_host(q, k, v, rotary, within)
     return _attend_rotated_within(operations.rotate(q, rotary), operations.rotate(k, rotary), v, documents)
 
 
@@ -160,46 +162,3 @@ class _Ungrouped(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         return gradient.index_select(0, ctx.documents.order).masked_fill_(ctx.documents.is_filling, 0.0), None
-
-
-class _HostDocumentAttention(torch.autograd.Function):
-    """Attention by blocks within documents, one group of pieces after the other."""
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, rotary: Tensor, documents: Documents) -> Tensor:
-        q, k = (operations.rotate_(each.to(torch.float32, copy=True), *rotary).to(each.dtype) for each in (q, k))
-        of_tokens = q.transpose(1, 2)
-        attended = q.new_empty(len(documents.order), *of_tokens.shape[2:])
-        for group in documents.groups:
-            heads = _heads_of_group(q, k, v, documents, group)
-            output = unstacked(attention.attend_by_blocks(heads), group.num_pieces, group.length, q.dtype)
-            attended[group.places] = output.transpose(1, 2).flatten(0, 1)
-        ctx.save_for_backward(q, k, v, rotary)
-        ctx.documents = documents
-        return attended.index_select(0, documents.places).view(of_tokens.shape).transpose(1, 2)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (q, k, v, (cos, sin)), documents = ctx.saved_tensors, ctx.documents
-        places = len(documents.order)
-        grads = [q.new_empty(places, each.shape[1], each.shape[3], dtype=torch.float32) for each in (q, k, v)]
-        for group in documents.groups:
-            above, heads = _of_group(gradient, documents, group), _heads_of_group(q, k, v, documents, group)
-            above.transpose(1, 2).flatten(0, 1).masked_fill_(documents.is_filling[group.places], 0.0)
-            for grad, own in zip(grads, attention.gradients_by_blocks(stacked(above, k.shape[1]), heads), strict=True):
-                of_pieces = unstacked(own, group.num_pieces, group.length, own.dtype)
-                grad[group.places] = of_pieces.transpose(1, 2).flatten(0, 1)
-        shape = (q.shape[0], q.shape[2])
-        grads = [grad.index_select(0, documents.places).unflatten(0, shape).transpose(1, 2) for grad in grads]
-        rotated = (operations.rotate_(grad, cos, -sin).to(q.dtype) for grad in grads[:2])
-        return *rotated, grads[2].to(q.dtype), None, None
-
-
-def _heads_of_group(q: Tensor, k: Tensor, v: Tensor, documents: Documents, group: Group) -> Heads:
-    return Heads(*(stacked(_of_group(each, documents, group), k.shape[1]) for each in (q, k, v)))
-
-
-def _of_group(x: Tensor, documents: Documents, group: Group) -> Tensor:
-    """The pieces of one group of x, as a batch: (B, H, T, K) -> (pieces, H, length, K)."""
-    tokens = x.transpose(1, 2).flatten(0, 1).index_select(0, documents.order[group.places])
-    return tokens.unflatten(0, (group.num_pieces, group.length)).transpose(1, 2)

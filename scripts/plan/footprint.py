@@ -102,7 +102,8 @@ class _Model:
         self.products = product_dtype(config.dtype, torch.device(device_type)).itemsize
         self.cast = self.products * (self.products != self.storage)
         self.tokens = config.micro_batch_rows * config.context_length
-        self.places = self.tokens + self.tokens // 4 * config.mask_across_documents
+        is_grouped = config.mask_across_documents and device_type == "cuda"
+        self.places = self.tokens + self.tokens // 4 * is_grouped
         self.rows, self.chunk = min(self.tokens, settings.HOST_CHUNK_ROWS), min(self.tokens, config.loss_chunk_rows)
         self.width, self.mlp, self.vocabulary = config.hidden_size, config.mlp_size, config.vocab_size
         self.queries, self.keys = config.num_heads * config.head_width, config.num_kv_heads * config.head_width
@@ -272,7 +273,7 @@ def _forward_on_host(model: _Model, projected: int) -> Iterator[int]:
     s, w, m, r, d, f = model.storage, model.products, model.tokens, model.rows, model.width, model.mlp
     q, k, cast = model.queries, model.keys, model.cast
     yield s * m * (d + q + 2 * k) + cast * d * (q + 2 * k) + _normed_rows(model, q)
-    yield projected + host_bytes(model.config, model.places, has_backward=False)
+    yield projected + host_bytes(model.config, has_backward=False)
     yield projected + s * m * q + cast * (m * q + d * q) + 4 * m * d + s * m * d * (s < 4)
     yield s * m * 2 * (d + f) + cast * 2 * d * f + _normed_rows(model, f)
     yield s * m * (3 * d + 2 * f) + cast * d * f + r * (4 * f + max(4 * f * (s < 4), w * d * (w != s)))
@@ -293,7 +294,7 @@ def _kept_block_bytes(model: _Model) -> int:
     is_copied = model.padded_queries > q or is_grouped and model.device_type == "cuda"
     elements = model.tokens * (2 * (model.width + model.mlp) + q * is_copied)
     attended = 2 * (model.padded_queries + model.attended_keys(True))
-    elements += attended * (model.places if model.device_type == "cuda" else model.tokens)
+    elements += attended * model.places
     sums = model.places * 4 * config.num_heads * (1 if model.has_flash(True) or not is_grouped else 2)
     sums *= model.device_type == "cuda"
     normed = model.storage * (q + k) + 4 * (config.num_heads + config.num_kv_heads)
@@ -368,7 +369,7 @@ def _work_on_host(model: _Model) -> Iterator[dict[str, int]]:
     piece = max(read * (1 + last) + made * last, read + made * (1 + last) + narrow, read + made + 4 * r * f + w * matrix)
     yield {"one block's backward": gradient + gates + cast * matrix + piece, "gradients in flight": 4 * matrix}
     yield _first_products_on_host(model, [f, f])
-    made = s * m * model.queries + host_bytes(model.config, model.places, has_backward=True)
+    made = s * m * model.queries + host_bytes(model.config, has_backward=True)
     yield {"one block's backward": gradient + made}
     yield _first_products_on_host(model, [model.queries, model.keys, model.keys])
 
