@@ -28,7 +28,7 @@ class Heads(NamedTuple):
 
 
 class Within(NamedTuple):
-    """Documents that attention does not leave: at which position each token's begins, (B, T) int32, and the most tokens of one."""
+    """Documents that attention does not leave: the position at which each token's begins, (B, T) int32, and the longest."""
 
     begins: Tensor
     longest: int
