@@ -11,6 +11,7 @@ from test_decoder import CPU, MODES, TINY, fresh, paths, some_ids, take_path
 from tracker import Alone
 
 from scripts.config import TrainingConfig
+from scripts.model import attention
 from scripts.model.decoder import Decoder, empty_model
 from scripts.model.documents import Windows, documents_of, windows_of
 from scripts.model.huggingface import transformers_config
@@ -73,6 +74,15 @@ def test_loss_and_gradients_of_windows_are_those_of_their_documents_alone(decode
         take_path(patch, on_host)
         windows = cut_windows(borders, seed=seed)
         assert_each_document_is_as_if_alone(decoders[number], windows, borders, 1e-5)
+
+
+@pytest.mark.parametrize("borders", [CUTS, np.arange(0, 73, 4), np.array([0, 3, 24, 48, 71, 72])], ids=str)
+@pytest.mark.parametrize("positions_at_once", [1, 5, 23])
+def test_documents_over_several_blocks_of_scores_are_as_if_alone(monkeypatch, decoders, borders, positions_at_once):
+    monkeypatch.setattr(attention, "HOST_CHUNK_QUERIES", positions_at_once)
+    monkeypatch.setattr(attention, "HOST_CHUNK_SCORES", 512)
+    for decoder in decoders:
+        assert_each_document_is_as_if_alone(decoder, cut_windows(borders.astype(np.int32)), borders, 1e-5)
 
 
 @paths

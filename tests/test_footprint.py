@@ -175,7 +175,8 @@ def test_a_step_over_masked_documents_is_within_the_plan_and_nothing_grows_with_
     with fake_mode(device_type, tracker.WORST_CARDS[precision]) as place:
         work = fake_step(config, place.device, lengths)
         peak = peak_of(work.work, work.held)
-    assert peak.num_bytes <= tracked_part(config, device_type, STEP).num_bytes < 2.5 * peak.num_bytes
+    most = 2.5 if device_type == "cuda" else 1.7  # on the host short documents leave out scores
+    assert peak.num_bytes <= tracked_part(config, device_type, STEP).num_bytes < most * peak.num_bytes
     assert peak.largest_bytes < config.tokens_per_step * config.num_heads * config.context_length
     flash = "flash on end" if sum(lengths) >= 128 * len(lengths) else "flash"
     wanted = flash if precision == "bf16" else "efficient"
