@@ -28,7 +28,9 @@ class Heads(NamedTuple):
 
 
 class Within(NamedTuple):
-    """Documents that attention does not leave: the position at which each token's begins, (B, T) int32, and the longest."""
+    """Documents that attention does not leave: the position at which each token's begins, (B, T) int32, and how many tokens the
+    longest has.
+    """
 
     begins: Tensor
     longest: int

@@ -94,10 +94,10 @@ class Block(nn.Module):
     """One pre-norm decoder layer: (B, T, D) -> (B, T, D).
 
     What the backward keeps of each token: 2D + (2H + 2G) K + 2F elements of the training dtype (x, x after attention, rotated
-    q and k, v, the attention output, gate, up) and H float32 (attention's log-sums). `qk_norm` adds (H + G) K elements and
-    H + G float32 (q and k before their norms, and the norms' scales). Where a card has no flash attention for such heads
-    (`attention.flash_attends`) k and v are kept for every head: 2 (H - G) K more. On a card a K that is no multiple of 8
-    counts as the next one, and adds H K elements, the attention output as the last product reads it.
+    q and k, v, the attention output, gate, up), and on a card H float32 (attention's log-sums). `qk_norm` adds (H + G) K
+    elements and H + G float32 (q and k before their norms, and the norms' scales). Where a card has no flash attention for
+    such heads (`attention.flash_attends`) k and v are kept for every head: 2 (H - G) K more. On a card a K that is no multiple
+    of 8 counts as the next one, and adds H K elements, the attention output as the last product reads it.
     """
 
     def __init__(self, config: TrainingConfig) -> None:
