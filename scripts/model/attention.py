@@ -267,7 +267,7 @@ class _HostAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, rotary: Tensor, within: Within | None) -> Tensor:
         num_groups, ctx.within = k.shape[1], within
-        heads = Heads(*(_rotated(each, num_groups, rotary) for each in (q, k)), stacked(v, num_groups))
+        heads = Heads(_rotated(q, num_groups, rotary), _rotated(k, num_groups, rotary), stacked(v, num_groups))
         ctx.save_for_backward(*heads, rotary)
         return unstacked(_attend(heads, within), len(q), q.shape[2], q.dtype)
 

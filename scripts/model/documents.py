@@ -22,10 +22,10 @@ TILE_ROWS = 128
 class Documents(NamedTuple):
     """The pieces of documents in B rows of T tokens, for attention that does not leave them. M = B * T tokens lie on end.
 
-    `borders` (N + 1,) int32: where the N pieces begin, and M. `positions` (M,) int32 count from each piece's begin. `groups`, for
-    cards without flash attention, are the pieces sorted by length, each filled up at its end to its group's: `order` (P,) int32
-    says which token stands at each place, `places` (M,) int32 where each token stands, and `is_filling` (P, 1, 1) which places
-    are filled up. `longest` counts the tokens of the longest piece.
+    `borders` (N + 1,) int32: where the N pieces begin, and M. `positions` (M,) int32 count from each piece's begin. `longest`
+    is the longest piece's length. `groups`, for cards without flash attention, are the pieces sorted by length, each filled
+    up at its end to its group's: `order` (P,) int32 says which token stands at each place, `places` (M,) int32 where each
+    token stands, and `is_filling` (P, 1, 1) which places are filled up.
     """
 
     borders: Tensor
