@@ -15,6 +15,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
@@ -54,6 +55,7 @@ SMALL: dict[str, Any] = dict(
     tokens_per_step=CONTEXT * ROWS, loss_chunk_rows=CONTEXT * ROWS, optimizer_state_precision="fp32", precision="fp32",
 )  # fmt: skip
 MICRO_BATCHES, PRODUCT_SIZE = 64, 2048
+OUR_STEPS, NANOGPT_STEPS, HELD_OUT_WINDOWS = 500, 2000, 1000
 ELEMENTS = 2**25
 SHARING = ExitStack()
 GROWTH, GROWN_WIDTH, GROWN_TOKENS, GROWN_STEPS = (1, 4, 16, 64), 64, 4096, 6
@@ -160,7 +162,12 @@ def ours(changes: dict[str, Any]) -> Callable[[], Any]:
 
 
 def random_data(path: Path, vocab_size: int) -> Any:
-    write_shard(path, random_ids(vocab_size), vocab_size, "0" * 64)
+    return data_of(path, random_ids(vocab_size), vocab_size)
+
+
+def data_of(path: Path, ids: np.ndarray, vocab_size: int) -> Any:
+    """What a run asks of its data, over `ids` (n,)."""
+    write_shard(path, ids, vocab_size, "0" * 64)
     stream = TokenStream((open_shard(path),), "0" * 64)
     return type("Random", (), {"fingerprint": "", "train": stream, "end_of_text_id": 0})
 
@@ -176,27 +183,50 @@ def bare(changes: dict[str, Any]) -> Callable[[], Any]:
     ids = random_ids(config.vocab_size)[: config.micro_batch_rows * (config.context_length + 1)].astype(np.int64)
     windows = Windows(torch.from_numpy(ids).view(config.micro_batch_rows, -1))
 
-    class Engine:
-        module = model
-        __call__ = staticmethod(model)
-
     def step() -> None:
-        next_token(Engine(), windows, config).backward()
+        next_token(Alone(model), windows, config).backward()
         model.zero_grad()
 
     return step
 
 
+class Alone:
+    """A model as losses take it from an engine."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.module = model
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """The model's hidden states."""
+        return self.module(*inputs, **named)
+
+
 def nanogpt() -> Callable[[], Any]:
+    """The step of nanoGPT's train.py on random tokens."""
+    ids = random_ids(VOCABULARY)
+    step = nanogpt_training(ids).step
+    return lambda: step(1e-3)
+
+
+class Training(NamedTuple):
+    """A model, and its step at a learning rate."""
+
+    model: torch.nn.Module
+    step: Callable[[float], Any]
+
+
+def nanogpt_training(ids: np.ndarray) -> Training:
     """nanoGPT's model, optimizer and the step of its train.py, in float32 as on any CPU without 16-bit products."""
     from model import GPT, GPTConfig  # pyright: ignore[reportMissingImports]
 
     shape = dict(block_size=CONTEXT, vocab_size=VOCABULARY, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH, dropout=0.0, bias=False)
     model, path = GPT(GPTConfig(**shape)), Path(tempfile.mkdtemp()) / "train.bin"
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
-    random_ids(VOCABULARY).tofile(path)
+    ids.tofile(path)
 
-    def step() -> None:
+    def step(rate: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
         data = np.memmap(path, dtype=np.uint16, mode="r")
         begins = torch.randint(len(data) - CONTEXT, (ROWS,))
         rows = torch.stack([torch.from_numpy(data[begin : begin + CONTEXT + 1].astype(np.int64)) for begin in begins])
@@ -206,7 +236,48 @@ def nanogpt() -> Callable[[], Any]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return step
+    return Training(model, step)
+
+
+def loss() -> dict[str, Any]:
+    """Held-out nats a byte of the standard library after nanoGPT's steps and after OUR_STEPS of ours of as many tokens, and the
+    seconds that each took: both in this process, NANOGPT_STEPS / OUR_STEPS of nanoGPT's after each of ours.
+    """
+    places = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= places | {"MASTER_PORT": str(free_port())}
+    text = b"".join(path.read_bytes() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")))
+    ids = np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
+    train, held_out = np.split(ids, [len(ids) - HELD_OUT_WINDOWS * (CONTEXT + 1)])
+    folder = Path(tempfile.mkdtemp())
+    fields = SMALL | {"optimizer": PRETRAIN.optimizer, "num_steps": OUR_STEPS}
+    config = replace(PRETRAIN, run_dir=str(folder / "run"), data_dir=str(folder), **fields)
+    run: Any = trainer.set_up(config, lambda _: data_of(folder / "train.bin", train, VOCABULARY))
+    theirs, seconds = nanogpt_training(train), {"tightfit": 0.0, "nanoGPT": 0.0}
+    for number in range(OUR_STEPS):
+        begun = time.perf_counter()
+        trainer.run_step(run, next_token, number)
+        middle = time.perf_counter()
+        for own in range(number * NANOGPT_STEPS // OUR_STEPS, (number + 1) * NANOGPT_STEPS // OUR_STEPS):
+            theirs.step(nanogpt_rate(own))
+        seconds["tightfit"] += middle - begun
+        seconds["nanoGPT"] += time.perf_counter() - middle
+    windows = torch.from_numpy(held_out.astype(np.int64)).view(HELD_OUT_WINDOWS, -1)
+    with torch.no_grad():
+        ours = next_token(Alone(run.engine.module), Windows(windows), config)
+        _, other = theirs.model(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
+    return {
+        "steps": {"tightfit": OUR_STEPS, "nanoGPT": NANOGPT_STEPS},
+        "held_out_nats_a_byte": {"tightfit": round(ours.item(), 4), "nanoGPT": round(other.item(), 4)},
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "seconds_over_nanogpt": round(seconds["tightfit"] / seconds["nanoGPT"], 3),
+    }
+
+
+def nanogpt_rate(step: int) -> float:
+    """The learning rate of its train.py with the numbers of its example: 100 steps up to 1e-3, then a cosine down to 1e-4."""
+    if step < 100:
+        return 1e-3 * (step + 1) / 101
+    return 1e-4 + 0.5 * (1.0 + math.cos(math.pi * (step - 100) / (NANOGPT_STEPS - 100))) * 9e-4
 
 
 def small() -> dict[str, Any]:
@@ -452,7 +523,7 @@ def draw_growth(found: dict[str, Any]) -> None:
 
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
-    each.__name__: each for each in (small, beside_stock, accumulation, ranks, company, host, start, growth)
+    each.__name__: each for each in (small, loss, beside_stock, accumulation, ranks, company, host, start, growth)
 }
 
 if __name__ == "__main__":
