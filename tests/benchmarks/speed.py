@@ -55,7 +55,7 @@ SMALL: dict[str, Any] = dict(
     tokens_per_step=CONTEXT * ROWS, loss_chunk_rows=CONTEXT * ROWS, optimizer_state_precision="fp32", precision="fp32",
 )  # fmt: skip
 MICRO_BATCHES, PRODUCT_SIZE = 64, 2048
-OUR_STEPS, NANOGPT_STEPS, HELD_OUT_WINDOWS = 500, 2000, 1000
+OUR_STEPS, NANOGPT_STEPS, HELD_OUT_WINDOWS = 300, 2000, 1000
 ELEMENTS = 2**25
 SHARING = ExitStack()
 GROWTH, GROWN_WIDTH, GROWN_TOKENS, GROWN_STEPS = (1, 4, 16, 64), 64, 4096, 6
