@@ -468,7 +468,7 @@ def test_plan_of_heads_wider_than_the_mlp_is_what_a_tracker_counts_on_a_processo
     config = replace(config, hidden_size=64 * heads, head_size=128, num_heads=heads, num_kv_heads=kv_heads)
     planned, tracked = tracked_part(config, "cpu", STEP), tracker.fake_step_peak(config, "cpu").num_bytes
     assert planned.moment in (ATTENTION, "the backward of attention's first products")
-    assert 0.97 * tracked <= planned.num_bytes <= 1.2 * tracked
+    assert 0.99 * tracked <= planned.num_bytes <= 1.2 * tracked
 
 
 @pytest.mark.parametrize("device_type", ["cuda", "cpu"])

@@ -291,12 +291,12 @@ def _kept_block_bytes(model: _Model) -> int:
     a GPU's sums. Without flash attention k and v are kept for every head; with zeros after heads, the output without them too.
     """
     config, q, k, is_grouped = model.config, model.queries, model.keys, model.places > model.tokens
-    is_copied = model.padded_queries > q or is_grouped and model.device_type == "cuda"
+    is_copied = model.padded_queries > q or is_grouped
     elements = model.tokens * (2 * (model.width + model.mlp) + q * is_copied)
     attended = 2 * (model.padded_queries + model.attended_keys(True))
     elements += attended * model.places
     sums = model.places * 4 * config.num_heads * (1 if model.has_flash(True) or not is_grouped else 2)
-    sums *= model.device_type == "cuda"
+    sums = sums if model.device_type == "cuda" else 0
     normed = model.storage * (q + k) + 4 * (config.num_heads + config.num_kv_heads)
     return elements * model.storage + sums + model.tokens * (normed if config.qk_norm else 0)
 
