@@ -54,8 +54,8 @@ def tracked(name: str, folder: Path, identity: str, run: str = "run") -> set[tup
     """Names and values that the tracker has of a run, from the files that its library writes."""
     if name == "wandb":
         raw = b"".join(path.read_bytes() for path in sorted((folder / run).glob(f"wandb/*-{identity}/*.wandb")))
-        found = re.findall(rb"((?:train|eval)/\w+)\x82\x01.([-+.e\d]+)", raw, re.DOTALL)
-        return {(key.decode(), float(value)) for key, value in found}
+        keys = re.finditer(rb"((?:train|eval)/\w+)\x82\x01(.)", raw, re.DOTALL)
+        return {(key[1].decode(), float(raw[key.end() : key.end() + key[2][0]])) for key in keys}
     command = [sys.executable, "-c", READ_TRACKIO, f"{run}-{identity}"]
     environment = clean_environment() | settings_of(folder)
     lines = json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
