@@ -4,9 +4,7 @@ Beside them, processes that work off jobs, on this machine or through dask. Func
 the others would wait for the one that does not.
 """
 
-import ctypes
 import errno
-import gc
 import os
 import re
 import socket
@@ -34,11 +32,18 @@ from ds.files import one_line
 from ds.pieces import start_worker
 from scripts.config import CONNECT_SECONDS, DASK_SECONDS, LOCK_POLL_SECONDS, PROGRESS_SECONDS, TrainingConfig
 from scripts.engine import offload, watch
-from scripts.plan.machine import KERNEL_FILE, allocator_settings, cores_number, is_wsl, keep_freed_memory, num_threads
+from scripts.plan.machine import (
+    KERNEL_FILE,
+    allocator_settings,
+    cores_number,
+    is_wsl,
+    keep_freed_memory,
+    num_threads,
+    release_memory,
+)
 
 MESSAGE_BYTES = 2048
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-C_LIBRARY = ctypes.CDLL(None)
 LOOPBACK = "127.0.0.1"
 IS_VALUE_ERROR = -1
 Result = TypeVar("Result")
@@ -274,14 +279,6 @@ def completed(jobs: dict[int, Callable[[], Any]], num_bytes: dict[int, int], wor
                 words = f"{done_bytes / 1e6:,.0f} of {total / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s"
                 print(f"{what}: {words}, {(total - done_bytes) / rate:,.0f} s left", flush=True)
     return results
-
-
-def release_memory() -> None:
-    """Gives memory of tensors that are gone back to the GPU, and to the system where the C library still holds it."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    if hasattr(C_LIBRARY, "malloc_trim"):
-        C_LIBRARY.malloc_trim(0)
 
 
 def say(ranks: Ranks, line: str) -> None:

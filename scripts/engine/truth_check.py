@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from scripts.config import COMPILED_ON, NEWTON_SCHULZ_ITERATIONS, TrainingConfig
-from scripts.engine.distributed import release_memory
 from scripts.engine.offload import DEEPSPEED_VERSION
 from scripts.engine.updates import LEAST_NORM, NEWTON_SCHULZ, RMS_OF_ADAMW
 from scripts.model.decoder import Block, Decoder, empty_model, parameter_groups
 from scripts.model.documents import Windows, windows_of
 from scripts.model.losses import next_token_loss
 from scripts.model.operations import compile_kernels
+from scripts.plan.machine import release_memory
 
 LEARNING_RATE = 1e-2
 MOST_TRIES = 40

@@ -1,6 +1,7 @@
 """What the machine has, what this process has taken of it, how fast it is, and the hours to expect. Knows no plan."""
 
 import ctypes
+import gc
 import os
 import re
 import resource
@@ -23,6 +24,7 @@ from scripts.model.huggingface import teacher_config
 from scripts.model.operations import product_dtype
 
 KERNEL_FILE = "/proc/sys/kernel/osrelease"
+C_LIBRARY = ctypes.CDLL(None)
 PINNED_SIZES = ("pinned_max_cached_size_mb", "pinned_max_round_threshold_mb")
 LARGEST_LIMIT = 2**60
 BACKWARD_SHARE = 2 / 3
@@ -226,10 +228,17 @@ def keep_freed_memory() -> None:
     """From now on the C library keeps what this process frees for its next tensors: what comes from the system anew costs a
     fault for every 4 KiB.
     """
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
+    if hasattr(C_LIBRARY, "mallopt"):
         for option, num_bytes in settings.MALLOC_OPTIONS.items():
-            library.mallopt(option, num_bytes)
+            C_LIBRARY.mallopt(option, num_bytes)
+
+
+def release_memory() -> None:
+    """Gives memory of tensors that are gone back to the GPU, and to the system where the C library still holds it."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    if hasattr(C_LIBRARY, "malloc_trim"):
+        C_LIBRARY.malloc_trim(0)
 
 
 def is_wsl(kernel: str) -> bool:

@@ -267,7 +267,7 @@ def _assemble_run(start: Start, given: Given, data, found: Checkpoint | None, te
         train_tiny = partial(given.train_tiny, ranks)
         truth_check.refuse_untrue_updates(config, ranks.rank, ranks.world_size, device, train_tiny)
         engine = given.initialize(config, ranks, model)
-    distributed.release_memory()
+    machine.release_memory()
     with ExitStack() as on_failure:
         on_failure.callback(engine.destroy)
         _make_host_memory(config, ranks, engine)

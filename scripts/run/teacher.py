@@ -17,9 +17,10 @@ from tqdm import tqdm
 from ds.loader import read_windows, windows_of_run
 from ds.shards import Labels, LabelStream
 from scripts.config import LABEL_ERROR_TOKENS, LABEL_PROGRESS_SECONDS, MAKE_TEACHER, VERIFY_THREADS, TrainingConfig
-from scripts.engine.distributed import Ranks, device_of, in_turn, release_memory, say, together
+from scripts.engine.distributed import Ranks, device_of, in_turn, say, together
 from scripts.model.decoder import Decoder, empty_model
 from scripts.model.huggingface import architecture, describe, described_config, load_weights, stored_weights, weight_files
+from scripts.plan.machine import release_memory
 from scripts.run.checkpoint import Checkpoint, Newest, newest_verified
 from scripts.run.evaluate import held_out_fields, held_out_loss, held_out_windows
 from scripts.run.run_dir import checkpoints_dir
