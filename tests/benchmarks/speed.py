@@ -31,6 +31,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pretrain_vs_stock
 import torch
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from pretrain_vs_stock import machine
 
 from ds.shards import TokenStream, open_shard, write_shard
@@ -42,7 +43,7 @@ from scripts.model.decoder import empty_model, initialise
 from scripts.model.documents import Windows
 from scripts.model.losses import next_token
 from scripts.model.operations import product_dtype
-from scripts.plan.machine import flops_per_token, measure_rates, tokens_per_second
+from scripts.plan.machine import flops_per_token, keep_freed_memory, measure_rates, tokens_per_second
 
 ROOT = Path(__file__).parents[2]
 RESULT, GROWTH_PICTURE = Path(__file__).parent / "results" / "speed.json", ROOT / "docs" / "growth.png"
@@ -58,7 +59,7 @@ MICRO_BATCHES, PRODUCT_SIZE = 64, 2048
 OUR_STEPS, NANOGPT_STEPS, HELD_OUT_WINDOWS = 300, 2000, 1000
 ELEMENTS = 2**25
 SHARING = ExitStack()
-GROWTH, GROWN_WIDTH, GROWN_TOKENS, GROWN_STEPS = (1, 4, 16, 64), 64, 4096, 6
+GROWTH, GROWN_WIDTH, GROWN_TOKENS, GROWN_STEPS, LEAST_SPAN = (1, 4, 16, 64), 64, 4096, 6, 20
 LAUNCH = """
 import json, sys
 from scripts.config import TrainingConfig
@@ -177,7 +178,8 @@ def random_ids(vocab_size: int) -> np.ndarray:
 
 
 def bare(changes: dict[str, Any]) -> Callable[[], Any]:
-    """Forward and backward of such a model, and nothing around them."""
+    """Forward and backward of such a model with the trainer's memory allocator, and nothing around them."""
+    keep_freed_memory()
     config = replace(PRETRAIN, **changes)
     model = initialise(empty_model(config, torch.device("cpu")))
     ids = random_ids(config.vocab_size)[: config.micro_batch_rows * (config.context_length + 1)].astype(np.int64)
@@ -448,14 +450,22 @@ def growth() -> dict[str, Any]:
     """Tokens/s, the host's peak and the seconds of a save as parameters grow, and as the context grows, beside the plan's."""
     folder, found = Path(tempfile.mkdtemp()), {}
     (folder / "text.txt").write_text("".join(f"line {number} of a text that is trained on\n" for number in range(20_000)))
-    for axis, changed in {"parameters": grown_parameters, "context": grown_contexts}.items():
-        found[axis] = [measured_growth(folder, axis, factor, changed(factor)) for factor in GROWTH]
+    changed = {"parameters": grown_parameters, "context": grown_contexts}
+    runs = {f"{axis}-{factor}": changes(factor) for axis, changes in changed.items() for factor in GROWTH}
+    turns = [{run: measured_growth(folder / f"{run}-{turn}", runs[run]) for run in runs} for turn in range(ROUNDS)]
+    for axis in changed:
+        found[axis] = [{"factor": factor, **medians([turn[f"{axis}-{factor}"] for turn in turns])} for factor in GROWTH]
         first, last = found[axis][0], found[axis][-1]
         found[f"{axis}, exponents"] = {
             name: round(math.log(last[name] / first[name], GROWTH[-1]), 2) + 0.0 for name in first if name != "factor"
         }
     draw_growth(found)
     return found
+
+
+def medians(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Rows of the same names as one: the median of each number."""
+    return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
 
 
 def grown_parameters(factor: int) -> dict[str, Any]:
@@ -470,9 +480,9 @@ def grown_contexts(factor: int) -> dict[str, Any]:
     return grown_parameters(4) | {"context_length": 64 * factor, "micro_batch_rows": GROWN_TOKENS // (64 * factor)}
 
 
-def measured_growth(folder: Path, axis: str, factor: int, changes: dict[str, Any]) -> dict[str, float]:
+def measured_growth(run: Path, changes: dict[str, Any]) -> dict[str, float]:
     """One run of GROWN_STEPS steps and a save, from what it logs of itself, and the plan of its speed."""
-    run, length = folder / f"{axis}-{factor}", changes["context_length"]
+    folder, length = run.parent, changes["context_length"]
     rows = {"micro_batch_rows": GROWN_TOKENS // length, "tokens_per_step": GROWN_TOKENS, "loss_chunk_rows": 1024}
     config = replace(
         PRETRAIN, corpus=(str(folder / "text.txt"),), data_dir=str(folder / "data"), validation_fraction=0.0, vocab_size=257,
@@ -489,7 +499,6 @@ def measured_growth(folder: Path, axis: str, factor: int, changes: dict[str, Any
     speeds = [record["tokens_per_second"] for record in records if record["kind"] == "train"]
     rates = measure_rates(config, torch.device("cpu"))
     row = {
-        "factor": factor,
         "parameters": config.num_parameters,
         "context_length": length,
         "tokens_per_second": round(statistics.median(speeds[1:]), 1),
@@ -498,12 +507,14 @@ def measured_growth(folder: Path, axis: str, factor: int, changes: dict[str, Any
         "host_planned_gib": round(memory["host_planned_gib"], 3),
         "save_seconds": round(saved["seconds"], 3),
     }
-    print(json.dumps(row), flush=True)
+    print(run.name, json.dumps(row), flush=True)
     return row
 
 
 def draw_growth(found: dict[str, Any]) -> None:
-    """Each cost against the growth of parameters and of context, the plan dashed, exponents in the legends."""
+    """Each cost against the growth of parameters and of context, the plan dashed, exponents in the legends. A panel's highest
+    cost is at least LEAST_SPAN times its lowest, so that noise does not look like growth.
+    """
     matplotlib.use("agg")
     panels = {"tokens_per_second": "tokens/s", "host_peak_gib": "peak on the host, GiB", "save_seconds": "seconds of a save"}
     plans = {"tokens_per_second": "tokens_per_second_planned", "host_peak_gib": "host_planned_gib"}
@@ -517,6 +528,12 @@ def draw_growth(found: dict[str, Any]) -> None:
                 panel.plot(sizes, costs, style, label=f"{word}, exponent {exponents[kind]:g}")
             panel.set(xscale="log", yscale="log", xlabel=f"{axis}, times the first", ylabel=label, xticks=sizes)
             panel.set_xticklabels([str(size) for size in sizes])
+            low, high = panel.get_ylim()
+            missing = max(1.0, math.sqrt(LEAST_SPAN * low / high))
+            panel.set_ylim(low / missing, high * missing)
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+            panel.yaxis.set_minor_locator(NullLocator())
             panel.grid(alpha=0.3)
             panel.legend()
     figure.savefig(GROWTH_PICTURE, dpi=100)
