@@ -81,12 +81,12 @@ def windows_of(ids: np.ndarray, borders: np.ndarray | None, device: torch.device
 def documents_of(borders: np.ndarray, device: torch.device) -> Documents:
     """`Documents` on `device`, from the borders of their pieces, (N + 1,) int32. A piece is filled up by a quarter at most.
 
-    On a card a group is cut so that a tile of rows for each of its pieces is no more than all tokens.
+    A group is cut so that a tile of rows for each of its pieces is no more than all tokens.
     """
     lengths = np.diff(borders)
     steps = 2 ** np.maximum(np.log2(lengths).astype(np.int32) - 2, 0)
     filled = -(-lengths // steps) * steps
-    at_once = len(lengths) if device.type == "cpu" else max(1, int(borders[-1]) // TILE_ROWS)
+    at_once = max(1, int(borders[-1]) // TILE_ROWS)
     groups, orders, first = [], [], 0
     for length in np.unique(filled).tolist():
         pieces = np.flatnonzero(filled == length)

@@ -245,8 +245,6 @@ def loss() -> dict[str, Any]:
     """Held-out nats a byte of the standard library after nanoGPT's steps and after OUR_STEPS of ours of as many tokens, and the
     seconds that each took: both in this process, NANOGPT_STEPS / OUR_STEPS of nanoGPT's after each of ours.
     """
-    places = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= places | {"MASTER_PORT": str(free_port())}
     text = b"".join(path.read_bytes() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")))
     ids = np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
     train, held_out = np.split(ids, [len(ids) - HELD_OUT_WINDOWS * (CONTEXT + 1)])
@@ -259,17 +257,17 @@ def loss() -> dict[str, Any]:
         begun = time.perf_counter()
         trainer.run_step(run, next_token, number)
         middle = time.perf_counter()
-        for own in range(number * NANOGPT_STEPS // OUR_STEPS, (number + 1) * NANOGPT_STEPS // OUR_STEPS):
-            theirs.step(nanogpt_rate(own))
+        for their_number in range(number * NANOGPT_STEPS // OUR_STEPS, (number + 1) * NANOGPT_STEPS // OUR_STEPS):
+            theirs.step(nanogpt_rate(their_number))
         seconds["tightfit"] += middle - begun
         seconds["nanoGPT"] += time.perf_counter() - middle
     windows = torch.from_numpy(held_out.astype(np.int64)).view(HELD_OUT_WINDOWS, -1)
     with torch.no_grad():
-        ours = next_token(Alone(run.engine.module), Windows(windows), config)
+        own = next_token(Alone(run.engine.module), Windows(windows), config)
         _, other = theirs.model(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
     return {
         "steps": {"tightfit": OUR_STEPS, "nanoGPT": NANOGPT_STEPS},
-        "held_out_nats_a_byte": {"tightfit": round(ours.item(), 4), "nanoGPT": round(other.item(), 4)},
+        "held_out_nats_a_byte": {"tightfit": round(own.item(), 4), "nanoGPT": round(other.item(), 4)},
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "seconds_over_nanogpt": round(seconds["tightfit"] / seconds["nanoGPT"], 3),
     }
